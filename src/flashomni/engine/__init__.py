@@ -1,0 +1,21 @@
+"""Schedule, cache, forecast, recipe, and the engine that puts them together."""
+
+from flashomni.engine.clock import Clock
+from flashomni.engine.engine import Engine
+from flashomni.engine.forecasts import forecasts
+from flashomni.engine.layer import LayerRun
+from flashomni.engine.recipe import Recipe, presets
+from flashomni.engine.schedule import Schedule, StepKind
+from flashomni.engine.trace import Summary
+
+__all__ = [
+    "Clock",
+    "Engine",
+    "LayerRun",
+    "Recipe",
+    "Schedule",
+    "StepKind",
+    "Summary",
+    "forecasts",
+    "presets",
+]

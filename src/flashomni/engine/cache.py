@@ -1,0 +1,185 @@
+"""What one layer remembers between steps, in one branch (cond, uncond, ...) of a generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashomni.symbols import Symbols
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a history is kept: ``dtype`` and ``device`` as named by the recipe."""
+
+    dtype: str = "compute"
+    device: str = "compute"
+
+    def resolve(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a tensor of ``dtype`` is kept."""
+        return DTYPES.get(self.dtype, dtype)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy to keep. On the host it is pinned and the copy does not wait."""
+        dtype = self.resolve(tensor.dtype)
+        if self.device == "host" and tensor.is_cuda:
+            kept = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
+            return kept.copy_(tensor, non_blocking=True)
+        return tensor.to(dtype, copy=True).contiguous()
+
+    @staticmethod
+    def get(kept: Tensor, device: torch.device) -> Tensor:
+        """What :meth:`put` kept, on ``device`` in fp32."""
+        return kept.to(device, non_blocking=True).float()
+
+
+class History:
+    """A value and its backward differences per step: F_0 .. F_order (TaylorSeer, 2503.06923).
+
+    Differences are exact only between values of one quantity; they are taken in fp32.
+
+    Args:
+        order: highest difference to give.
+        keep: how many terms to keep from one push to the next: ``order`` is enough to go on,
+            ``order + 1`` to evaluate a forecast from the history itself.
+        storage: how to keep them.
+    """
+
+    def __init__(self, order: int, keep: int, storage: Storage) -> None:
+        self.order, self.keep, self.storage = order, keep, storage
+        self._kept: list[Tensor] = []
+        self._step: int | None = None
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def push(self, value: Tensor, step: int) -> list[Tensor]:
+        """Add the value of ``step``; return the terms F_0 .. F_i that are known by now."""
+        terms = [value]
+        if self._step is not None and step > self._step:
+            for old in self._kept[: self.order]:
+                rise = terms[-1].float() - self.storage.get(old, value.device)
+                terms.append((rise / (step - self._step)).to(value.dtype))
+        self._kept = [self.storage.put(term) for term in terms[: self.keep]]
+        self._step, self._device, self._dtype = step, value.device, value.dtype
+        return terms
+
+    def predict(self, coefficients: Tensor) -> Tensor:
+        """``sum_i coefficients[i] * F_i``, of the terms that are kept."""
+        total = torch.zeros((), device=self._device)
+        for weight, kept in zip(coefficients, self._kept, strict=False):
+            total = total + weight * self.storage.get(kept, self._device)
+        return total.to(self._dtype)
+
+    def tensors(self) -> list[Tensor]:
+        return self._kept
+
+
+class Fraction:
+    """A number measured on the device that the host reads later, without waiting for it now.
+
+    The copy starts at once; the host reads it one interval later, when it is long complete.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._value = value
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
+@dataclass
+class LayerCache:
+    """State of one layer in one branch.
+
+    Attributes:
+        symbols: of the current interval.
+        history: of O, for the rows that the output projection sees.
+        bias_terms: ``[order + 1, B, R, N]`` projected terms of the cached heads.
+        num_terms: how many of them are filled.
+        rows: token range of ``history`` in the sequence.
+        projected: whether the forecast happens after the output projection.
+        whole: histories of the layer's outputs by name, while it is cached whole.
+        degraded: whether it is cached whole in this interval.
+        q_density: share of tiles that ``symbols`` computes, on the device.
+        kv_density: share of block pairs visited in them.
+        live_shares: share of computed (token, head) pairs by stream.
+        dense_flops: FLOPs of the dense layer by op, as last counted.
+        fraction: computed fraction of S_c, as measured at the last Update.
+    """
+
+    symbols: Symbols | None = None
+    history: History | None = None
+    bias_terms: Tensor | None = None
+    num_terms: int = 0
+    rows: tuple[int, int] = (0, 0)
+    projected: bool = True
+    whole: dict[str, list[History]] = field(default_factory=dict)
+    degraded: bool = False
+    q_density: Tensor | float = 1.0
+    kv_density: Tensor | float = 1.0
+    live_shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    dense_flops: dict[str, int] = field(default_factory=dict)
+    fraction: Fraction | None = None
+
+    def forget_heads(self) -> None:
+        """Drop what only per-head caching needs."""
+        self.history, self.bias_terms, self.num_terms = None, None, 0
+
+    def forget_whole(self) -> None:
+        """Drop what only whole-layer caching needs."""
+        self.whole.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept, for accounting."""
+        kept = [] if self.history is None else list(self.history.tensors())
+        kept += [tensor for part in self.whole.values() for h in part for tensor in h.tensors()]
+        if self.bias_terms is not None:
+            kept.append(self.bias_terms)
+        if self.symbols is not None:
+            kept += [self.symbols.q_bits, self.symbols.kv_bits]
+        return kept
+
+
+@dataclass
+class Branch:
+    """State of all layers for one conditioning branch.
+
+    Attributes:
+        signature: shape, dtype, device and grid of the run; another one starts afresh.
+        last_update: step of the last Update, ``None`` before the first.
+    """
+
+    layers: list[LayerCache]
+    signature: tuple | None = None
+    last_update: int | None = None
+
+    def reset(self) -> None:
+        self.layers = [LayerCache() for _ in self.layers]
+        self.signature, self.last_update = None, None
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes kept on the compute device and on the host."""
+        device = host = 0
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                size = tensor.untyped_storage().nbytes()
+                if tensor.is_pinned() if tensor.device.type == "cpu" else False:
+                    host += size
+                else:
+                    device += size
+        return device, host

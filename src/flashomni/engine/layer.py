@@ -1,0 +1,321 @@
+"""One layer in one step: the three engine calls an adapter makes, and whole-layer reuse.
+
+An adapter runs its block in its own order and leaves three things to the engine::
+
+    run.project_q(x, to_q, ...)     queries, only those that will be computed
+    run.attend(q, k, v, ...)        attention over the live blocks
+    run.project_o(o, to_out, ...)   output projection plus the forecast of cached heads
+
+and wraps what a cached layer leaves out altogether in ``run.reuse(name, compute)``.
+
+Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.cache import Fraction, History, LayerCache, Storage
+from flashomni.engine.linear import joined, linear_flops, plain_weights, why_not_plain
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.schedule import StepKind
+from flashomni.engine.trace import LayerRecord
+from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
+from flashomni.kernels.gemm_q import Rope, apply_rope, tile_mask
+from flashomni.symbols import Grid, Symbols
+
+
+@dataclass
+class StepPlan:
+    """What all layers share in one call of the model.
+
+    Args:
+        kind: full, update or dispatch.
+        step: index of this step.
+        records: whether a full step adds its outputs to the histories.
+        progress: fp32 scalar (step + 1) / num_steps.
+        coefficients: fp32, forecast weights at this step: of cached tiles, of whole layers.
+    """
+
+    kind: StepKind
+    step: int
+    records: bool
+    progress: Tensor
+    coefficients: Tensor
+    layer_coefficients: Tensor
+
+
+class LayerRun:
+    """One layer in one step. Made by the engine, used by an adapter, thrown away."""
+
+    def __init__(
+        self,
+        cache: LayerCache,
+        plan: StepPlan,
+        recipe: Recipe,
+        grid: Grid,
+        record: LayerRecord,
+        backend: str | None,
+    ) -> None:
+        self.grid = grid
+        self.kind = plan.kind
+        self._cache, self._plan, self._recipe = cache, plan, recipe
+        self._record, self._backend = record, backend
+        known = recipe.policy.known_fraction(grid)
+        if self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and plan.records):
+            self._decide_degradation(known)
+        self.bypass = self.kind is StepKind.DISPATCH and cache.degraded
+        record.kind = "bypass" if self.bypass else self.kind.value
+        if self.bypass:
+            record.q_density = record.kv_density = 0.0
+            for op, flops in cache.dense_flops.items():
+                record.add(op, flops, 0.0)
+        else:
+            cache.dense_flops = record.dense  # filled while the block runs
+        if self.kind is StepKind.DISPATCH and not self.bypass:
+            record.q_density, record.kv_density = cache.q_density, cache.kv_density
+
+    def _decide_degradation(self, known: float | None) -> None:
+        """S_q: cache the layer whole if little of it is computed; look again at each Update.
+
+        A fraction that depends on the data is the one of the Update before, so that the host
+        never waits for the device and every device decides alike.
+        """
+        cache, threshold = self._cache, self._recipe.degrade_below
+        fraction = known
+        if known is None and cache.fraction is not None and self.kind is StepKind.UPDATE:
+            fraction = cache.fraction.read()
+        cache.degraded = threshold > 0 and fraction is not None and fraction <= threshold
+        cache.forget_heads() if cache.degraded else cache.forget_whole()
+
+    @property
+    def _caches_heads(self) -> bool:
+        """Whether this layer has cached tiles of its own (not a whole cached layer)."""
+        return self._recipe.policy.caches and not self._cache.degraded
+
+    @property
+    def _stores(self) -> bool:
+        return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self._plan.records)
+
+    def reuse(self, name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``compute()``, or its forecast while the layer is cached whole.
+
+        Args:
+            name: unique in this layer.
+            compute: gives a tuple of tensors.
+        """
+        whole = self._cache.whole
+        if self.bypass:
+            return tuple(h.predict(self._plan.layer_coefficients) for h in whole[name])
+        values = compute()
+        if self._cache.degraded and self._stores:
+            order = self._recipe.layer_order
+            storage = Storage(self._recipe.history_dtype)
+            if name not in whole:
+                whole[name] = [History(order, order + 1, storage) for _ in values]
+            for history, value in zip(whole[name], values, strict=True):
+                history.push(value, self._plan.step)
+        return values
+
+    def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
+        """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
+        self._record.add(op, sum(linear_flops(module, rows) for module in modules))
+
+    def project_q(
+        self,
+        x: Tensor,
+        linear: nn.Module,
+        out: Tensor,
+        *,
+        norm: nn.Module | None,
+        rope: Rope | None,
+        row_offset: int,
+    ) -> None:
+        """Queries of one stream, after norm and RoPE, into ``out``.
+
+        Args:
+            x: ``[B, R, K]``.
+            linear: the projection; read directly only if it is plain (see ``linear.py``).
+            out: ``[B, R, H, D]``; cached tiles are not written on Dispatch steps.
+            norm: RMSNorm over head_dim, or ``None``.
+            rope: ``(cos, sin)`` each fp32 ``[R, D]``, or ``None``.
+            row_offset: position of ``x[:, 0]`` in the sequence.
+        """
+        batch, rows, features = x.shape
+        num_heads, head_dim = out.shape[2:]
+        flops = 2 * batch * rows * features * num_heads * head_dim
+        weights = plain_weights(linear, x)
+        start, stop = self.grid.text
+        is_text = start <= row_offset and row_offset + rows <= stop  # never cached
+        sparse = self.kind is StepKind.DISPATCH and self._caches_heads and not is_text
+        if sparse and weights is not None and _is_rms_norm(norm):
+            self._record.add("gemm_q", flops, self._live_share(row_offset, rows))
+            sparse_gemm_q(
+                x,
+                weights.weight,
+                weights.bias,
+                self._symbols(),
+                row_offset=row_offset,
+                norm_weight=getattr(norm, "weight", None),
+                norm_eps=None if norm is None else _eps(norm, x.dtype),
+                rope=rope,
+                out=out,
+                backend=self._backend,
+            )
+            return
+        if sparse and weights is None:
+            self._record.note = f"projections ran dense: {why_not_plain(linear, x)}"
+        self._record.add("gemm_q", flops)
+        q = linear(x).unflatten(-1, (num_heads, head_dim))
+        q = q if norm is None else norm(q)
+        out.copy_(q if rope is None else apply_rope(q, *rope))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
+        """Attention of the whole sequence; on an Update step also the choice of symbols.
+
+        Args:
+            q: ``[B, S, H, D]``; cached tiles may be undefined on Dispatch steps.
+            k: ``[B, S, H, D]``, after norm and RoPE.
+            v: ``[B, S, H, D]``.
+            out_projection: what :meth:`project_o` will be called with.
+
+        Returns:
+            ``[B, S, H, D]``. Cached tiles are undefined, or the forecast where the output
+            projection has to be called as a module.
+        """
+        cache, kv_len = self._cache, self.grid.kv_len
+        flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
+        if self.kind is not StepKind.DISPATCH:
+            self._record.add("attention", flops)
+            o = sparse_attention(q, k, v, kv_len=kv_len, backend=self._backend)
+            if self.kind is StepKind.UPDATE:
+                self._choose_symbols(q, k)
+            if self._stores and self._caches_heads:
+                cache.projected = plain_weights(out_projection, q) is not None
+            return o
+        self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
+        out = None
+        if self._caches_heads and not cache.projected:
+            out = torch.empty_like(q)
+            assert cache.history is not None
+            out[:, slice(*cache.rows)] = cache.history.predict(self._plan.coefficients)
+        return sparse_attention(
+            q, k, v, self._symbols(), kv_len=kv_len, out=out, backend=self._backend
+        )
+
+    def _choose_symbols(self, q: Tensor, k: Tensor) -> None:
+        policy, cache = self._recipe.policy, self._cache
+        symbols = policy(q, k, self.grid, self._plan.progress)
+        cache.symbols = symbols
+        cache.live_shares.clear()
+        cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()
+        if self._recipe.degrade_below > 0 and policy.known_fraction(self.grid) is None:
+            cache.fraction = Fraction(cache.q_density)
+
+    def _symbols(self) -> Symbols:
+        symbols = self._cache.symbols
+        assert symbols is not None, "a Dispatch step without an Update"
+        return symbols
+
+    def _live_share(self, row_offset: int, rows: int) -> Tensor:
+        """Share of a stream's (token, head) pairs that are computed: fp32 scalar on the device."""
+        shares = self._cache.live_shares
+        if (row_offset, rows) not in shares:
+            live = tile_mask(self._symbols(), rows, row_offset)
+            shares[row_offset, rows] = live.float().mean()
+        return shares[row_offset, rows]
+
+    def project_o(
+        self,
+        o: Tensor,
+        linear: nn.Module,
+        *,
+        row_offset: int,
+        always: Tensor | None = None,
+    ) -> Tensor:
+        """Output projection of one stream: live heads plus the forecast of the cached ones.
+
+        Args:
+            o: ``[B, R, H, D]``, the stream's rows of what :meth:`attend` returned.
+            linear: the projection ``[N, H * D + E]``.
+            row_offset: position of the first row in the sequence.
+            always: ``[B, R, E]`` input columns that belong to no head, or ``None``.
+
+        Returns:
+            ``[B, R, N]``.
+        """
+        cache = self._cache
+        weights = plain_weights(linear, o)
+        width = o.shape[2] * o.shape[3]
+        out_features = int(linear.out_features)  # type: ignore[arg-type]  # all Linears have it
+        flops = 2 * o.shape[0] * o.shape[1] * width * out_features
+        if always is not None:
+            self._record.add("mlp", 2 * o.shape[0] * o.shape[1] * always.shape[2] * out_features)
+        if self._stores and self._caches_heads:
+            terms = self._push_history(o, row_offset)
+            if self.kind is StepKind.UPDATE and weights is not None:
+                cached = 1.0 - self._live_share(row_offset, o.shape[1])
+                share = 1.0 + (len(terms) - 1) * cached
+                self._record.add("gemm_o", flops, share)
+                shape = (self._recipe.order + 1, *o.shape[:2], out_features)
+                if cache.bias_terms is None or cache.bias_terms.shape != shape:
+                    dtype = Storage(self._recipe.history_dtype).resolve(o.dtype)
+                    cache.bias_terms = o.new_empty(shape, dtype=dtype)
+                cache.num_terms = len(terms)
+                y, _ = gemm_o_update(
+                    terms,
+                    *weights,
+                    self._symbols(),
+                    always=always,
+                    row_offset=row_offset,
+                    bias_terms=cache.bias_terms[: len(terms)],
+                    backend=self._backend,
+                )
+                return y
+        elif self.kind is StepKind.DISPATCH and self._caches_heads and cache.projected:
+            if weights is None or cache.bias_terms is None:
+                raise RuntimeError(
+                    f"{self._record.name}: the output projection changed within a generation "
+                    f"({why_not_plain(linear, o)}); load or remove adapters between generations"
+                )
+            self._record.add("gemm_o", flops, self._live_share(row_offset, o.shape[1]))
+            return sparse_gemm_o(
+                o,
+                *weights,
+                self._symbols(),
+                cache.bias_terms[: cache.num_terms],
+                self._plan.coefficients[: cache.num_terms],
+                always=always,
+                row_offset=row_offset,
+                backend=self._backend,
+            )
+        self._record.add("gemm_o", flops)
+        return linear(joined(o, always))
+
+    def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
+        """Add O to the history; return its terms so far."""
+        cache, recipe = self._cache, self._recipe
+        # Projected terms are made now; only what the next differences need has to be kept.
+        keep = recipe.order if cache.projected else recipe.order + 1
+        if cache.history is None or cache.history.keep != keep:
+            storage = Storage(recipe.history_dtype, recipe.history_device)
+            cache.history = History(recipe.order, keep, storage)
+        cache.rows = (row_offset, row_offset + o.shape[1])
+        return cache.history.push(o, self._plan.step)
+
+
+def _is_rms_norm(norm: nn.Module | None) -> bool:
+    """Whether a norm over head_dim can be fused: torch's and diffusers' RMSNorm without bias."""
+    if norm is None:
+        return True
+    plain = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None
+    return plain and "forward" not in norm.__dict__
+
+
+def _eps(norm: nn.Module, dtype: torch.dtype) -> float:
+    eps = norm.eps
+    return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]

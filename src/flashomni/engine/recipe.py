@@ -1,0 +1,188 @@
+"""A recipe: policy + schedule + forecast + storage. Data, with a JSON round trip; no code in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashomni.engine.forecasts import forecasts
+from flashomni.engine.schedule import Schedule
+from flashomni.policies import Policy, check_range, make_policy, policies
+
+FORMAT = 1
+PRESETS = Path(__file__).parent.parent / "recipes"
+HISTORY_DTYPES = ("compute", "bfloat16", "float16")
+HISTORY_DEVICES = ("compute", "host")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what is computed, cached and skipped.
+
+    Args:
+        name: what reports call it.
+        policy: chooses the symbols on Update steps.
+        interval: N: one Update, then N - 1 Dispatch steps.
+        warmup: share of the steps that run dense first, 0 to 1.
+        forecast: basis that carries cached tiles forward (``flashomni show recipe`` lists them).
+        order: forecast order of cached tiles, 0 to 3.
+        layer_order: forecast order of layers that are cached whole, 0 to 3.
+        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
+            attention and MLP, until it rises again; 0 never does that.
+        block_m: query tokens per block.
+        block_n: key tokens per block.
+        history_dtype: storage of histories and bias terms: ``compute``, ``bfloat16``, ``float16``.
+        history_device: ``compute`` keeps the history of O beside the model, ``host`` in pinned
+            host memory (it is needed on Update steps only).
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and what is allowed.
+    """
+
+    policy: Policy
+    name: str = "custom"
+    interval: int = 6
+    warmup: float = 0.16
+    forecast: str = "taylor"
+    order: int = 1
+    layer_order: int = 0
+    degrade_below: float = 0.0
+    block_m: int = 128
+    block_n: int = 128
+    history_dtype: str = "compute"
+    history_device: str = "compute"
+    _schedule: Schedule = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise ValueError(f"policy must be a Policy, got {self.policy!r}")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name must be a non-empty string, got {self.name!r}")
+        _check_int("interval", self.interval, 1, 1000)
+        check_range("warmup", self.warmup, 0.0, 1.0)
+        _check_choice("forecast", self.forecast, tuple(forecasts()))
+        _check_int("order", self.order, 0, 3)
+        _check_int("layer_order", self.layer_order, 0, 3)
+        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
+        for name in ("block_m", "block_n"):
+            _check_int(name, getattr(self, name), 16, 1024)
+            if getattr(self, name) % 16:
+                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
+        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
+        order = max(self.order, self.layer_order)
+        object.__setattr__(self, "_schedule", Schedule(self.interval, self.warmup, order))
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._schedule
+
+    def replace(self, **changes: Any) -> Recipe:
+        """This recipe with other values; it is checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only; :meth:`from_dict` gives the same recipe back."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"format": FORMAT, **settings, "policy": self.policy.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """The inverse of :meth:`to_dict`; what is left out keeps its default."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a recipe must be a JSON object, got {type(data).__name__}")
+        settings = dict(data)
+        version = settings.pop("format", FORMAT)
+        if version != FORMAT:
+            raise ValueError(f"format of a recipe must be {FORMAT}, got {version!r}")
+        allowed = [f.name for f in dataclasses.fields(cls) if f.init]
+        for key in settings:
+            if key not in allowed:
+                raise ValueError(f"a recipe has {', '.join(allowed)}; got {key!r}")
+        chosen = settings.get("policy")
+        if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name"), str):
+            known = ", ".join(policies())
+            raise ValueError(
+                f'policy must be {{"name": one of {known}, setting: value}}, got {chosen!r}'
+            )
+        return cls(**{**settings, "policy": make_policy(**chosen)})
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON; the file appears whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is missing, not JSON, or not a recipe.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"recipe {path} cannot be read: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"recipe {path}: {error}") from error
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path) -> Recipe:
+        """A recipe as users name it: an object, a preset, a policy, or a path to JSON.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if isinstance(recipe, Recipe):
+            return recipe
+        if not isinstance(recipe, (str, Path)):
+            raise ValueError(f"recipe must be a Recipe, a name or a path, got {recipe!r}")
+        text = str(recipe)
+        if text in presets():
+            return cls.load(PRESETS / f"{text}.json")
+        if text in policies():
+            return cls(name=text, policy=make_policy(text), **policies()[text].recipe)
+        if text.endswith(".json") or Path(text).exists():
+            return cls.load(text)
+        raise ValueError(
+            f"recipe must be a preset ({', '.join(presets())}), a policy "
+            f"({', '.join(policies())}) or a path to a .json file, got {text!r}"
+        )
+
+
+def presets() -> list[str]:
+    """Names of the recipes that come with the library."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

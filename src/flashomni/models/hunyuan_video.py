@@ -1,0 +1,159 @@
+"""HunyuanVideoTransformer3DModel: HunyuanVideo text to video.
+
+Text comes last and is padded. Diffusers hands a ``[B, 1, 1, N]`` mask to every block; as the valid
+tokens are a prefix, ``kv_len`` says the same, and attention needs no mask. RoPE is for vision only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine import Engine, LayerRun
+from flashomni.kernels.gemm_q import Rope
+from flashomni.models import Adapter, Site, adapter
+from flashomni.models._mmdit import (
+    added_stream,
+    dual_attention,
+    feed_forward,
+    joint_attention,
+    own_stream,
+    require_processor,
+)
+from flashomni.symbols import Grid
+
+
+@adapter("HunyuanVideoTransformer3DModel")
+class HunyuanVideo(Adapter):
+    def sites(self, model: Any) -> list[Site]:
+        dual = [
+            Site(f"transformer_blocks.{i}", block, run_dual)
+            for i, block in enumerate(model.transformer_blocks)
+        ]
+        single = [
+            Site(f"single_transformer_blocks.{i}", block, run_single)
+            for i, block in enumerate(model.single_transformer_blocks)
+        ]
+        return dual + single
+
+    def check(self, model: Any) -> None:
+        if getattr(model.config, "image_condition_type", None) == "token_replace":
+            raise NotImplementedError(
+                "HunyuanVideo with image_condition_type='token_replace' is not supported: its "
+                "blocks modulate the first frame apart; text-to-video and 'latent_concat' are"
+            )
+        blocks = {site.name: site.block for site in self.sites(model)}
+        require_processor(blocks, "HunyuanVideoAttnProcessor2_0")
+
+    def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
+        from diffusers import HunyuanVideoTransformer3DModel
+
+        model = HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=3,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            patch_size=2,
+            patch_size_t=1,
+            guidance_embeds=True,
+            text_embed_dim=24,
+            pooled_projection_dim=20,
+            rope_axes_dim=(4, 6, 6),
+        )
+        text = torch.arange(75) < torch.tensor([[75], [30]])
+        return model, {
+            "hidden_states": torch.randn(2, 4, 5, 18, 14),
+            "timestep": torch.full((2,), 500.0),
+            "encoder_hidden_states": torch.randn(2, 75, 24),
+            "encoder_attention_mask": text.long(),
+            "pooled_projections": torch.randn(2, 20),
+            "guidance": torch.full((2,), 6000.0),
+        }
+
+
+def _begin(
+    engine: Engine, index: int, vision: Tensor, text: Tensor, mask: Tensor | None
+) -> LayerRun:
+    num_vision = vision.shape[1]
+    seqlen = num_vision + text.shape[1]
+    kv_len = None
+    if mask is not None:
+        kv_len = engine.memo("kv_len", lambda: mask.flatten(1).sum(-1, dtype=torch.int32))
+    recipe = engine.recipe
+    text_span = (num_vision, seqlen)
+    grid = Grid(seqlen, seqlen, text_span, recipe.block_m, recipe.block_n, kv_len)
+    return engine.layer(index, grid, vision)
+
+
+def run_dual(
+    engine: Engine,
+    index: int,
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Rope | None = None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    """A ``HunyuanVideoTransformerBlock``: ``(vision, text)`` streams."""
+    x, c = hidden_states, encoder_hidden_states
+    run = _begin(engine, index, x, c, attention_mask)
+    norm_x, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
+    norm_c, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(c, emb=temb)
+
+    def attention() -> tuple[Tensor, Tensor]:
+        return dual_attention(
+            run,
+            block.attn,
+            own_stream(block.attn, norm_x, run.grid.vision, freqs_cis),
+            added_stream(block.attn, norm_c, run.grid.text, None),
+        )
+
+    y, c_y = run.reuse("attention", attention)
+    x = x + y * gate.unsqueeze(1)
+    c = c + c_y * c_gate.unsqueeze(1)
+    norm_x = block.norm2(x) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+    norm_c = block.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
+    x = x + gate_mlp.unsqueeze(1) * feed_forward(run, "mlp", block.ff, norm_x)
+    c = c + c_gate_mlp.unsqueeze(1) * feed_forward(run, "mlp_text", block.ff_context, norm_c)
+    return x, c
+
+
+def run_single(
+    engine: Engine,
+    index: int,
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Rope | None = None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    """A ``HunyuanVideoSingleTransformerBlock``: one sequence, split again at the end."""
+    num_vision = hidden_states.shape[1]
+    run = _begin(engine, index, hidden_states, encoder_hidden_states, attention_mask)
+    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    norm_x, gate = block.norm(x, emb=temb)
+
+    def body() -> tuple[Tensor]:
+        mlp = block.act_mlp(block.proj_mlp(norm_x))
+        run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
+        vision, text = run.grid.vision, run.grid.text
+        streams = [
+            own_stream(block.attn, norm_x[:, slice(*vision)], vision, image_rotary_emb),
+            own_stream(block.attn, norm_x[:, slice(*text)], text, None),
+        ]
+        o = joint_attention(run, block.attn, streams, block.proj_out)
+        return (run.project_o(o, block.proj_out, row_offset=0, always=mlp),)
+
+    (y,) = run.reuse("block", body)
+    x = gate.unsqueeze(1) * y + x
+    return x[:, :num_vision], x[:, num_vision:]

@@ -1,0 +1,120 @@
+"""Multi-granularity symbols of FlashOmni (arXiv 2509.25401, section 3.5).
+
+Which query blocks to cache is read off the pooled attention map P between text and vision: C, what
+a vision block gives to the text (v -> t), and G, how much the text steers it (t -> v). The blocks
+that hold the least of both are cached. Which key blocks to skip follows SpargeAttn: the lightest
+entries of each row of P. Both thresholds grow with the steps, so early steps stay nearly dense.
+
+The public sources disagree on details; each variant is an option here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashomni.policies import Policy, check_bool, check_range, policy
+from flashomni.policies._pooled import low_mass, pooled_map, self_similarity
+from flashomni.symbols import Grid, Symbols
+
+COMBINE = ("and", "mean", "c", "g")
+
+
+@policy
+@dataclass(frozen=True)
+class FlashOmni(Policy):
+    """Cache what matters little to the text, skip what holds little attention.
+
+    Args:
+        tau_q: share of the text-coupling mass that may be cached, at the last step.
+        tau_kv: share of each row's attention mass that may be skipped, at the last step.
+        power: p of the schedule ``tau(t) = tau * progress ** p``; 0 is constant.
+        combine: ``and``: light in C and light in G (paper); ``mean``: one test on their mean;
+            ``c`` or ``g``: only one of them.
+        share_heads: one S_c for all heads, from the sum over heads.
+        similarity_gate: blocks whose tokens have a mean cosine below this are pooled badly, so
+            they are always computed and visited; ``None`` gates nothing.
+        center_k: subtract the mean key before pooling.
+
+    Raises:
+        ValueError: a setting is out of range; or, when called, the grid has no text or no vision.
+    """
+
+    tau_q: float = 0.5
+    tau_kv: float = 0.15
+    power: float = 2.0
+    combine: str = "and"
+    share_heads: bool = False
+    similarity_gate: float | None = None
+    center_k: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("tau_q", self.tau_q, 0.0, 1.0)
+        check_range("tau_kv", self.tau_kv, 0.0, 1.0)
+        check_range("power", self.power, 0.0, 10.0)
+        if self.combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
+        check_bool("share_heads", self.share_heads)
+        check_bool("center_k", self.center_k)
+        if self.similarity_gate is not None:
+            check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
+
+    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
+        if grid.text_q_blocks == (0, 0):
+            raise ValueError(
+                f"policy flashomni needs text tokens in the attention, got a {grid}; "
+                "policies topk, spargeattn and window do not"
+            )
+        growth = progress**self.power
+        attention = pooled_map(q, k, grid, self.center_k)  # [B, H, Mb, Nb]
+        q_mask = ~self._light_blocks(attention, grid, self.tau_q * growth)
+        kv_mask = ~low_mass(attention, self.tau_kv * growth)
+        if self.similarity_gate is not None:
+            coarse_q = self_similarity(q, grid.block_m, None) < self.similarity_gate
+            coarse_k = self_similarity(k, grid.block_n, grid.kv_len) < self.similarity_gate
+            coarse_k = coarse_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+            q_mask = q_mask | coarse_q
+            kv_mask = kv_mask | coarse_q[..., None] | coarse_k[..., None, :]
+        kv_mask = _dense_rows(kv_mask, grid.text_q_blocks)
+        return Symbols.pack(q_mask, kv_mask, grid)
+
+    def _light_blocks(self, attention: Tensor, grid: Grid, tau: Tensor) -> Tensor:
+        """Vision query blocks that may be cached: bool ``[B, H, Mb]``, false for text."""
+        light = torch.zeros_like(attention[..., 0], dtype=torch.bool)
+        start, stop = grid.vision_q_blocks
+        if start == stop:
+            return light
+        text_rows, vision_rows = slice(*grid.text_q_blocks), slice(start, stop)
+        text_columns, vision_columns = slice(*grid.text_kv_blocks), slice(*grid.vision_kv_blocks)
+        given = attention[..., text_rows, vision_columns].sum(-2)  # C: [B, H, vision kv blocks]
+        if grid.block_m != grid.block_n:
+            given = _regrid(given, stop - start)
+        guided = attention[..., vision_rows, text_columns]
+        guided = guided.softmax(-2).sum(-1)  # G: [B, H, vision q blocks]
+        if self.share_heads:
+            given, guided = given.sum(1, keepdim=True), guided.sum(1, keepdim=True)
+        tests = {
+            "and": lambda: low_mass(given, tau) & low_mass(guided, tau),
+            "mean": lambda: low_mass(_share(given) + _share(guided), tau),
+            "c": lambda: low_mass(given, tau),
+            "g": lambda: low_mass(guided, tau),
+        }
+        light[..., vision_rows] = tests[self.combine]().expand_as(light[..., vision_rows])
+        return light
+
+
+def _dense_rows(kv_mask: Tensor, rows: tuple[int, int]) -> Tensor:
+    """Text rows visit everything: they carry the prompt."""
+    index = torch.arange(kv_mask.shape[-2], device=kv_mask.device)
+    return kv_mask | ((index >= rows[0]) & (index < rows[1]))[:, None]
+
+
+def _share(mass: Tensor) -> Tensor:
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def _regrid(mass: Tensor, count: int) -> Tensor:
+    """Mass per key block -> per query block, when the two block sizes differ."""
+    return torch.nn.functional.interpolate(mass, size=count, mode="area")

@@ -1,0 +1,59 @@
+"""A fixed share of tiles and of key blocks, the heaviest: a benchmark can ask for a density."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashomni.policies import Policy, check_bool, check_range, policy
+from flashomni.policies._pooled import heaviest, pooled_map
+from flashomni.symbols import Grid, Symbols
+
+
+@policy
+@dataclass(frozen=True)
+class TopK(Policy):
+    """Compute the query blocks that receive, and visit the key blocks that hold, most attention.
+
+    Densities count text blocks, which are always kept: a density below their share gives that
+    share. Rounded to whole blocks.
+
+    Args:
+        q_density: fraction of query blocks to compute in each head.
+        kv_density: fraction of key blocks to visit in each row.
+        share_heads: one S_c for all heads.
+    """
+
+    q_density: float = 0.5
+    kv_density: float = 0.5
+    share_heads: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("q_density", self.q_density, 0.0, 1.0)
+        check_range("kv_density", self.kv_density, 0.0, 1.0)
+        check_bool("share_heads", self.share_heads)
+
+    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
+        attention = pooled_map(q, k, grid)  # [B, H, Mb, Nb]
+        # Text counts towards the density, so it is put above every vision block.
+        attention[..., slice(*grid.text_kv_blocks)] = 2.0
+        kv_mask = heaviest(attention, _count(self.kv_density, grid.num_kv_blocks, least=1))
+        received = attention.sum(-2)  # [B, H, Nb]
+        if grid.num_q_blocks != grid.num_kv_blocks:
+            received = torch.nn.functional.interpolate(received, size=grid.num_q_blocks)
+        received[..., slice(*grid.text_q_blocks)] = torch.inf
+        if self.share_heads:
+            received = received.sum(1, keepdim=True).expand_as(received)
+        q_mask = heaviest(received, _count(self.q_density, grid.num_q_blocks, least=0))
+        return Symbols.pack(q_mask, kv_mask, grid)
+
+    def known_fraction(self, grid: Grid) -> float:
+        text = grid.text_q_blocks[1] - grid.text_q_blocks[0]
+        count = max(_count(self.q_density, grid.num_q_blocks, least=0), text)
+        return count / grid.num_q_blocks
+
+
+def _count(density: float, blocks: int, least: int) -> int:
+    return max(round(density * blocks), least)
