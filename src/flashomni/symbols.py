@@ -295,6 +295,17 @@ class Symbols:
         """These symbols with the invariants of :meth:`pack` enforced again."""
         return Symbols.pack(self.q_mask(), self.kv_mask(), self.grid)
 
+    def fill_rows(self, min_skip: float) -> Symbols:
+        """Visit every key block in the rows that would skip less than ``min_skip`` of them.
+
+        Below some share, skipping costs more time than it saves; such a row is better exact.
+        """
+        kv_mask = self.kv_mask()
+        skipped = (~kv_mask).float().mean(-1, keepdim=True)
+        return Symbols.pack(
+            self.q_mask(), kv_mask | (skipped < min_skip), self.grid, skip_text_columns=True
+        )
+
     def __and__(self, other: Symbols) -> Symbols:
         """Computed where both compute (invariants enforced again: a row is never left empty)."""
         return self._combine(other, torch.bitwise_and).keep_text()

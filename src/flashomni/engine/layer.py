@@ -210,6 +210,8 @@ class LayerRun:
     def _choose_symbols(self, q: Tensor, k: Tensor) -> None:
         policy, cache = self._recipe.policy, self._cache
         symbols = policy(q, k, self.grid, self._plan.progress)
+        if self._recipe.min_skip > 0:
+            symbols = symbols.fill_rows(self._recipe.min_skip)
         cache.symbols = symbols
         cache.live_shares.clear()
         cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()

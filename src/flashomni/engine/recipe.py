@@ -35,6 +35,8 @@ class Recipe:
         layer_order: forecast order of layers that are cached whole, 0 to 3.
         degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
             attention and MLP, until it rises again; 0 never does that.
+        min_skip: a row that would skip less than this share of its key blocks visits all of them:
+            below break-even, skipping costs more than it saves.
         block_m: query tokens per block.
         block_n: key tokens per block.
         history_dtype: storage of histories and bias terms: ``compute``, ``bfloat16``, ``float16``.
@@ -53,6 +55,7 @@ class Recipe:
     order: int = 1
     layer_order: int = 0
     degrade_below: float = 0.0
+    min_skip: float = 0.0
     block_m: int = 128
     block_n: int = 128
     history_dtype: str = "compute"
@@ -70,6 +73,7 @@ class Recipe:
         _check_int("order", self.order, 0, 3)
         _check_int("layer_order", self.layer_order, 0, 3)
         check_range("degrade_below", self.degrade_below, 0.0, 1.0)
+        check_range("min_skip", self.min_skip, 0.0, 1.0)
         for name in ("block_m", "block_n"):
             _check_int(name, getattr(self, name), 16, 1024)
             if getattr(self, name) % 16:

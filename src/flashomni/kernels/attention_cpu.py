@@ -2,12 +2,10 @@
 
 Query blocks that visit the same number of key blocks are batched, so that every core works on a
 query block of its own; buffers are reused, because fresh pages cost as much as the arithmetic.
-Nothing is skipped when all bits are 1: then torch's fused attention runs.
+Where nothing is skipped torch's fused attention runs: for single rows, and for whole calls.
 """
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -15,6 +13,8 @@ from torch import Tensor
 from flashomni.kernels.attention import AttentionCall
 from flashomni.kernels.dispatch import register
 from flashomni.symbols import Grid, Symbols
+
+SCORE_BLOCKS = 32  # key blocks that a core takes at once
 
 
 def _refuses(call: AttentionCall) -> list[str]:
@@ -24,31 +24,22 @@ def _refuses(call: AttentionCall) -> list[str]:
 
 @register("attention", "cpu", rank=10, refuses=_refuses)
 def run(call: AttentionCall) -> None:
-    q_mask = kv_mask = None
-    if call.symbols is not None:
-        q_mask, kv_mask = call.symbols.q_mask(), call.symbols.kv_mask()
-        if q_mask.all() and kv_mask.all():
-            q_mask = kv_mask = None
+    batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv = call.k.shape[1]
-    kv_lens = [seqlen_kv] * len(call.q) if call.kv_len is None else call.kv_len.tolist()
+    symbols = call.symbols or Symbols.dense(Grid(seqlen_q, seqlen_kv), batch, num_heads)
+    q_mask, kv_mask = symbols.q_mask(), symbols.kv_mask()
+    is_dense = call.symbols is None or bool(q_mask.all() and kv_mask.all())
+    kv_lens = [seqlen_kv] * batch if call.kv_len is None else call.kv_len.tolist()
     for b, kv_len in enumerate(kv_lens):
         kv_len = min(kv_len, seqlen_kv)
-        if q_mask is None and call.lse is None and kv_len > 0:
+        if is_dense and call.lse is None and kv_len > 0:
             _dense(call, b, kv_len)
         else:
-            symbols = call.symbols or _dense_symbols(call)
-            rows = symbols.q_mask()[b] if q_mask is None else q_mask[b]
-            visits = symbols.kv_mask()[b] if kv_mask is None else kv_mask[b]
-            _sparse(call, b, kv_len, rows, visits, symbols.grid.block_m, symbols.grid.block_n)
-
-
-def _dense_symbols(call: AttentionCall) -> Symbols:
-    grid = Grid(call.q.shape[1], call.k.shape[1])
-    return Symbols.dense(grid, call.q.shape[0], call.q.shape[2])
+            _sparse(call, b, kv_len, q_mask[b], kv_mask[b], symbols.grid)
 
 
 def _dense(call: AttentionCall, b: int, kv_len: int) -> None:
-    q, k, v = (x.transpose(1, 2) for x in (call.q[b : b + 1], call.k[b : b + 1], call.v[b : b + 1]))
+    q, k, v = (x[b : b + 1].transpose(1, 2) for x in (call.q, call.k, call.v))
     o = torch.nn.functional.scaled_dot_product_attention(
         q,
         k[:, :, :kv_len],
@@ -60,59 +51,113 @@ def _dense(call: AttentionCall, b: int, kv_len: int) -> None:
 
 
 def _sparse(
-    call: AttentionCall,
-    b: int,
-    kv_len: int,
-    q_mask: Tensor,
-    kv_mask: Tensor,
-    block_m: int,
-    block_n: int,
+    call: AttentionCall, b: int, kv_len: int, q_mask: Tensor, kv_mask: Tensor, grid: Grid
 ) -> None:
     """One batch item: q_mask ``[H, Mb]``, kv_mask ``[H, Mb, Nb]``."""
-    num_heads, head_dim = call.q.shape[2:]
-    group = num_heads // call.k.shape[2]
-    num_kv_blocks = -(-kv_len // block_n)
-    tail = kv_len % block_n
-    q = _to_blocks(call.q[b] * call.softmax_scale, block_m)  # [H, Mb, block_m, D]
-    k = _to_blocks(call.k[b, :kv_len], block_n).flatten(2)  # [Hkv, Nb, block_n * D]
-    v = _to_blocks(call.v[b, :kv_len], block_n).flatten(2)
-    kv_mask = kv_mask[..., :num_kv_blocks]
+    block_m, block_n = grid.block_m, grid.block_n
+    kv_mask = kv_mask[..., : -(-kv_len // block_n)]
+    q = _to_blocks(call.q[b], block_m)  # [H, Mb, block_m, D]
+    k, v = (_to_blocks(x[b, :kv_len], block_n) for x in (call.k, call.v))  # [Hkv, Nb, block_n, D]
+    tail = grid.seqlen_q % block_m
+    o = call.out.new_empty(q.shape).transpose(0, 1)  # [Mb, H, block_m, D]
+    if not tail:
+        o = call.out[b].unflatten(0, (-1, block_m)).transpose(1, 2)  # a view: rows go straight in
+    lse = None if call.lse is None else q.new_empty(q.shape[:3])
 
-    batches = defaultdict(list)
-    for h, i in q_mask.nonzero().tolist():
-        visited = kv_mask[h, i].nonzero()[:, 0]
-        # Blocks ascend, so a partly filled last block is the last one visited.
-        ragged = bool(tail) and len(visited) > 0 and int(visited[-1]) == num_kv_blocks - 1
-        batches[len(visited), ragged].append((h, i, visited + (h // group) * num_kv_blocks))
+    full = kv_mask.all(-1) & (kv_len > 0 and lse is None)
+    for h, rows in enumerate(q_mask & full):
+        if rows.any():
+            key, value = (x[h // (len(q_mask) // len(x))].flatten(0, 1)[:kv_len] for x in (k, v))
+            o[rows, h] = _fused(q[h, rows], key, value, call.softmax_scale).to(o.dtype)
+    _partial(q, k, v, o, lse, q_mask & ~full, kv_mask, kv_len % block_n, call.softmax_scale)
 
-    size = 2 * torch.get_num_threads()
-    for (count, ragged), rows in batches.items():
+    rows = q_mask.repeat_interleave(block_m, -1)[:, : grid.seqlen_q]  # [H, M]
+    if tail:
+        new = o.transpose(1, 2).flatten(0, 1)[: grid.seqlen_q]
+        call.out[b] = torch.where(rows.T[..., None], new, call.out[b])
+    if call.lse is not None and lse is not None:
+        call.lse[b] = torch.where(rows, lse.flatten(1)[:, : rows.shape[1]], call.lse[b])
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Query blocks ``[n, block_m, D]`` of one head over all keys ``[N, D]``."""
+    tokens = q.flatten(0, 1)[None, None]
+    o = torch.nn.functional.scaled_dot_product_attention(
+        tokens, k[None, None], v[None, None], scale=softmax_scale
+    )
+    return o.view_as(q)
+
+
+def _partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    q_mask: Tensor,
+    kv_mask: Tensor,
+    tail: int,
+    softmax_scale: float,
+) -> None:
+    """Fill o ``[Mb, H, block_m, D]`` where q_mask ``[H, Mb]``, visiting kv_mask ``[H, Mb, Nb]``.
+
+    A *row* is a pair (head, query block), numbered head by head. ``tail`` is the number of keys in
+    the last key block, 0 if it is full.
+    """
+    num_heads, num_q_blocks, block_m, head_dim = q.shape
+    num_kv_heads, num_kv_blocks, block_n, _ = k.shape
+    k, v = (x.flatten(0, 1).flatten(1) for x in (k, v))  # [Hkv * Nb, block_n * D]
+    counts = kv_mask.sum(-1)
+    visited = torch.argsort(~kv_mask, dim=-1, stable=True)  # visited blocks first, ascending
+    key_head = torch.arange(num_heads) // (num_heads // num_kv_heads)
+    visited = (visited + key_head[:, None, None] * num_kv_blocks).flatten(0, 1)
+    # Blocks ascend, so a partly filled last block is the last one visited.
+    ragged = kv_mask[..., -1] if tail and num_kv_blocks else torch.zeros_like(q_mask)
+    kind = (2 * counts + ragged).masked_fill(~q_mask, -1).flatten()
+
+    # Rows in the order of their kind, so that a batch of them is a slice.
+    kind, rows = kind.sort(stable=True)
+    skip = int((kind < 0).sum())
+    kind, rows = kind[skip:], rows[skip:]
+    h, i = rows // num_q_blocks, rows % num_q_blocks
+    q_rows = q.flatten(0, 1).index_select(0, rows).mul_(softmax_scale)
+    visited = visited.index_select(0, rows)
+    o_rows = torch.empty_like(q_rows)
+    lse_rows = None if lse is None else torch.empty_like(q_rows[..., 0])
+    kinds, sizes = kind.unique_consecutive(return_counts=True)
+    start = 0
+    for value, size in zip(kinds.tolist(), sizes.tolist(), strict=True):
+        (count, has_tail), stop = divmod(value, 2), start + size
         if count == 0:
-            for h, i, _ in rows:
-                _store(call, b, h, i, block_m, None, None)
+            o_rows[start:stop] = 0
+            if lse_rows is not None:
+                lse_rows[start:stop] = -torch.inf
+            start = stop
             continue
-        width = min(size, len(rows))
         keys = count * block_n
-        k_buf, v_buf = q.new_empty(2, width * count, block_n * head_dim)
-        score, prob = q.new_empty(2, width, block_m, keys)
-        o = q.new_empty(width, block_m, head_dim)
-        for start in range(0, len(rows), width):
-            part = rows[start : start + width]
-            n = len(part)
-            index = torch.cat([visited for _, _, visited in part])
-            torch.index_select(k.flatten(0, 1), 0, index, out=k_buf[: n * count])
-            torch.index_select(v.flatten(0, 1), 0, index, out=v_buf[: n * count])
-            query = torch.stack([q[h, i] for h, i, _ in part])
-            k_part = k_buf[: n * count].view(n, keys, head_dim)
-            v_part = v_buf[: n * count].view(n, keys, head_dim)
-            torch.bmm(query, k_part.mT, out=score[:n])
-            if ragged:
-                score[:n, :, keys - block_n + tail :] = -torch.inf
-            torch.softmax(score[:n], -1, out=prob[:n])
-            torch.bmm(prob[:n], v_part, out=o[:n])
-            lse = None if call.lse is None else score[:n].logsumexp(-1)
-            for slot, (h, i, _) in enumerate(part):
-                _store(call, b, h, i, block_m, o[slot], None if lse is None else lse[slot])
+        # Enough rows at once to hide the cost of a call, few enough for their scores to stay in L2.
+        width = torch.get_num_threads() * max(2, SCORE_BLOCKS // count)
+        k_buf, v_buf = k.new_empty(2, min(width, size) * count, block_n * head_dim)
+        scores = k.new_empty(min(width, size), block_m, keys)
+        for first in range(start, stop, width):
+            part = slice(first, min(first + width, stop))
+            n = part.stop - first
+            index = visited[part, :count].flatten()
+            torch.index_select(k, 0, index, out=k_buf[: n * count])
+            torch.index_select(v, 0, index, out=v_buf[: n * count])
+            k_part, v_part = (x[: n * count].view(n, keys, head_dim) for x in (k_buf, v_buf))
+            score = scores[:n]
+            torch.bmm(q_rows[part], k_part.mT, out=score)
+            if has_tail:
+                score[:, :, keys - block_n + tail :] = -torch.inf
+            if lse_rows is not None:
+                lse_rows[part] = score.logsumexp(-1)
+            torch.softmax(score, -1, out=score)
+            torch.bmm(score, v_part, out=o_rows[part])
+        start = stop
+    o[i, h] = o_rows.to(o.dtype)
+    if lse is not None and lse_rows is not None:
+        lse[h, i] = lse_rows
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:
@@ -120,19 +165,6 @@ def _to_blocks(x: Tensor, block: int) -> Tensor:
     seqlen, num_heads, head_dim = x.shape
     blocks = x.new_empty(num_heads, -(-seqlen // block) * block, head_dim, dtype=torch.float32)
     blocks[:, :seqlen] = x.transpose(0, 1)
-    blocks[:, seqlen:] = 0
+    if seqlen < blocks.shape[1]:
+        blocks[:, seqlen:] = 0
     return blocks.unflatten(1, (-1, block))
-
-
-def _store(
-    call: AttentionCall, b: int, h: int, i: int, block_m: int, o: Tensor | None, lse: Tensor | None
-) -> None:
-    """Write one query block; ``None`` stands for a row that visited nothing."""
-    rows = slice(i * block_m, min((i + 1) * block_m, call.q.shape[1]))
-    count = rows.stop - rows.start
-    if o is None:
-        call.out[b, rows, h] = 0
-    else:
-        call.out[b, rows, h] = o[:count]
-    if call.lse is not None:
-        call.lse[b, h, rows] = -torch.inf if lse is None else lse[:count]

@@ -1,0 +1,304 @@
+"""The command line: ``flashomni generate | show | doctor | bench``. Imports happen inside."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+app = typer.Typer(
+    help="Diffusion transformers that generate faster, and say what they skipped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+
+class Topic(str, Enum):
+    """What ``flashomni show`` can show."""
+
+    recipe = "recipe"
+    policies = "policies"
+    backends = "backends"
+    models = "models"
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A mistake of the user ends in one sentence, not in a traceback."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu here: torch sees no CUDA device")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in known:
+        raise ValueError(f"dtype must be auto, {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _progress() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to generate; the model's own if left out.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+    ] = "tiny-image",
+    recipe: Annotated[
+        str, typer.Option(help="A preset, a policy's name, or a recipe's .json.")
+    ] = "balanced",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the stock pipeline too, and report both.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and report.")] = Path("out"),
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
+) -> None:
+    """Generate a picture or a video, accelerated; with --compare against the stock pipeline."""
+    with _plain_errors():
+        from flashomni.engine import Recipe
+
+        chosen = Recipe.of(recipe)
+        target = _device(device)
+        with console.status(f"loading {model}"):
+            from flashomni import generate as work
+            from flashomni import zoo
+
+            loaded = zoo.load(model, target, _dtype(dtype, target))
+            generation = work.Generation(loaded, prompt, seed, steps)
+        console.print(f"[bold]{model}[/] on {target}: {generation.prompt!r}", highlight=False)
+        if not loaded.trained:
+            console.print("its weights are random: the picture is noise, speed is not affected")
+        with _progress() as progress:
+
+            def bar(name: str) -> Any:
+                task = progress.add_task(name, total=generation.num_steps)
+                return lambda step, total: progress.update(task, completed=step, total=total)
+
+            generation.warm_up()
+            dense = generation.dense(bar("dense")) if compare else None
+            pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
+
+        from flashomni import report
+
+        if dense is None:
+            path = report.save_picture(pixels, out / "accelerated")
+            console.print(str(summary), highlight=False)
+            console.print(f"{seconds:.1f} s, written to {path}", highlight=False)
+            return
+        comparison = report.Comparison(
+            model=model,
+            prompt=generation.prompt,
+            seed=seed,
+            call=generation.call,
+            dense=dense[0],
+            accelerated=pixels,
+            seconds_dense=dense[1],
+            seconds_accelerated=seconds,
+            dense_call_seconds=dense[2],
+            summary=summary,
+            versions=work.versions(target),
+        )
+        with console.status("writing the report"):
+            report.write_report(comparison, out)
+        report.print_table(comparison, console)
+        console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+@app.command()
+def show(
+    topic: Annotated[Topic, typer.Argument(help="What to show.")],
+    name: Annotated[str | None, typer.Argument(help="Which recipe; all if left out.")] = None,
+) -> None:
+    """Show recipes, policies and their settings, kernel backends, or supported models."""
+    with _plain_errors():
+        {
+            Topic.recipe: _show_recipe,
+            Topic.policies: _show_policies,
+            Topic.backends: _show_backends,
+            Topic.models: _show_models,
+        }[topic](name)
+
+
+def _show_recipe(name: str | None) -> None:
+    import json
+
+    from flashomni.engine import Recipe, presets
+
+    if name is not None:
+        console.print_json(json.dumps(Recipe.of(name).to_dict()))
+        return
+    columns = ("recipe", "policy", "N", "warm-up", "order", "S_q", "settings")
+    table = Table(*columns, title="presets")
+    for preset in presets():
+        recipe = Recipe.of(preset)
+        settings = {k: v for k, v in recipe.policy.to_dict().items() if k != "name"}
+        table.add_row(
+            preset,
+            recipe.policy.name,
+            str(recipe.interval),
+            f"{recipe.warmup:.0%}",
+            f"{recipe.forecast} {recipe.order}",
+            f"{recipe.degrade_below:g}",
+            ", ".join(f"{k}={v}" for k, v in settings.items()),
+        )
+    console.print(table)
+
+
+def _show_policies(name: str | None) -> None:
+    from flashomni.policies import fields, policies
+
+    table = Table("policy", "what it does", "settings and defaults")
+    for known, cls in policies().items():
+        if name in (None, known):
+            settings = ", ".join(f"{f.name}={f.default}" for f in fields(cls))
+            table.add_row(known, (cls.__doc__ or "").splitlines()[0], settings or "none")
+    if not table.row_count:
+        raise ValueError(f"policy must be one of {', '.join(policies())}, got {name!r}")
+    console.print(table)
+
+
+def _show_backends(name: str | None) -> None:
+    from flashomni.kernels import OPS, refusals, registered
+
+    if name is not None and name not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
+    table = Table("op", "backend", "here", title="best first")
+    for op in OPS if name is None else (name,):
+        why = refusals(op)
+        for backend in registered(op):
+            table.add_row(op, backend.name, why.pop(backend.name, "yes"))
+        for broken, reason in why.items():
+            table.add_row(op, broken, reason)
+    console.print(table)
+
+
+def _show_models(name: str | None) -> None:
+    from flashomni.models import adapters
+
+    table = Table("transformer class", "adapter")
+    for cls, adapter in adapters().items():
+        if name in (None, cls):
+            table.add_row(cls, type(adapter).__module__)
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, device, and which backend each op uses here, with the reasons of the others."""
+    import torch
+
+    from flashomni.generate import versions
+
+    target = _device("auto")
+    table = Table("what", "version", title="doctor")
+    for name, value in versions(target).items():
+        table.add_row(name, value)
+    table.add_row("cuda devices", str(torch.cuda.device_count()))
+    console.print(table)
+    _show_backends(None)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="attention, gemm_q or gemm_o.")] = "attention",
+    shape: Annotated[str, typer.Option(help="A named problem.")] = "cpu-4096",
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share to compute; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)] = 9,
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+) -> None:
+    """Time an op against torch's dense one in the same process, after checking its result."""
+    with _plain_errors():
+        from flashomni import bench as work
+
+        target = _device(device)
+        densities = density or [1.0, 0.75, 0.5, 0.25, 0.1]
+        for value in densities:
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"density must be above 0 and at most 1, got {value}")
+        columns = ("density", "ms", "dense ms", "speed-up", "of linear")
+        table = Table(*columns, title=f"{op}, {shape}, {work.device_name(target)}")
+        command = " ".join(["flashomni", *sys.argv[1:]])
+        rows = []
+        with _progress() as progress:
+            task = progress.add_task(op, total=len(densities))
+            for row in work.measure(
+                op, shape, densities, target, _dtype(dtype, target), rounds, command
+            ):
+                rows.append(row)
+                progress.advance(task)
+                table.add_row(
+                    f"{row.density:.2f}",
+                    f"{row.ms:.2f}",
+                    f"{row.baseline_ms:.2f}",
+                    f"{row.ratio:.2f}x",
+                    f"{row.linear:.2f}",
+                )
+        console.print(table)
+        console.print(f"backend {rows[0].backend} against {rows[0].baseline}", highlight=False)
+        if csv is not None:
+            work.save(rows, csv)
+            console.print(f"appended to {csv}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()
