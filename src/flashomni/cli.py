@@ -235,6 +235,8 @@ def _show_models(name: str | None) -> None:
     for cls, adapter in adapters().items():
         if name in (None, cls):
             table.add_row(cls, type(adapter).__module__)
+    if not table.row_count:
+        raise ValueError(f"model must be one of {', '.join(adapters())}, got {name!r}")
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ class LayerCache:
         q_density: share of tiles that ``symbols`` computes, on the device.
         kv_density: share of block pairs visited in them.
         live_shares: share of computed (token, head) pairs by stream.
-        dense_flops: FLOPs of the dense layer by op, as last counted.
+        ops: what the layer recorded when it last ran: the FLOPs that a bypass saves.
         fraction: computed fraction of S_c, as measured at the last Update.
     """
 
@@ -133,7 +134,7 @@ class LayerCache:
     q_density: Tensor | float = 1.0
     kv_density: Tensor | float = 1.0
     live_shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    dense_flops: dict[str, int] = field(default_factory=dict)
+    ops: list[tuple[str, int, Any]] = field(default_factory=list)
     fraction: Fraction | None = None
 
     def forget_heads(self) -> None:

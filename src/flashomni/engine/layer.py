@@ -72,10 +72,9 @@ class LayerRun:
         record.kind = "bypass" if self.bypass else self.kind.value
         if self.bypass:
             record.q_density = record.kv_density = 0.0
-            for op, flops in cache.dense_flops.items():
-                record.add(op, flops, 0.0)
+            record.ops = [(op, flops, 0.0) for op, flops, _ in cache.ops]
         else:
-            cache.dense_flops = record.dense  # filled while the block runs
+            cache.ops = record.ops  # filled while the block runs
         if self.kind is StepKind.DISPATCH and not self.bypass:
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
 

@@ -16,20 +16,22 @@ Number = float | Tensor
 
 @dataclass
 class LayerRecord:
-    """One layer in one step: multiply-add FLOPs of the dense model, and the share computed."""
+    """One layer in one step: what kind it was, its densities, and its ops.
+
+    ``ops`` holds ``(op, FLOPs of the dense model, share of them executed)``; a share may be a
+    scalar on the device, read when somebody asks for the summary.
+    """
 
     name: str
     kind: str
     q_density: Number = 1.0
     kv_density: Number = 1.0
-    dense: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    share: dict[str, Number] = field(default_factory=dict)
+    ops: list[tuple[str, int, Number]] = field(default_factory=list)
     note: str = ""
 
     def add(self, op: str, flops: int, share: Number = 1.0) -> None:
-        """Record an op; calls of one op in one layer have one share."""
-        self.dense[op] += flops
-        self.share[op] = share
+        """Record that ``share`` of ``flops`` was executed."""
+        self.ops.append((op, flops, share))
 
 
 class Stopwatch:
@@ -148,9 +150,9 @@ class Trace:
             elapsed = record.watch.seconds()
             seconds[record.kind].append(elapsed)
             for layer in record.layers:
-                for op, flops in layer.dense.items():
+                for op, flops, share in layer.ops:
                     dense[op] += flops
-                    executed[op] += flops * float(layer.share[op])
+                    executed[op] += flops * float(share)
                 if layer.note:
                     notes[f"{layer.name}: {layer.note}"] = None
             steps.append(

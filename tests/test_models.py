@@ -1,0 +1,411 @@
+"""Every adapter, on its own tiny random model: what the engine promises about a model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import flashomni
+from flashomni.engine import Recipe
+from flashomni.models import adapters, find_adapter
+from flashomni.policies import make_policy
+
+STEPS = 10
+ADAPTERS = sorted(adapters())
+# Every tile computed, every block visited, but through the sparse ops and with a history.
+ONES = Recipe(
+    policy=make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
+)
+# A sparse recipe whose symbols change between Updates, with first-order forecasts.
+SPARSE = Recipe(
+    policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
+)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=ADAPTERS)
+def tiny(request):
+    """``(model, inputs)`` of one adapter, weights of unit scale so that attention is not flat."""
+    torch.manual_seed(0)
+    model, inputs = adapters()[request.param].tiny()
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name:
+            parameter.mul_(2.0)
+    return model.eval(), dict(inputs)
+
+
+def call(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+def generation(engine, model, inputs, steps=STEPS, branch=None):
+    """All outputs of a run in which the latents drift from step to step."""
+    outputs, latents = [], inputs["hidden_states"]
+    for step in range(steps):
+        engine.step(step, steps, branch)
+        outputs.append(call(model, {**inputs, "hidden_states": latents}))
+        latents = latents - 0.05 * outputs[-1]
+    return torch.stack(outputs)
+
+
+def run(model, inputs, recipe, steps=STEPS, **options):
+    with flashomni.accelerate(model, recipe, **options) as engine:
+        return generation(engine, model, inputs, steps), engine.report()
+
+
+def residue(model):
+    """What an engine could leave behind on the modules of a model."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__
+        or hasattr(module, "_diffusers_hook")
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ]
+
+
+def test_all_bits_one_reproduces_the_stock_model(tiny):
+    """Within fp32 rounding, on Full, Update and Dispatch steps alike."""
+    model, inputs = tiny
+    stock = torch.stack([call(model, inputs)] * STEPS)
+    with flashomni.accelerate(model, ONES) as engine:
+        for step in range(STEPS):
+            engine.step(step, STEPS)
+            torch.testing.assert_close(call(model, inputs), stock[step], atol=1e-5, rtol=1e-4)
+        kinds = {step["kind"] for step in engine.report().steps}
+    assert kinds == {"update", "dispatch", "full"}
+
+
+def test_all_bits_one_in_bfloat16_is_as_exact_as_the_stock_model(tiny):
+    """Error against fp32 at most twice that of the stock model in bf16."""
+    model, inputs = tiny
+    exact = call(model, inputs)
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    floats = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    limit = 2 * (call(low, floats).float() - exact).abs().max()
+    with flashomni.accelerate(low, ONES) as engine:
+        for step in range(4):
+            engine.step(step, 6)
+            assert (call(low, floats).float() - exact).abs().max() <= limit
+
+
+@pytest.mark.parametrize("recipe", ["lossless", SPARSE, "fora"], ids=["lossless", "sparse", "fora"])
+def test_remove_is_bit_exact_and_leaves_nothing(tiny, recipe):
+    """After remove() the model computes the same bits and carries no hook."""
+    model, inputs = tiny
+    before, clean = call(model, inputs), residue(model)
+    engine = flashomni.accelerate(model, recipe)
+    generation(engine, model, inputs)
+    engine.remove()
+    assert torch.equal(call(model, inputs), before)
+    assert residue(model) == clean
+    engine.remove()  # twice is harmless
+
+
+def test_sparse_steps_really_differ_and_really_skip(tiny):
+    """The guard of the other tests: SPARSE computes less, and not the same."""
+    model, inputs = tiny
+    stock, _ = run(model, inputs, "lossless")
+    sparse, summary = run(model, inputs, SPARSE)
+    dispatch = [i for i, step in enumerate(summary.steps) if step["kind"] == "dispatch"]
+    assert dispatch and not torch.allclose(stock[dispatch[0]], sparse[dispatch[0]], atol=1e-4)
+    assert summary.flops_executed["attention"] < 0.8 * summary.flops_dense["attention"]
+    assert summary.flops_executed["gemm_q"] < 0.9 * summary.flops_dense["gemm_q"]
+
+
+def test_cpu_backend_agrees_with_the_definition(tiny):
+    """The same recipe through the fp32 reference of every op gives the same pictures."""
+    model, inputs = tiny
+    fast, _ = run(model, inputs, SPARSE)
+    exact, _ = run(model, inputs, SPARSE, backend="reference")
+    torch.testing.assert_close(fast, exact, atol=2e-4, rtol=1e-3)
+
+
+class Wrapped(nn.Linear):
+    """A Linear that is not plain: its weight must not be read directly."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def wrap_outputs(model):
+    """Replace every attention output projection by an equal one that is not plain."""
+    for _, module in list(model.named_modules()):
+        for name in ("proj_out", "to_out"):
+            child = getattr(module, name, None)
+            if isinstance(child, nn.ModuleList):
+                child[0] = as_wrapped(child[0])
+            elif type(child) is nn.Linear and hasattr(module, "attn"):
+                setattr(module, name, as_wrapped(child))
+
+
+def as_wrapped(linear):
+    wrapped = Wrapped(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    wrapped.load_state_dict(linear.state_dict())
+    return wrapped.eval()
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_forecast_after_projection_equals_forecast_before_it(tiny, order):
+    """B_i under changing masks (plain projection) = filling O with its forecast (any module)."""
+    model, inputs = tiny
+    recipe = SPARSE.replace(order=order, interval=3)
+    projected, _ = run(model, inputs, recipe)
+    other = copy.deepcopy(model)
+    wrap_outputs(other)
+    filled, _ = run(other, inputs, recipe)
+    torch.testing.assert_close(projected, filled, atol=2e-4, rtol=1e-3)
+
+
+def test_not_plain_query_projections_run_dense_and_are_named(tiny):
+    """A Linear subclass is called, gives the same result, and the report says so."""
+    model, inputs = tiny
+    plain, _ = run(model, inputs, SPARSE)
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if hasattr(module, "to_q"):
+            module.to_q = as_wrapped(module.to_q)
+    called, summary = run(other, inputs, SPARSE)
+    torch.testing.assert_close(plain, called, atol=2e-4, rtol=1e-3)
+    assert any("Wrapped, not a plain Linear" in note for note in summary.notes)
+    assert summary.flops_executed["gemm_q"] == summary.flops_dense["gemm_q"]
+
+
+def test_live_lora_is_applied(tiny):
+    """With a live LoRA the accelerated model follows the adapted stock model, not the bare one."""
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny
+    bare = call(model, inputs)
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "proj_out", "to_out.0"])
+    config.init_lora_weights = False
+    model.add_adapter(config)
+    model.eval()
+    adapted = call(model, inputs)
+    assert not torch.allclose(bare, adapted, atol=1e-3)
+    with flashomni.accelerate(model, ONES) as engine:
+        for step in range(6):
+            engine.step(step, 6)
+            torch.testing.assert_close(call(model, inputs), adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_generation_depends_on_nothing_before_it(tiny):
+    """A then B gives the bits of B alone; so do two equal runs in a row."""
+    model, inputs = tiny
+    other = {**inputs, "hidden_states": inputs["hidden_states"].flip(0)}
+    alone, _ = run(model, other, SPARSE)
+    with flashomni.accelerate(model, SPARSE) as engine:
+        generation(engine, model, inputs)
+        assert torch.equal(generation(engine, model, other), alone)
+        assert torch.equal(generation(engine, model, other), alone)
+
+
+def test_number_of_steps_and_batch_may_change(tiny):
+    """Another number of steps or another batch starts afresh and equals a run of its own."""
+    model, inputs = tiny
+    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    short, _ = run(model, inputs, SPARSE, steps=6)
+    small, _ = run(model, single, SPARSE)
+    with flashomni.accelerate(model, SPARSE) as engine:
+        generation(engine, model, inputs)
+        assert torch.equal(generation(engine, model, inputs, steps=6), short)
+        assert torch.equal(generation(engine, model, single), small)
+
+
+def test_batch_items_do_not_touch_each_other(tiny):
+    """Item 0 of a batch of two gives what it gives alone."""
+    model, inputs = tiny
+    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    both, _ = run(model, inputs, SPARSE)
+    alone, _ = run(model, single, SPARSE)
+    torch.testing.assert_close(both[:, :1], alone, atol=1e-4, rtol=1e-3)
+
+
+def test_branches_do_not_touch_each_other(tiny):
+    """cond and uncond interleaved give what each gives alone."""
+    model, inputs = tiny
+    other = {**inputs, "encoder_hidden_states": -inputs["encoder_hidden_states"]}
+    alone = [run(model, each, SPARSE)[0] for each in (inputs, other)]
+    with flashomni.accelerate(model, SPARSE) as engine:
+        latents = [each["hidden_states"] for each in (inputs, other)]
+        for step in range(STEPS):
+            for index, each in enumerate((inputs, other)):
+                engine.step(step, STEPS, f"branch {index}")
+                out = call(model, {**each, "hidden_states": latents[index]})
+                assert torch.equal(out, alone[index][step])
+                latents[index] = latents[index] - 0.05 * out
+        assert {step["branch"] for step in engine.report().steps} == {"branch 0", "branch 1"}
+
+
+def test_a_branch_may_join_late(tiny):
+    """A branch whose first call falls on a Dispatch step starts with an Update."""
+    model, inputs = tiny
+    with flashomni.accelerate(model, SPARSE) as engine:
+        for step in range(STEPS):
+            engine.step(step, STEPS, "cond")
+            call(model, inputs)
+            if step >= 4:
+                engine.step(step, STEPS, "uncond")
+                assert call(model, inputs).isfinite().all()
+        kinds = [s["kind"] for s in engine.report().steps if s["branch"] == "uncond"]
+    assert kinds[0] == "update" and "dispatch" in kinds
+
+
+def test_a_call_that_raises_leaves_the_engine_usable(tiny):
+    """An error in the middle of a step, then a generation: the bits of a fresh one."""
+    model, inputs = tiny
+    alone, _ = run(model, inputs, SPARSE)
+    with flashomni.accelerate(model, SPARSE) as engine:
+        engine.step(0, STEPS)
+        call(model, inputs)
+        engine.step(1, STEPS)
+        broken = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"][..., :-1]}
+        with pytest.raises(RuntimeError):
+            call(model, broken)
+        assert not engine.running
+        assert torch.equal(generation(engine, model, inputs), alone)
+
+
+@pytest.mark.parametrize("name", ["fora", "taylorseer"])
+def test_whole_layer_caching_skips_attention_and_mlp(tiny, name):
+    """Dispatch steps of a fully cached model execute none of the blocks' FLOPs."""
+    model, inputs = tiny
+    _, summary = run(model, inputs, Recipe.of(name))
+    kinds = [step["kind"] for step in summary.steps]
+    dense = (STEPS - kinds.count("dispatch")) / STEPS
+    for op in ("attention", "gemm_q", "gemm_o", "mlp", "qkv"):
+        assert summary.flops_executed[op] == pytest.approx(dense * summary.flops_dense[op])
+    bypassed = [s for s in summary.steps if s["kind"] == "dispatch"]
+    assert all(set(s["layer_kinds"]) == {"bypass"} for s in bypassed)
+
+
+def test_degradation_takes_effect_and_is_reversible(tiny):
+    """S_q: a layer is cached whole while few tiles are computed, and comes back when more are."""
+    model, inputs = tiny
+
+    class Wave(type(make_policy("topk"))):
+        """Computes little at first and everything later."""
+
+        def __call__(self, q, k, grid, progress):
+            density = 0.3 if float(progress) < 0.6 else 1.0
+            return make_policy("topk", q_density=density, kv_density=1.0)(q, k, grid, progress)
+
+        def known_fraction(self, grid):
+            return None
+
+    recipe = Recipe(policy=Wave(), interval=2, warmup=0.0, order=1, degrade_below=0.7)
+    _, summary = run(model, inputs, recipe, steps=16)
+    kinds = [s["layer_kinds"][0] for s in summary.steps]
+    assert "bypass" in kinds and kinds[1] == "dispatch"  # measured at one Update, used at the next
+    assert "dispatch" in kinds[kinds.index("bypass") :]
+
+
+def test_histories_in_bfloat16_take_half_the_memory(tiny):
+    """history_dtype halves what is kept and stays close."""
+    model, inputs = tiny
+    full, wide = run(model, inputs, SPARSE)
+    half, narrow = run(model, inputs, SPARSE.replace(history_dtype="bfloat16"))
+    assert narrow.cache_bytes < 0.55 * wide.cache_bytes
+    torch.testing.assert_close(full, half, atol=2e-2, rtol=2e-2)
+
+
+def test_no_gradients(tiny):
+    """With autograd on, an accelerated model refuses instead of losing gradients."""
+    model, inputs = tiny
+    with flashomni.accelerate(model, SPARSE) as engine:
+        engine.step(0, STEPS)
+        with torch.enable_grad(), pytest.raises(ValueError, match=r"torch.no_grad\(\)"):
+            call(model, inputs)
+
+
+def test_bare_transformer_needs_the_step(tiny):
+    """Without a scheduler nothing tells the step: the error says what to call."""
+    model, inputs = tiny
+    with (
+        flashomni.accelerate(model, SPARSE),
+        pytest.raises(ValueError, match=r"engine\.step\(i, num_steps\)"),
+    ):
+        call(model, inputs)
+
+
+def test_refusals_leave_nothing_installed(tiny):
+    """Bad recipe, bad backend, hooks, foreign processors: an error each, and a clean model."""
+    model, _ = tiny
+    site = find_adapter(model).sites(model)[0]
+    clean = residue(model)
+    with pytest.raises(ValueError, match="recipe must be a preset"):
+        flashomni.accelerate(model, "ludicrous")
+    with pytest.raises(ValueError, match="backend must be one of cpu, reference"):
+        flashomni.accelerate(model, backend="abacus")
+    stock = site.block.attn.processor
+    site.block.attn.processor = object()
+    with pytest.raises(NotImplementedError, match="attention processor object is not supported"):
+        flashomni.accelerate(model)
+    site.block.attn.processor = stock
+    assert residue(model) == clean
+    engine = flashomni.accelerate(model)
+    with pytest.raises(ValueError, match=r"accelerated already: call engine.remove\(\) first"):
+        flashomni.accelerate(model)
+    engine.remove()
+    site.block.forward = site.block.forward
+    with pytest.raises(NotImplementedError, match=r"transformer_blocks.0 carries the hook"):
+        flashomni.accelerate(model)
+    del site.block.forward
+    with pytest.raises(NotImplementedError, match="accelerate it first, then compile"):
+        flashomni.accelerate(torch.compile(model))
+    assert residue(model) == clean
+
+
+def test_a_diffusers_cache_is_refused_by_name(tiny):
+    """Two caches on one model would each hide the other's work."""
+    from diffusers import FirstBlockCacheConfig
+
+    model, _ = tiny
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(NotImplementedError, match="carries the hook fbc"):
+        flashomni.accelerate(model)
+
+
+def test_unsupported_models_name_what_is_supported():
+    """The error lists the transformer classes."""
+    with pytest.raises(ValueError, match="FluxTransformer2DModel, HunyuanVideoTransformer3DModel"):
+        flashomni.accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="pipe must be a diffusers pipeline with a transformer"):
+        flashomni.accelerate("a string")
+
+
+def test_hunyuan_token_replace_is_refused():
+    """Its blocks modulate the first frame apart: refused by name."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        image_condition_type="token_replace",
+    )
+    with pytest.raises(NotImplementedError, match="token_replace"):
+        flashomni.accelerate(model)
+
+
+def test_flux_attention_kwargs_are_refused():
+    """joint_attention_kwargs would be lost: refused by name, and the engine stays usable."""
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    with flashomni.accelerate(model, SPARSE) as engine:
+        engine.step(0, STEPS)
+        with pytest.raises(NotImplementedError, match="ip_hidden_states"):
+            model(**inputs, joint_attention_kwargs={"ip_hidden_states": []})
+        generation(engine, model, inputs, steps=3)

@@ -1,0 +1,156 @@
+"""The layout is a contract: imports point downwards, additions are one file, the CLI is frozen."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashomni
+from flashomni.kernels import OPS, registered
+from flashomni.kernels import dispatch as dispatching
+from flashomni.models import adapters
+from flashomni.policies import policies
+
+ROOT = Path(flashomni.__file__).parent
+# Part of the package -> parts it may import. Tools stand above everything.
+MAY_IMPORT = {
+    "symbols": set(),
+    "policies": {"symbols"},
+    "kernels": {"symbols"},
+    "engine": {"symbols", "policies", "kernels"},
+    "models": {"symbols", "kernels", "engine"},
+    "zoo": set(),
+    "metrics": set(),
+    "viz": {"symbols", "engine"},
+    "bench": {"symbols", "policies", "kernels", "engine"},
+    "generate": {"engine", "models", "zoo"},
+    "report": {"engine", "metrics", "viz"},
+    "cli": {"engine", "kernels", "policies", "models", "generate", "report", "zoo", "bench"},
+}
+DIFFUSERS = {"models", "zoo"}
+CLI = {
+    "generate": {
+        "--model", "--recipe", "--compare", "--out", "--steps", "--seed", "--device", "--dtype",
+        "--backend", "PROMPT",
+    },
+    "show": {"TOPIC", "NAME"},
+    "doctor": set(),
+    "bench": {"OP", "--shape", "--density", "--device", "--dtype", "--rounds", "--csv"},
+}  # fmt: skip
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Every module that a file imports, anywhere in it, type checking blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "flashomni":
+                yield from (f"flashomni.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    """A part imports only parts below it; only models and zoo know diffusers."""
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"say in this test what {part} may import"
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "flashomni" and rest:
+            other = rest.partition(".")[0]
+            assert other == part or other in MAY_IMPORT[part], f"{part} imports {other}"
+        if top == "diffusers":
+            assert part in DIFFUSERS, f"{part} imports diffusers"
+        if top == "triton":
+            assert part in {"kernels", "policies"}, f"{part} imports triton"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path):
+    """A file is one idea: at most 400 lines, a Hopper kernel 900."""
+    limit = 900 if path.stem.endswith("_sm90") else 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_import_loads_no_heavy_library():
+    """``import flashomni`` loads neither diffusers nor triton nor matplotlib."""
+    code = (
+        "import sys, flashomni; "
+        "bad = {'diffusers', 'transformers', 'triton', 'matplotlib', 'typer'} & set(sys.modules); "
+        "sys.exit(', '.join(bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def public_files(folder):
+    return {p.stem for p in (ROOT / folder).glob("*.py") if not p.stem.startswith("_")}
+
+
+def test_every_policy_file_registers_a_policy_of_its_name():
+    """The file's name is the policy's name."""
+    assert set(policies()) == public_files("policies")
+
+
+def test_every_model_file_registers_an_adapter():
+    """A file in models/ is an adapter."""
+    modules = {type(adapter).__module__.rpartition(".")[2] for adapter in adapters().values()}
+    assert modules == public_files("models")
+
+
+def test_every_backend_file_is_registered_or_refuses_with_a_reason():
+    """No backend disappears in silence."""
+    for path in (ROOT / "kernels").glob("*_*.py"):
+        op, _, name = path.stem.rpartition("_")
+        if op in OPS and path.stem not in OPS:
+            known = {backend.name for backend in registered(op)}
+            assert name in known or (op, name) in dispatching._broken
+
+
+def test_every_op_has_a_definition():
+    """Each op has the backend ``reference``, of the lowest rank."""
+    for op in OPS:
+        assert registered(op)[-1].name == "reference"
+
+
+def test_a_backend_that_cannot_be_imported_is_a_refusal(tmp_path, monkeypatch):
+    """Its ImportError is the reason that users read."""
+    monkeypatch.setitem(dispatching._broken, ("attention", "moon"), "cannot be imported: no moon")
+    assert dispatching.refusals("attention")["moon"] == "cannot be imported: no moon"
+    with pytest.raises(NotImplementedError, match="moon: cannot be imported: no moon"):
+        dispatching.select("attention", None, "moon")
+
+
+def test_the_command_line_is_frozen():
+    """Options are an interface: adding or renaming one is a decision, made here."""
+    import typer
+
+    from flashomni.cli import app
+
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():
+        names = set()
+        for parameter in command.params:
+            is_option = parameter.param_type_name == "option"
+            names.add(max(parameter.opts, key=len) if is_option else parameter.name.upper())
+        found[name] = names - {"--help"}
+    assert found == CLI
