@@ -68,6 +68,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def _quiet() -> None:
+    """Our own progress and errors are enough: no bars and notes of the libraries below."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _progress() -> Any:
     from rich.progress import (
         BarColumn,
@@ -116,6 +124,7 @@ def generate(
         chosen = Recipe.of(recipe)
         target = _device(device)
         with console.status(f"loading {model}"):
+            _quiet()
             from flashomni import generate as work
             from flashomni import zoo
 

@@ -60,7 +60,9 @@ def load(
         folder = ASSETS / str(model)
         if not (folder / "model_index.json").exists():
             loaded = random_pipeline(str(model))
-            loaded.pipe.to(device, dtype)
+            loaded.pipe.to(device)
+            if dtype != torch.float32:
+                loaded.pipe.to(dtype=dtype)
             return loaded
     is_folder = (folder / "model_index.json").exists()
     if not is_folder and (folder.exists() or str(model).count("/") != 1):
@@ -69,7 +71,9 @@ def load(
             f"Hub id like org/name, got {str(model)!r}"
         )
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()  # the caller shows that it is loading
     source = folder if is_folder else str(model)
     try:
         pipe = DiffusionPipeline.from_pretrained(
@@ -77,8 +81,7 @@ def load(
         )
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error
-    # text encoders may carry a dtype of their own in their config
-    pipe.to(device, dtype)
+    pipe.to(device)
     note = read_note(folder) if is_folder else {}
     return Loaded(pipe, note.get("prompt", PROMPT), dict(note.get("call", {})))
 
