@@ -8,6 +8,7 @@ with random weights is built in its place, out of stock classes and without any 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,12 @@ def load(
     logging.disable_progress_bar()  # the caller shows that it is loading
     source = folder if is_folder else str(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype, local_files_only=is_folder
-        )
+        with warnings.catch_warnings():
+            # newer diffusers say `dtype`, older ones know only `torch_dtype`
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, local_files_only=is_folder
+            )
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error
     pipe.to(device)

@@ -84,7 +84,7 @@ def attach(engine: Engine, model: nn.Module, sites: list[Site]) -> None:
         _forget_children(model)
         handles.append(
             model.register_forward_pre_hook(
-                lambda module, args, kwargs: engine.begin(hooks[0].context, _device(sites[0])),
+                lambda module, *_: engine.begin(hooks[0].context, _device(module, sites[0].block)),
                 with_kwargs=True,
             )
         )
@@ -95,12 +95,13 @@ def attach(engine: Engine, model: nn.Module, sites: list[Site]) -> None:
     engine.attach(detach)
 
 
-def _device(site: Site) -> torch.device:
-    """Where the model computes: under offloading its weights may rest elsewhere."""
-    hook = getattr(site.block, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
+def _device(model: nn.Module, block: nn.Module) -> torch.device:
+    """Where the model computes: under offloading its weights rest elsewhere between calls."""
+    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if execution is None:
+        return next(block.parameters()).device
     return (
-        torch.device(execution) if execution is not None else next(site.block.parameters()).device
+        torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
     )
 
 
