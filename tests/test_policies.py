@@ -1,0 +1,248 @@
+"""Every registered policy keeps the contract; then what is particular to each."""
+
+import json
+
+import pytest
+import torch
+
+from flashomni.policies import fields, make_policy, policies
+from flashomni.policies._pooled import heaviest, low_mass, pooled_map
+from flashomni.symbols import Grid
+
+NAMES = sorted(policies())
+GRIDS = {
+    "text first": Grid(500, 500, (0, 77)),
+    "text last": Grid(500, 500, (400, 500), kv_len=torch.tensor([500, 430], dtype=torch.int32)),
+    "blocks differ": Grid(700, 700, (0, 130), block_m=64, block_n=128),
+}
+NO_TEXT = Grid(300, 520)
+
+
+def inputs(grid, heads=4, kv_heads=2, head_dim=16):
+    """q and k with block structure, so that choices are not ties."""
+    q = torch.randn(2, grid.seqlen_q, heads, head_dim)
+    k = torch.randn(2, grid.seqlen_kv, kv_heads, head_dim)
+    for x in (q, k):
+        blocks = -(-x.shape[1] // 50)
+        drift = torch.randn(2, blocks, x.shape[2], head_dim).repeat_interleave(50, 1)
+        x += 1.5 * drift[:, : x.shape[1]]
+    return q, k
+
+
+def progress(value=0.9):
+    return torch.tensor(value)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name, grid):
+    """Right shape, text kept, no empty row, deterministic, known fraction true."""
+    q, k = inputs(grid)
+    policy = make_policy(name)
+    symbols = policy(q, k, grid, progress())
+    assert symbols.grid == grid and (symbols.batch, symbols.num_heads) == (2, 4)
+    q_mask, kv_mask = symbols.q_mask(), symbols.kv_mask()
+    assert q_mask[..., slice(*grid.text_q_blocks)].all()
+    assert kv_mask[..., slice(*grid.text_kv_blocks)].all() and kv_mask.any(-1).all()
+    again = policy(q, k, grid, progress())
+    assert torch.equal(symbols.q_bits, again.q_bits)
+    assert torch.equal(symbols.kv_bits, again.kv_bits)
+    known = policy.known_fraction(grid)
+    if known is not None:
+        assert float(symbols.q_density()) == pytest.approx(known)
+    if not policy.caches:
+        assert q_mask.all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_synchronises(name):
+    """One graph without a break: no value of a tensor is read on the way."""
+    grid = GRIDS["text first"]
+    q, k = inputs(grid)
+    policy = make_policy(name)
+
+    def run(q, k, t):
+        symbols = policy(q, k, grid, t)
+        return symbols.q_bits, symbols.kv_bits
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(q, k, progress()), run(q, k, progress()), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_never_synchronises_on_a_gpu(name):
+    """CUDA itself reports every hidden wait as an error."""
+    grid = GRIDS["text first"]
+    q, k = (x.cuda() for x in inputs(grid))
+    t = progress().cuda()
+    make_policy(name)(q, k, grid, t)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        make_policy(name)(q, k, grid, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_round_trip_through_json(name):
+    """to_dict holds JSON values and gives an equal policy back."""
+    policy = make_policy(name)
+    data = json.loads(json.dumps(policy.to_dict()))
+    assert make_policy(**data) == policy
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [float("nan"), -7.0, 1e9, "much", None, [1]])
+def test_settings_out_of_range_are_refused_by_name(name, bad):
+    """Every setting of every policy: the error names it and shows what was given."""
+    for field in fields(policies()[name]):
+        if bad is None and field.default is None:
+            continue
+        with pytest.raises(ValueError, match=rf"{field.name} must be .*got"):
+            make_policy(name, **{field.name: bad})
+
+
+def test_unknown_policies_and_settings_list_the_known():
+    """The error is the documentation."""
+    with pytest.raises(ValueError, match="policy must be one of dense, flashomni"):
+        make_policy("magic")
+    with pytest.raises(ValueError, match="policy topk takes q_density, kv_density, share_heads"):
+        make_policy("topk", density=0.5)
+    with pytest.raises(ValueError, match="policy fora takes no settings, got 'order'"):
+        make_policy("fora", order=1)
+
+
+def low_mass_loop(mass, tau):
+    """CumSum over ascending values, one entry after the other (algorithm, A.4)."""
+    chosen, total = set(), 0.0
+    for index in sorted(range(len(mass)), key=lambda i: mass[i]):
+        total += mass[index]
+        if total <= tau * sum(mass) + 1e-9:
+            chosen.add(index)
+    return chosen
+
+
+def test_flashomni_is_the_rule_of_the_paper():
+    """C, G, both CDF tests and the kv rule, against loops over heads and blocks."""
+    grid = GRIDS["text first"]
+    q, k = inputs(grid, kv_heads=4)
+    tau_q, tau_kv, t = 0.6, 0.4, 0.8
+    symbols = make_policy("flashomni", tau_q=tau_q, tau_kv=tau_kv, power=2.0)(
+        q, k, grid, progress(t)
+    )
+    attention = pooled_map(q, k, grid)
+    cached_something = False
+    for b in range(2):
+        for h in range(4):
+            p = attention[b, h]
+            given = [float(p[0, i]) for i in range(1, 4)]  # one text block, three of vision
+            beta = torch.softmax(p[1:, 0], 0)
+            guided = [float(value) for value in beta]
+            light = low_mass_loop(given, tau_q * t**2) & low_mass_loop(guided, tau_q * t**2)
+            expected = [True] + [i not in light for i in range(3)]
+            assert symbols.q_mask()[b, h].tolist() == expected
+            cached_something |= bool(light)
+            for i in range(1, 4):
+                skipped = low_mass_loop([float(x) for x in p[i]], tau_kv * t**2) - {0}
+                assert symbols.kv_mask()[b, h, i].tolist() == [j not in skipped for j in range(4)]
+            assert symbols.kv_mask()[b, h, 0].all()
+    assert cached_something
+
+
+def test_pooled_map_is_softmax_of_mean_scores():
+    """Padding takes part in no mean and gets no mass; rows sum to 1; GQA repeats key heads."""
+    grid = GRIDS["text last"]
+    q, k = inputs(grid)
+    got = pooled_map(q, k, grid)
+    torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]))
+    means = [k[1, j * 128 : min((j + 1) * 128, 430), 1].mean(0) for j in range(4)]
+    score = torch.stack([q[1, 128:256, 3].mean(0) @ mean for mean in means]) * 16**-0.5
+    torch.testing.assert_close(got[1, 3, 1], score.softmax(0), atol=1e-5, rtol=1e-4)
+    short = Grid(500, 500, (400, 500), kv_len=torch.tensor([500, 120], dtype=torch.int32))
+    assert (pooled_map(q, k, short)[1, ..., 1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [({"tau_q": 0.3}, {"tau_q": 0.9}), ({"tau_kv": 0.1}, {"tau_kv": 0.7})],
+)
+def test_flashomni_is_monotone(less, more):
+    """A larger threshold, or a later step, never computes what a smaller one left out."""
+    grid = GRIDS["text first"]
+    q, k = inputs(grid)
+    a, b = (make_policy("flashomni", **s)(q, k, grid, progress()) for s in (less, more))
+    early = make_policy("flashomni", **more)(q, k, grid, progress(0.4))
+    for dense, sparse in ((a, b), (early, b)):
+        assert not (sparse.q_mask() & ~dense.q_mask()).any()
+        assert not (sparse.kv_mask() & ~dense.kv_mask()).any()
+    assert float(b.density()) < float(a.density())
+
+
+def test_flashomni_options():
+    """share_heads gives equal heads; the gate keeps incoherent blocks; no text is refused."""
+    grid = GRIDS["text first"]
+    q, k = inputs(grid)
+    shared = make_policy("flashomni", tau_q=0.9, share_heads=True)(q, k, grid, progress())
+    assert (shared.q_mask() == shared.q_mask()[:, :1]).all() and not shared.q_mask().all()
+    gated = make_policy("flashomni", tau_q=0.9, tau_kv=0.9, similarity_gate=1.0)
+    assert float(gated(q, k, grid, progress()).density()) == 1.0
+    densities = {
+        combine: float(
+            make_policy("flashomni", tau_q=0.6, combine=combine)(q, k, grid, progress()).q_density()
+        )
+        for combine in ("and", "c", "g", "mean")
+    }
+    assert densities["and"] >= max(densities["c"], densities["g"])
+    with pytest.raises(ValueError, match="needs text tokens in the attention, got a grid of 300"):
+        make_policy("flashomni")(*inputs(NO_TEXT), NO_TEXT, progress())
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "flashomni"])
+def test_the_others_need_no_text(name):
+    """Models without text in their self-attention are served too."""
+    symbols = make_policy(name)(*inputs(NO_TEXT), NO_TEXT, progress())
+    assert symbols.kv_mask().any(-1).all()
+
+
+@pytest.mark.parametrize("q_density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kv_density", [0.25, 0.6, 1.0])
+def test_topk_gives_the_density_asked_for(q_density, kv_density):
+    """To within half a block, in every head and row."""
+    grid = Grid(1300, 1300, (0, 100), block_m=64, block_n=64)
+    q, k = inputs(grid)
+    policy = make_policy("topk", q_density=q_density, kv_density=kv_density)
+    symbols = policy(q, k, grid, progress())
+    half = 0.5 / grid.num_q_blocks + 1e-6
+    assert (symbols.q_mask().float().mean(-1) - q_density).abs().max() <= half
+    assert (symbols.kv_mask().float().mean(-1) - kv_density).abs().max() <= half
+
+
+def test_selection_helpers():
+    """low_mass never drops an entry heavier than tau; heaviest takes exactly so many."""
+    mass = torch.tensor([[0.05, 0.6, 0.05, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    assert low_mass(mass, 0.1).tolist() == [[True, False, True, False], [False] * 4]
+    assert low_mass(mass, 0.0).sum() == 0
+    assert low_mass(mass, torch.tensor(0.5))[1].sum() == 2
+    assert heaviest(mass, 2)[0].tolist() == [False, True, False, True]
+    assert heaviest(mass, 0).sum() == 0
+
+
+def test_spargeattn_keeps_the_mass():
+    """What a row visits holds at least the asked share of its pooled attention."""
+    grid = GRIDS["text first"]
+    q, k = inputs(grid)
+    symbols = make_policy("spargeattn", mass=0.7, similarity_gate=-1.0)(q, k, grid, progress())
+    kept = (pooled_map(q, k, grid) * symbols.kv_mask()).sum(-1)
+    assert (kept >= 0.7 - 1e-5).all() and float(symbols.kv_density()) < 1
+
+
+def test_window_sees_its_neighbours():
+    """A band around the diagonal, text rows and columns full, bits shared by all heads."""
+    grid = Grid(1280, 1280, (0, 128))
+    symbols = make_policy("window", reach=0.1)(*inputs(grid), grid, progress())
+    row = symbols.kv_mask()[1, 3, 5].nonzero()[:, 0].tolist()
+    assert row == [0, 4, 5, 6] and symbols.kv_mask()[0, 0, 0].all()
+    assert symbols.kv_bits.stride()[:2] == (0, 0)
