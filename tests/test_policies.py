@@ -246,3 +246,14 @@ def test_window_sees_its_neighbours():
     row = symbols.kv_mask()[1, 3, 5].nonzero()[:, 0].tolist()
     assert row == [0, 4, 5, 6] and symbols.kv_mask()[0, 0, 0].all()
     assert symbols.kv_bits.stride()[:2] == (0, 0)
+
+
+def test_radial_narrows_with_the_distance_in_time():
+    """Own and first frame whole; then the reach halves with each doubling of the distance."""
+    grid = Grid(8 * 640, 8 * 640, block_m=32, block_n=32)  # 8 frames of 20 blocks
+    symbols = make_policy("radial", frames=8, width=0.4)(*inputs(grid), grid, progress())
+    row = symbols.kv_mask()[0, 0, 130].view(8, 20).sum(-1).tolist()  # frame 6, block 10 of it
+    assert row[0] == 20 and row[6] == 20
+    assert row[5] == row[7] > row[4] > row[2] == row[1] > 0
+    whole = make_policy("radial", frames=1)(*inputs(grid), grid, progress())
+    assert whole.kv_mask().all()

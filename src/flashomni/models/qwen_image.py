@@ -1,0 +1,121 @@
+"""QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit.
+
+Dual-stream blocks only. Diffusers puts the text first, and its padding in the middle of the
+sequence. Attention does not mind the order of its tokens, so here the text comes last: then the
+padding is at the end, and ``kv_len`` says what the stock mask says. The valid text tokens must be a
+prefix of the text, as the pipelines make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine import Engine
+from flashomni.kernels.gemm_q import Rope
+from flashomni.models import Adapter, Site, adapter
+from flashomni.models._mmdit import (
+    added_stream,
+    dual_attention,
+    feed_forward,
+    own_stream,
+    require_processor,
+)
+from flashomni.symbols import Grid
+
+
+@adapter("QwenImageTransformer2DModel")
+class QwenImage(Adapter):
+    def sites(self, model: Any) -> list[Site]:
+        return [
+            Site(f"transformer_blocks.{i}", block, run_block)
+            for i, block in enumerate(model.transformer_blocks)
+        ]
+
+    def check(self, model: Any) -> None:
+        blocks = {site.name: site.block for site in self.sites(model)}
+        require_processor(blocks, "QwenDoubleStreamAttnProcessor2_0")
+
+    def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
+        from diffusers import QwenImageTransformer2DModel
+
+        model = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        )
+        height, width = 18, 19
+        text = torch.arange(77) < torch.tensor([[77], [30]])
+        return model, {
+            "hidden_states": torch.randn(2, height * width, 16),
+            "encoder_hidden_states": torch.randn(2, 77, 24),
+            "encoder_hidden_states_mask": text,
+            "timestep": torch.full((2,), 0.5),
+            "img_shapes": [[(1, height, width)]] * 2,
+        }
+
+
+def run_block(
+    engine: Engine,
+    index: int,
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A ``QwenImageTransformerBlock``: ``(text, vision)`` streams."""
+    if joint_attention_kwargs:
+        raise NotImplementedError(
+            f"attention_kwargs {sorted(joint_attention_kwargs)} are not supported by an "
+            "accelerated Qwen-Image; leave them out, or call engine.remove()"
+        )
+    x, c, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
+    num_vision, seqlen = x.shape[1], x.shape[1] + c.shape[1]
+    kv_len = None
+    if mask is not None:
+        kv_len = engine.memo("kv_len", lambda: num_vision + mask.sum(-1, dtype=torch.int32))
+    recipe = engine.recipe
+    grid = Grid(seqlen, seqlen, (num_vision, seqlen), recipe.block_m, recipe.block_n, kv_len)
+    run = engine.layer(index, grid, x)
+
+    mod_x, mod_x2 = block.img_mod(temb).chunk(2, dim=-1)
+    if block.zero_cond_t:
+        temb = temb.chunk(2, dim=0)[0]
+    mod_c, mod_c2 = block.txt_mod(temb).chunk(2, dim=-1)
+    norm_x, gate = block._modulate(block.img_norm1(x), mod_x, modulate_index)
+    norm_c, c_gate = block._modulate(block.txt_norm1(c), mod_c)
+
+    def attention() -> tuple[Tensor, Tensor]:
+        ropes = engine.memo("rope", lambda: tuple(map(_real_tables, image_rotary_emb)))
+        return dual_attention(
+            run,
+            block.attn,
+            own_stream(block.attn, norm_x, grid.vision, ropes[0]),
+            added_stream(block.attn, norm_c, grid.text, ropes[1]),
+        )
+
+    y, c_y = run.reuse("attention", attention)
+    x, c = x + gate * y, c + c_gate * c_y
+    norm_x, gate = block._modulate(block.img_norm2(x), mod_x2, modulate_index)
+    norm_c, c_gate = block._modulate(block.txt_norm2(c), mod_c2)
+    x = x + gate * feed_forward(run, "mlp", block.img_mlp, norm_x)
+    c = c + c_gate * feed_forward(run, "mlp_text", block.txt_mlp, norm_c)
+    if x.dtype == torch.float16:  # the stock block clips as well
+        x, c = x.clip(-65504, 65504), c.clip(-65504, 65504)
+    return c, x
+
+
+def _real_tables(angles: Tensor) -> Rope:
+    """Complex ``[R, D / 2]`` -> ``(cos, sin)`` fp32 ``[R, D]``, each value for both of its pair."""
+    return angles.real.repeat_interleave(2, -1), angles.imag.repeat_interleave(2, -1)
