@@ -162,3 +162,35 @@ def test_symbols_refuse():
         Symbols(good.q_bits, good.kv_bits[..., :2], grid)
     with pytest.raises(ValueError, match="cannot combine symbols of grid of 300 x 300"):
         good & Symbols.dense(Grid(400, 400), 1, 2)
+
+
+def test_densities_of_a_known_case():
+    """kv_density is about computed rows only; density is the product over the whole."""
+    grid = Grid(4 * 16, 4 * 16, block_m=16, block_n=16)
+    q_mask = torch.tensor([True, False, False, True]).view(1, 1, 4)
+    kv_mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    kv_mask[..., 0, 1:], kv_mask[..., 1, 2:] = False, False  # 1 of 4, and a cached row
+    symbols = Symbols.pack(q_mask, kv_mask, grid)
+    assert float(symbols.q_density()) == 0.5
+    assert float(symbols.kv_density()) == (0.25 + 1.0) / 2
+    assert float(symbols.density()) == (0.25 + 1.0) / 4
+
+
+def test_text_columns_are_skipped_only_on_demand():
+    """skip_text_columns leaves text keys to the caller; text rows are computed all the same."""
+    grid = Grid(64, 64, (0, 16), block_m=16, block_n=16)
+    q_mask, kv_mask = torch.zeros(1, 1, 4).bool(), torch.zeros(1, 1, 4, 4).bool()
+    kv_mask[..., 3] = True
+    kept = Symbols.pack(q_mask, kv_mask, grid)
+    skipped = Symbols.pack(q_mask, kv_mask, grid, skip_text_columns=True)
+    assert kept.kv_mask()[0, 0, 1].tolist() == [True, False, False, True]
+    assert skipped.kv_mask()[0, 0, 1].tolist() == [False, False, False, True]
+    assert kept.q_mask()[0, 0].tolist() == skipped.q_mask()[0, 0].tolist() == [True] + [False] * 3
+
+
+def test_to_moves_everything():
+    """Bits and kv_len go to the device together."""
+    grid = Grid(64, 64, kv_len=torch.tensor([60], dtype=torch.int32))
+    moved = Symbols.dense(grid, 1, 2).to("meta")
+    assert {moved.q_bits.device.type, moved.kv_bits.device.type} == {"meta"}
+    assert moved.grid.kv_len.device.type == "meta"

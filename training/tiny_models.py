@@ -1,0 +1,333 @@
+"""The two small pipelines: stock diffusers and transformers classes, small configurations.
+
+``tiny-image`` is a FluxPipeline (256 x 256 pixels, 4096 image tokens), ``tiny-video`` a
+HunyuanVideoPipeline (65 frames of 128 x 128, 17 x 16 x 16 = 4352 video tokens); 64 text tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from training import scenes as scene_lib
+from training.word_tokenizers import (
+    clip_tokenizer,
+    copy_capitals,
+    llama_tokenizer,
+    t5_tokenizer,
+)
+
+TEXT_TOKENS, CLIP_TOKENS = 64, 77
+HEADS, HEAD_DIM = 4, 64
+TEMPLATE = {"template": "{}", "crop_start": 0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rung of the coarse-to-fine ladder."""
+
+    share: float  # of the transformer's training time
+    size: int  # pixels
+    frames: int  # 1 for pictures
+    batch: int
+    shift: float  # of the noise levels; the last stage's is the scheduler's
+    reuse: int = 1  # how often a rendered and encoded sample is used, on average
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Everything in which the two models' training differs."""
+
+    name: str
+    size: int
+    frames: int
+    stages: tuple[Stage, ...]
+    call: dict = field(default_factory=dict)
+    default: int = 0  # which of the saved prompts is the default one
+
+    @property
+    def video(self) -> bool:
+        return self.frames > 1
+
+
+IMAGE = Kind(
+    "tiny-image",
+    256,
+    1,
+    (
+        Stage(0.36, 64, 1, 512, 1.7),
+        Stage(0.22, 128, 1, 192, 2.3, rate=8e-4),
+        Stage(0.42, 256, 1, 64, 4.0, reuse=2, rate=6e-4),
+    ),
+    {
+        "height": 256,
+        "width": 256,
+        "num_inference_steps": 28,
+        "guidance_scale": 1.0,
+        "max_sequence_length": TEXT_TOKENS,
+    },
+)
+VIDEO = Kind(
+    "tiny-video",
+    128,
+    65,
+    (
+        Stage(0.25, 128, 1, 512, 2.0),
+        Stage(0.33, 128, 17, 128, 3.5, reuse=3, rate=8e-4),
+        Stage(0.42, 128, 65, 48, 5.0, reuse=6, rate=6e-4),
+    ),
+    {
+        "height": 128,
+        "width": 128,
+        "num_frames": 65,
+        "num_inference_steps": 28,
+        "guidance_scale": 1.0,
+        "max_sequence_length": TEXT_TOKENS,
+        "prompt_template": TEMPLATE,
+    },
+    default=1,
+)
+KINDS = {"image": IMAGE, "video": VIDEO}
+
+
+def _clip(words: list[str], layers: int) -> tuple[CLIPTextModel, object]:
+    tokenizer = clip_tokenizer(words, CLIP_TOKENS)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        projection_dim=128,
+        max_position_embeddings=CLIP_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config), tokenizer
+
+
+def _image_pipeline(words: list[str]) -> FluxPipeline:
+    clip, clip_words = _clip(words, 2)
+    t5_words = t5_tokenizer(words, TEXT_TOKENS)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_words),
+            d_model=128,
+            d_kv=64,
+            d_ff=256,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            tie_word_embeddings=False,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=256,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 28, 28),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=math.log(IMAGE.stages[0].shift),
+        max_shift=math.log(IMAGE.stages[-1].shift),
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift=IMAGE.stages[-1].shift,
+    )
+    return FluxPipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=clip_words,
+        text_encoder_2=t5,
+        tokenizer_2=t5_words,
+        transformer=transformer,
+        image_encoder=None,
+        feature_extractor=None,
+    )
+
+
+def _video_pipeline(words: list[str]) -> HunyuanVideoPipeline:
+    clip, clip_words = _clip(words, 1)
+    llama_words = llama_tokenizer(words, TEXT_TOKENS)
+    # The pipeline reads the third hidden state from the end: the last two layers do nothing.
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(llama_words),
+            hidden_size=96,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=llama_words.bos_token_id,
+            eos_token_id=llama_words.eos_token_id,
+            pad_token_id=llama_words.pad_token_id,
+        )
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=8,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_layers=2,
+        num_single_layers=5,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=False,
+        text_embed_dim=96,
+        pooled_projection_dim=128,
+        rope_axes_dim=(16, 24, 24),
+    )
+    return HunyuanVideoPipeline(
+        text_encoder=llama,
+        tokenizer=llama_words,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=VIDEO.stages[-1].shift),
+        text_encoder_2=clip,
+        tokenizer_2=clip_words,
+    )
+
+
+def _zero_start(transformer: nn.Module) -> None:
+    """Every block begins as the identity and the model as zero, which steadies early training."""
+    for name, module in transformer.named_modules():
+        modulation = name.endswith(".linear") and ".norm" in name
+        if modulation or name == "proj_out" or name == "norm_out.linear":
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def build(kind: Kind, seed: int = 0) -> DiffusionPipeline:
+    """An untrained pipeline in evaluation mode."""
+    torch.manual_seed(seed)
+    words = scene_lib.words()
+    pipe = _video_pipeline(words) if kind.video else _image_pipeline(words)
+    _zero_start(pipe.transformer)
+    for part in modules(pipe).values():
+        part.eval()
+    return pipe
+
+
+def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def tokenize(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Token ids as the stock pipeline makes them: "text", "mask" [B, 64], "clip" [B, 77]."""
+    video = isinstance(pipe, HunyuanVideoPipeline)
+    first, second = pipe.tokenizer, pipe.tokenizer_2
+    text, clip = (first, second) if video else (second, first)
+    long = text(
+        prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+    )
+    pooled = clip(
+        prompts, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
+    )
+    return {"text": long.input_ids, "mask": long.attention_mask, "clip": pooled.input_ids}
+
+
+def encode_text(
+    pipe: DiffusionPipeline, tokens: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text states [B, 64, D] and pooled state [B, 128], as the stock pipelines compute them."""
+    if isinstance(pipe, HunyuanVideoPipeline):
+        states = pipe.text_encoder(
+            tokens["text"], attention_mask=tokens["mask"], output_hidden_states=True
+        ).hidden_states[-3]
+        return states, pipe.text_encoder_2(tokens["clip"]).pooler_output
+    return pipe.text_encoder_2(tokens["text"])[0], pipe.text_encoder(tokens["clip"]).pooler_output
+
+
+def save(
+    pipe: DiffusionPipeline, folder: str | os.PathLike, kind: Kind, prompts: list[str]
+) -> None:
+    """Write the pipeline in diffusers' format (bf16, small shards) and its call next to it."""
+    folder = Path(folder)
+    text, words = (
+        (pipe.text_encoder, pipe.tokenizer)
+        if kind.video
+        else (pipe.text_encoder_2, pipe.tokenizer_2)
+    )
+    copy_capitals(words, text.get_input_embeddings().weight, scene_lib.words())
+    for part in modules(pipe).values():
+        part.to(torch.bfloat16)
+    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="15MB")
+    # transformers loads a model in its config's type, diffusers in float32: without this the text
+    # states would be bf16 and the transformer float32, and the stock call would fail.
+    for name in ("text_encoder", "text_encoder_2"):
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text())
+        config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    note = {"prompt": prompts[kind.default], "prompts": prompts, "call": kind.call}
+    (folder / "flashomni.json").write_text(json.dumps(note, indent=2) + "\n")
+
+
+def heldout_prompts(kind: Kind, count: int, seed: int = 7) -> list[str]:
+    """``count`` captions, each with a colour and shape never seen together in training."""
+    gen = torch.Generator().manual_seed(seed)
+    return scene_lib.captions(scene_lib.sample(count, gen, kind.video, "heldout"))
