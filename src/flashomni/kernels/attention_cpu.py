@@ -120,8 +120,10 @@ def _partial(
     skip = int((kind < 0).sum())
     kind, rows = kind[skip:], rows[skip:]
     h, i = rows // num_q_blocks, rows % num_q_blocks
-    q_rows = q.flatten(0, 1).index_select(0, rows).mul_(softmax_scale)
-    visited = visited.index_select(0, rows)
+    in_order = len(rows) == len(q_mask.flatten()) and bool((rows[1:] > rows[:-1]).all())
+    q_rows = q.flatten(0, 1)
+    if not in_order:
+        q_rows, visited = q_rows.index_select(0, rows), visited.index_select(0, rows)
     o_rows = torch.empty_like(q_rows)
     lse_rows = None if lse is None else torch.empty_like(q_rows[..., 0])
     kinds, sizes = kind.unique_consecutive(return_counts=True)
@@ -147,7 +149,8 @@ def _partial(
             torch.index_select(v, 0, index, out=v_buf[: n * count])
             k_part, v_part = (x[: n * count].view(n, keys, head_dim) for x in (k_buf, v_buf))
             score = scores[:n]
-            torch.bmm(q_rows[part], k_part.mT, out=score)
+            query = q_rows[part]
+            torch.baddbmm(score, query, k_part.mT, beta=0, alpha=softmax_scale, out=score)
             if has_tail:
                 score[:, :, keys - block_n + tail :] = -torch.inf
             if lse_rows is not None:
@@ -155,7 +158,10 @@ def _partial(
             torch.softmax(score, -1, out=score)
             torch.bmm(score, v_part, out=o_rows[part])
         start = stop
-    o[i, h] = o_rows.to(o.dtype)
+    if in_order:
+        o.copy_(o_rows.view_as(q).transpose(0, 1))
+    else:
+        o[i, h] = o_rows.to(o.dtype)
     if lse is not None and lse_rows is not None:
         lse[h, i] = lse_rows
 
