@@ -3,7 +3,22 @@
 import pytest
 import torch
 
-from flashomni.symbols import Grid, Symbols
+import flashomni
+from flashomni.engine import Recipe
+from flashomni.models import adapters
+from flashomni.policies import make_policy
+from flashomni.symbols import Symbols
+
+STEPS = 10
+ADAPTERS = sorted(adapters())
+# Every tile computed, every block visited, but through the sparse ops and with a history.
+ONES = Recipe(
+    policy=make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
+)
+# A sparse recipe whose symbols change between Updates, with first-order forecasts.
+SPARSE = Recipe(
+    policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,4 +62,49 @@ def token_masks(symbols):
     return rows, pairs
 
 
-__all__ = ["Grid", "device_for", "random_symbols", "token_masks"]
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=ADAPTERS)
+def tiny(request):
+    """``(model, inputs)`` of one adapter, weights of unit scale so that attention is not flat."""
+    torch.manual_seed(0)
+    model, inputs = adapters()[request.param].tiny()
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name:
+            parameter.mul_(2.0)
+    return model.eval(), dict(inputs)
+
+
+def call(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+def generation(engine, model, inputs, steps=STEPS, branch=None):
+    """All outputs of a run in which the latents drift from step to step."""
+    outputs, latents = [], inputs["hidden_states"]
+    for step in range(steps):
+        engine.step(step, steps, branch)
+        outputs.append(call(model, {**inputs, "hidden_states": latents}))
+        latents = latents - 0.05 * outputs[-1]
+    return torch.stack(outputs)
+
+
+def run(model, inputs, recipe, steps=STEPS, **options):
+    with flashomni.accelerate(model, recipe, **options) as engine:
+        return generation(engine, model, inputs, steps), engine.report()
+
+
+def residue(model):
+    """What an engine could leave behind on the modules of a model."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__
+        or hasattr(module, "_diffusers_hook")
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ]

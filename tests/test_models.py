@@ -7,74 +7,17 @@ import torch
 from torch import nn
 
 import flashomni
+from conftest import ONES, SPARSE, STEPS, call, generation, residue, run
 from flashomni.engine import Recipe
-from flashomni.models import adapters, find_adapter
 from flashomni.policies import make_policy
 
-STEPS = 10
-ADAPTERS = sorted(adapters())
-# Every tile computed, every block visited, but through the sparse ops and with a history.
-ONES = Recipe(
-    policy=make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
-)
-# A sparse recipe whose symbols change between Updates, with first-order forecasts.
-SPARSE = Recipe(
-    policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
-)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=ADAPTERS)
-def tiny(request):
-    """``(model, inputs)`` of one adapter, weights of unit scale so that attention is not flat."""
-    torch.manual_seed(0)
-    model, inputs = adapters()[request.param].tiny()
-    for name, parameter in model.named_parameters():
-        if "norm_q" in name or "norm_k" in name:
-            parameter.mul_(2.0)
-    return model.eval(), dict(inputs)
-
-
-def call(model, inputs):
-    return model(**inputs, return_dict=False)[0]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def lowered(value):
     """bf16 for a float tensor; ids, masks and shapes as they are."""
     is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.bfloat16() if is_float else value
-
-
-def generation(engine, model, inputs, steps=STEPS, branch=None):
-    """All outputs of a run in which the latents drift from step to step."""
-    outputs, latents = [], inputs["hidden_states"]
-    for step in range(steps):
-        engine.step(step, steps, branch)
-        outputs.append(call(model, {**inputs, "hidden_states": latents}))
-        latents = latents - 0.05 * outputs[-1]
-    return torch.stack(outputs)
-
-
-def run(model, inputs, recipe, steps=STEPS, **options):
-    with flashomni.accelerate(model, recipe, **options) as engine:
-        return generation(engine, model, inputs, steps), engine.report()
-
-
-def residue(model):
-    """What an engine could leave behind on the modules of a model."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if "forward" in module.__dict__
-        or hasattr(module, "_diffusers_hook")
-        or module._forward_hooks
-        or module._forward_pre_hooks
-    ]
 
 
 def test_all_bits_one_reproduces_the_stock_model(tiny):
@@ -319,118 +262,3 @@ def test_histories_in_bfloat16_take_half_the_memory(tiny):
     half, narrow = run(model, inputs, SPARSE.replace(history_dtype="bfloat16"))
     assert narrow.cache_bytes < 0.55 * wide.cache_bytes
     torch.testing.assert_close(full, half, atol=2e-2, rtol=2e-2)
-
-
-@pytest.mark.parametrize("offload_first", [True, False])
-def test_model_offloading_works_in_any_order(tiny, offload_first):
-    """accelerate's offload hook wraps the model before or after us; remove() keeps it."""
-    from accelerate import cpu_offload_with_hook
-    from accelerate.hooks import remove_hook_from_module
-
-    model, inputs = tiny
-    expected, _ = run(model, inputs, SPARSE)
-    if offload_first:
-        cpu_offload_with_hook(model, "cpu")
-    engine = flashomni.accelerate(model, SPARSE)
-    if not offload_first:
-        cpu_offload_with_hook(model, "cpu")
-    assert torch.equal(generation(engine, model, inputs), expected)
-    engine.remove()
-    assert hasattr(model, "_hf_hook")
-    remove_hook_from_module(model)
-
-
-def test_no_gradients(tiny):
-    """With autograd on, an accelerated model refuses instead of losing gradients."""
-    model, inputs = tiny
-    with flashomni.accelerate(model, SPARSE) as engine:
-        engine.step(0, STEPS)
-        with torch.enable_grad(), pytest.raises(ValueError, match=r"torch.no_grad\(\)"):
-            call(model, inputs)
-
-
-def test_bare_transformer_needs_the_step(tiny):
-    """Without a scheduler nothing tells the step: the error says what to call."""
-    model, inputs = tiny
-    with (
-        flashomni.accelerate(model, SPARSE),
-        pytest.raises(ValueError, match=r"engine\.step\(i, num_steps\)"),
-    ):
-        call(model, inputs)
-
-
-def test_refusals_leave_nothing_installed(tiny):
-    """Bad recipe, bad backend, hooks, foreign processors: an error each, and a clean model."""
-    model, _ = tiny
-    site = find_adapter(model).sites(model)[0]
-    clean = residue(model)
-    with pytest.raises(ValueError, match="recipe must be a preset"):
-        flashomni.accelerate(model, "ludicrous")
-    with pytest.raises(ValueError, match="backend must be one of cpu, reference"):
-        flashomni.accelerate(model, backend="abacus")
-    stock = site.block.attn.processor
-    site.block.attn.processor = object()
-    with pytest.raises(NotImplementedError, match="attention processor object is not supported"):
-        flashomni.accelerate(model)
-    site.block.attn.processor = stock
-    assert residue(model) == clean
-    engine = flashomni.accelerate(model)
-    with pytest.raises(ValueError, match=r"accelerated already: call engine.remove\(\) first"):
-        flashomni.accelerate(model)
-    engine.remove()
-    site.block.forward = site.block.forward
-    with pytest.raises(NotImplementedError, match=r"transformer_blocks.0 carries the hook"):
-        flashomni.accelerate(model)
-    del site.block.forward
-    with pytest.raises(NotImplementedError, match="accelerate it first, then compile"):
-        flashomni.accelerate(torch.compile(model))
-    assert residue(model) == clean
-
-
-def test_a_diffusers_cache_is_refused_by_name(tiny):
-    """Two caches on one model would each hide the other's work."""
-    from diffusers import FirstBlockCacheConfig
-
-    model, _ = tiny
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(NotImplementedError, match="carries the hook fbc"):
-        flashomni.accelerate(model)
-
-
-def test_unsupported_models_name_what_is_supported():
-    """The error lists the transformer classes."""
-    with pytest.raises(ValueError, match=f"transformer must be one of {', '.join(ADAPTERS)}"):
-        flashomni.accelerate(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="pipe must be a diffusers pipeline with a transformer"):
-        flashomni.accelerate("a string")
-
-
-def test_hunyuan_token_replace_is_refused():
-    """Its blocks modulate the first frame apart: refused by name."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        image_condition_type="token_replace",
-    )
-    with pytest.raises(NotImplementedError, match="token_replace"):
-        flashomni.accelerate(model)
-
-
-def test_flux_attention_kwargs_are_refused():
-    """joint_attention_kwargs would be lost: refused by name, and the engine stays usable."""
-    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-    with flashomni.accelerate(model, SPARSE) as engine:
-        engine.step(0, STEPS)
-        with pytest.raises(NotImplementedError, match="ip_hidden_states"):
-            model(**inputs, joint_attention_kwargs={"ip_hidden_states": []})
-        generation(engine, model, inputs, steps=3)
