@@ -94,6 +94,13 @@ def test_properties(backend, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_more_than_one_word(backend):
+    """81 key blocks: three words of bits a row, the last partly used."""
+    grid = Grid(40, 1290, block_m=16, block_n=16)
+    check(backend, (1, 40, 1290, 2, 1, 32), random_symbols(grid, 1, 2, 1.0, 0.5), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lse_and_empty_rows(backend):
     """lse is the natural log of the softmax sum; a row without keys is 0 and -inf."""
     device = device_for(backend)

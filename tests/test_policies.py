@@ -152,15 +152,45 @@ def test_flashomni_is_the_rule_of_the_paper():
     assert cached_something
 
 
+@pytest.mark.parametrize("combine", ["and", "mean", "c", "g"])
+@pytest.mark.parametrize("grid", [GRIDS["text last"], Grid(900, 900, (0, 200))], ids=str)
+def test_flashomni_reads_c_and_g_off_the_map(combine, grid):
+    """C sums text rows, G the softmax over vision of text columns; each way to combine them."""
+    q, k = inputs(grid)
+    tau = 0.45
+    policy = make_policy("flashomni", tau_q=tau, tau_kv=0.0, power=0.0, combine=combine)
+    got = policy(q, k, grid, progress()).q_mask()
+    attention = pooled_map(q, k, grid)
+    text, vision = range(*grid.text_q_blocks), list(range(*grid.vision_q_blocks))
+    some_cached = False
+    for b in range(2):
+        for h in range(4):
+            p = attention[b, h]
+            given = [sum(float(p[j, i]) for j in text) for i in vision]
+            beta = {j: torch.softmax(torch.stack([p[i, j] for i in vision]), 0) for j in text}
+            guided = [sum(float(beta[j][n]) for j in text) for n in range(len(vision))]
+            mean = [c / sum(given) + g / sum(guided) for c, g in zip(given, guided, strict=True)]
+            light = {
+                "and": low_mass_loop(given, tau) & low_mass_loop(guided, tau),
+                "mean": low_mass_loop(mean, tau),
+                "c": low_mass_loop(given, tau),
+                "g": low_mass_loop(guided, tau),
+            }[combine]
+            assert got[b, h, vision].tolist() == [n not in light for n in range(len(vision))]
+            some_cached |= bool(light)
+    assert some_cached
+
+
 def test_pooled_map_is_softmax_of_mean_scores():
     """Padding takes part in no mean and gets no mass; rows sum to 1; GQA repeats key heads."""
     grid = GRIDS["text last"]
     q, k = inputs(grid)
     got = pooled_map(q, k, grid)
     torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]))
-    means = [k[1, j * 128 : min((j + 1) * 128, 430), 1].mean(0) for j in range(4)]
-    score = torch.stack([q[1, 128:256, 3].mean(0) @ mean for mean in means]) * 16**-0.5
-    torch.testing.assert_close(got[1, 3, 1], score.softmax(0), atol=1e-5, rtol=1e-4)
+    for head, kv_head in ((1, 0), (3, 1)):
+        means = [k[1, j * 128 : min((j + 1) * 128, 430), kv_head].mean(0) for j in range(4)]
+        score = torch.stack([q[1, 128:256, head].mean(0) @ mean for mean in means]) * 16**-0.5
+        torch.testing.assert_close(got[1, head, 1], score.softmax(0), atol=1e-5, rtol=1e-4)
     short = Grid(500, 500, (400, 500), kv_len=torch.tensor([500, 120], dtype=torch.int32))
     assert (pooled_map(q, k, short)[1, ..., 1:] == 0).all()
 

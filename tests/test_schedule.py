@@ -57,6 +57,13 @@ def test_forecasts_start_at_the_value(name, order):
     assert len(basis(order, 2.5)) == order + 1 and basis(order, 2.5)[0] == 1.0
 
 
+def test_weights_of_the_two_bases():
+    """x^i / i! for Taylor; scaled Hermite polynomials without their constant for Hermite."""
+    assert forecasts()["taylor"](3, 2.0) == pytest.approx([1, 2, 2, 4 / 3])
+    # H1(x/2) = x, H2(x/2) - H2(0) = x^2, H3(x/2) = x^3 - 6x; times 2^-i / i!
+    assert forecasts()["hermite"](3, 2.0) == pytest.approx([1, 1, 0.5, (8 - 12) / 48])
+
+
 def test_taylor_is_exact_on_lines():
     """Order 1 continues a linear quantity exactly, with unequal distances too."""
     history = History(1, 2, Storage())
