@@ -167,6 +167,35 @@ def test_number_of_steps_and_batch_may_change(tiny):
         assert torch.equal(generation(engine, model, single), small)
 
 
+def test_a_generation_that_breaks_off_leaves_nothing(tiny):
+    """Seven steps, then from the start: the caches of the seven are gone before the first step."""
+    model, inputs = tiny
+    alone, _ = run(model, inputs, SPARSE)
+    with flashomni.accelerate(model, SPARSE) as engine:
+        for step in range(7):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        kept = sum(sum(branch.nbytes()) for branch in engine._branches.values())
+        engine.step(0, STEPS)
+        assert torch.equal(call(model, inputs), alone[0])
+        left = sum(sum(branch.nbytes()) for branch in engine._branches.values())
+        assert 0 < left < 0.5 * kept  # what a warm-up step records, and no more
+        assert torch.equal(generation(engine, model, inputs), alone)
+
+
+def test_another_shape_within_a_generation_starts_afresh(tiny):
+    """The batch changes on a Dispatch step: that step becomes an Update, nothing is mixed up."""
+    model, inputs = tiny
+    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    with flashomni.accelerate(model, SPARSE) as engine:
+        for step in range(4):
+            engine.step(step, STEPS)
+            call(model, inputs if step < 3 else single)
+        assert engine.report().steps[3]["kind"] == "update"
+        engine.step(4, STEPS)
+        assert call(model, single).isfinite().all()
+
+
 def test_batch_items_do_not_touch_each_other(tiny):
     """Item 0 of a batch of two gives what it gives alone."""
     model, inputs = tiny
@@ -253,6 +282,18 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
     kinds = [s["layer_kinds"][0] for s in summary.steps]
     assert "bypass" in kinds and kinds[1] == "dispatch"  # measured at one Update, used at the next
     assert "dispatch" in kinds[kinds.index("bypass") :]
+
+
+def test_whole_layer_caching_keeps_no_heads(tiny):
+    """A layer that is cached whole holds its outputs only, not the history of its heads."""
+    model, inputs = tiny
+    with flashomni.accelerate(model, "fora") as engine:
+        for step in range(4):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        layers = engine._branches["call"].layers
+        assert all(layer.whole and layer.history is None for layer in layers)
+        assert all(layer.bias_terms is None for layer in layers)
 
 
 def test_histories_in_bfloat16_take_half_the_memory(tiny):
