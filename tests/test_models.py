@@ -278,8 +278,13 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
             return None
 
     recipe = Recipe(policy=Wave(), interval=2, warmup=0.0, order=1, degrade_below=0.7)
-    _, summary = run(model, inputs, recipe, steps=16)
-    kinds = [s["layer_kinds"][0] for s in summary.steps]
+    with flashomni.accelerate(model, recipe) as engine:
+        for step in range(16):
+            engine.step(step, 16)
+            call(model, inputs)
+            for layer in engine._branches["call"].layers:  # never both kinds of memory
+                assert not layer.whole if layer.bias_terms is not None else not layer.history
+        kinds = [s["layer_kinds"][0] for s in engine.report().steps]
     assert "bypass" in kinds and kinds[1] == "dispatch"  # measured at one Update, used at the next
     assert "dispatch" in kinds[kinds.index("bypass") :]
 
