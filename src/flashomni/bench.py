@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashomni.engine.files import write_text
 from flashomni.kernels import (
     select,
     sparse_attention,
@@ -251,8 +252,6 @@ def _check(problem: Problem, dtype: torch.dtype) -> None:
 
 def save(rows: list[Row], path: Path) -> None:
     """Append rows to a CSV, with a header if it is new; the file appears whole or not at all."""
-    from flashomni.engine.recipe import write_text
-
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(asdict(rows[0])), lineterminator="\n")

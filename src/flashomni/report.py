@@ -7,8 +7,6 @@ import html
 import io
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from flashomni import metrics, viz
 from flashomni.engine import Summary
-from flashomni.engine.recipe import write_text
+from flashomni.engine.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -241,27 +239,13 @@ def _save_frames(pixels: Tensor, stem: Path) -> Path:
 def _save(image: Image, path: Path, **options: Any) -> Path:
     buffer = io.BytesIO()
     image.save(buffer, **options)
-    return _write_bytes(path, buffer.getvalue())
+    return write_bytes(path, buffer.getvalue())
 
 
 def _save_figure(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    return _write_bytes(path, buffer.getvalue())
-
-
-def _write_bytes(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_bytes(path, buffer.getvalue())
 
 
 def _data_uri(path: Path) -> str:

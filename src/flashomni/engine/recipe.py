@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashomni.engine.files import write_text
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.schedule import Schedule
 from flashomni.policies import Policy, check_range, make_policy, policies
@@ -165,21 +164,6 @@ class Recipe:
 def presets() -> list[str]:
     """Names of the recipes that come with the library."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

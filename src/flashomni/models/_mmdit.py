@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
 from flashomni.kernels.gemm_q import Rope, apply_rope
+from flashomni.models import BlockRun, Site
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Stream:
     norm_q: nn.Module | None
     norm_k: nn.Module | None
     rope: Rope | None
+
+
+def dual_and_single(model: Any, run_dual: BlockRun, run_single: BlockRun) -> list[Site]:
+    """The sites of a model of dual-stream blocks and then single-stream ones."""
+    groups = (("transformer_blocks", run_dual), ("single_transformer_blocks", run_single))
+    return [
+        Site(f"{group}.{i}", block, run)
+        for group, run in groups
+        for i, block in enumerate(getattr(model, group))
+    ]
 
 
 def own_stream(attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None) -> Stream:

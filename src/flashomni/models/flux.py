@@ -17,6 +17,7 @@ from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
     added_stream,
+    dual_and_single,
     dual_attention,
     feed_forward,
     joint_attention,
@@ -30,15 +31,7 @@ from flashomni.symbols import Grid
 @adapter("FluxTransformer2DModel")
 class Flux(Adapter):
     def sites(self, model: Any) -> list[Site]:
-        dual = [
-            Site(f"transformer_blocks.{i}", block, run_dual)
-            for i, block in enumerate(model.transformer_blocks)
-        ]
-        single = [
-            Site(f"single_transformer_blocks.{i}", block, run_single)
-            for i, block in enumerate(model.single_transformer_blocks)
-        ]
-        return dual + single
+        return dual_and_single(model, run_dual, run_single)
 
     def check(self, model: Any) -> None:
         blocks = {site.name: site.block for site in self.sites(model)}
