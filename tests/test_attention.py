@@ -180,7 +180,7 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
         ({"lse": torch.zeros(1, 200, 2)}, r"lse must be \[1, 2, 200\]"),
         ({"kv_len": torch.zeros(1)}, "kv_len must be int32"),
         ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
-        ({"backend": "abacus"}, "backend must be one of cpu, reference, got 'abacus'"),
+        ({"backend": "abacus"}, "backend must be one of .*reference.* got 'abacus'"),
     ],
 )
 def test_refusals_name_the_argument(change, message):

@@ -188,7 +188,7 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
             "coefficients must be float32",
         ),
         ({"out": torch.zeros(1, 90, 25)}, r"out must be \[1, 90, 24\]"),
-        ({"backend": "abacus"}, "backend must be one of cpu, reference"),
+        ({"backend": "abacus"}, "backend must be one of .*reference"),
     ],
 )
 def test_refusals_name_the_argument(change, message):

@@ -128,7 +128,7 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
         ({"rope": (torch.zeros(90, 16), torch.zeros(80, 16))}, r"rope sin must be \[90, 16\]"),
         ({"rope": (torch.zeros(90, 16).half(),) * 2}, "rope cos must be float32"),
         ({"out": torch.zeros(1, 90, 32)}, r"out must be \[1, 90, 2, 16\]"),
-        ({"backend": "abacus"}, "backend must be one of cpu, reference"),
+        ({"backend": "abacus"}, "backend must be one of .*reference"),
     ],
 )
 def test_refusals_name_the_argument(change, message):

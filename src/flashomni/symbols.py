@@ -187,6 +187,8 @@ class Symbols:
         2. Text key blocks are never skipped (unless ``skip_text_columns``).
         3. Every query block visits at least one key block.
 
+        Text rows may skip vision blocks: a policy that wants them dense says so itself.
+
         Args:
             q_mask: bool ``[B, H, Mb]``, true = compute; B and H may be 1 sized by ``expand``.
             kv_mask: bool ``[B, H, Mb, Nb]``, true = visit.

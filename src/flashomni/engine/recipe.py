@@ -12,7 +12,7 @@ from typing import Any
 from flashomni.engine.files import write_text
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.schedule import Schedule
-from flashomni.policies import Policy, check_range, make_policy, policies
+from flashomni.policies import Policy, check_int, check_range, make_policy, policies
 
 FORMAT = 1
 PRESETS = Path(__file__).parent.parent / "recipes"
@@ -66,15 +66,15 @@ class Recipe:
             raise ValueError(f"policy must be a Policy, got {self.policy!r}")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
-        _check_int("interval", self.interval, 1, 1000)
+        check_int("interval", self.interval, 1, 1000)
         check_range("warmup", self.warmup, 0.0, 1.0)
         _check_choice("forecast", self.forecast, tuple(forecasts()))
-        _check_int("order", self.order, 0, 3)
-        _check_int("layer_order", self.layer_order, 0, 3)
+        check_int("order", self.order, 0, 3)
+        check_int("layer_order", self.layer_order, 0, 3)
         check_range("degrade_below", self.degrade_below, 0.0, 1.0)
         check_range("min_skip", self.min_skip, 0.0, 1.0)
         for name in ("block_m", "block_n"):
-            _check_int(name, getattr(self, name), 16, 1024)
+            check_int(name, getattr(self, name), 16, 1024)
             if getattr(self, name) % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
         _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
@@ -164,11 +164,6 @@ class Recipe:
 def presets() -> list[str]:
     """Names of the recipes that come with the library."""
     return sorted(path.stem for path in PRESETS.glob("*.json"))
-
-
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -31,7 +31,9 @@ class Site:
         name: its path in the model.
         block: the module.
         run: ``run(engine, index, block, *args, **kwargs)`` computes what ``block(*args, **kwargs)``
-            would, with the engine's calls.
+            would, with the engine's calls. Its parameters carry the names of the block's own,
+            because models pass keywords; it returns the streams in the block's own order. What all
+            blocks of a call share (a valid length, RoPE tables) goes through ``engine.memo``.
     """
 
     name: str
@@ -54,7 +56,9 @@ class Adapter:
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         """A small random model and the arguments of one call, for the contract tests.
 
-        The sequence must not be a multiple of 128 tokens, and neither must the text.
+        The sequence must not be a multiple of 128 tokens, and neither must the text. Arguments are
+        tensors or lists with the batch (2) first, except those with "ids" in their name;
+        ``hidden_states`` has the shape of the output, ``encoder_hidden_states`` is the text.
         """
         raise TypeError(f"{type(self).__name__} does not implement tiny")
 

@@ -25,7 +25,8 @@ class Stream:
         span: token range in the sequence.
         to_q, to_k, to_v: projections to ``H * D``.
         norm_q, norm_k: norms over head_dim, or ``None``.
-        rope: ``(cos, sin)`` each ``[R, D]``, or ``None``.
+        rope: ``(cos, sin)`` each fp32 ``[R, D]``, or ``None``; the angle of a pair of neighbours is
+            repeated for both of its members.
     """
 
     x: Tensor
@@ -117,10 +118,11 @@ def split_rope(rope: Rope, start: int, stop: int) -> Rope:
 
 
 def require_processor(blocks: dict[str, Any], allowed: str) -> None:
-    """Refuse a foreign attention processor or a parallel plan, by name.
+    """Refuse a foreign attention processor, backend or parallel plan, by name.
 
     Raises:
-        NotImplementedError: a block's processor is not ``allowed``, or has a parallel config.
+        NotImplementedError: a block's processor is not ``allowed``, or has an attention backend or
+            a parallel config set, which our attention would ignore.
     """
     for name, block in blocks.items():
         processor = block.attn.processor
@@ -128,6 +130,13 @@ def require_processor(blocks: dict[str, Any], allowed: str) -> None:
             raise NotImplementedError(
                 f"{name}: attention processor {type(processor).__name__} is not supported, only "
                 f"{allowed} is (unload an IP-Adapter, or set the default processor)"
+            )
+        backend = getattr(processor, "_attention_backend", None)
+        if backend is not None:
+            raise NotImplementedError(
+                f"{name}: attention backend {getattr(backend, 'value', backend)!r} is set, but an "
+                "accelerated model uses its own attention; call "
+                "transformer.reset_attention_backend() first"
             )
         if getattr(processor, "_parallel_config", None) is not None:
             raise NotImplementedError(

@@ -105,6 +105,12 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
 
 
+def check_int(name: str, value: Any, low: int, high: int) -> None:
+    """Refuse a setting that is not an integer in ``[low, high]``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
 def check_bool(name: str, value: Any) -> None:
     """Refuse a setting that is not true or false."""
     if not isinstance(value, bool):

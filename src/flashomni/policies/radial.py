@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flashomni.policies import Policy, check_range, policy
+from flashomni.policies import Policy, check_int, check_range, policy
 from flashomni.symbols import Grid, Symbols
 
 
@@ -32,9 +32,7 @@ class Radial(Policy):
     width: float = 0.5
 
     def __post_init__(self) -> None:
-        check_range("frames", self.frames, 1, 100_000)
-        if not isinstance(self.frames, int):
-            raise ValueError(f"frames must be an integer, got {self.frames!r}")
+        check_int("frames", self.frames, 1, 100_000)
         check_range("width", self.width, 0.0, 2.0)
 
     def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
