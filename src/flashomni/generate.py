@@ -73,7 +73,7 @@ class Generation:
         """Run the pipeline once; return its frames and the seconds it took, all included."""
 
         def callback(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-            on_step(step + 1, self.num_steps)
+            on_step(step + 1, getattr(pipe, "_num_timesteps", None) or self.num_steps)
             return kwargs
 
         self._wait()
