@@ -23,17 +23,26 @@ MAY_IMPORT = {
     "models": {"symbols", "kernels", "engine"},
     "zoo": set(),
     "metrics": set(),
+    "versions": set(),
     "viz": {"symbols", "engine"},
-    "bench": {"symbols", "policies", "kernels", "engine"},
+    "bench": {"symbols", "policies", "kernels", "engine", "versions"},
     "generate": {"engine", "models", "zoo"},
     "report": {"engine", "metrics", "viz"},
-    "cli": {"engine", "kernels", "policies", "models", "generate", "report", "zoo", "bench"},
-}
-DIFFUSERS = {"models", "zoo"}
+    "evaluation": {"engine", "models", "zoo", "generate", "metrics", "viz", "versions"},
+    "cli": {
+        "engine", "kernels", "policies", "models", "generate", "report", "zoo", "bench",
+        "evaluation", "metrics", "versions",
+    },
+}  # fmt: skip
+DIFFUSERS = {"models", "zoo", "evaluation"}
 CLI = {
     "generate": {
         "--model", "--recipe", "--compare", "--out", "--steps", "--seed", "--device", "--dtype",
         "--backend", "PROMPT",
+    },
+    "eval": {
+        "--model", "--method", "--prompt", "--count", "--seed", "--scorer", "--out", "--csv",
+        "--steps", "--device", "--dtype", "--backend",
     },
     "show": {"TOPIC", "NAME"},
     "doctor": set(),

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+SHEET_PROMPTS = 8
+
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     """[B, 3, H, W] or [B, 3, F, H, W] in [-1, 1] to [B, H, W, 3] or [B, F, H, W, 3] bytes."""
@@ -87,12 +89,13 @@ def pipeline_sheet(folder: Path, path: Path, device: str) -> None:
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     note = json.loads((Path(folder) / "flashomni.json").read_text())
-    pictures = generate(pipe, note, note["prompts"])
+    prompts = note["prompts"][:SHEET_PROMPTS]
+    pictures = generate(pipe, note, prompts)
     save_sheet(
         pictures,
         path,
         columns=4,
         frames=8,
-        prompts=note["prompts"],
+        prompts=prompts,
         width=80 if pictures.ndim == 5 else 176,
     )

@@ -43,6 +43,7 @@ from training.word_tokenizers import (
 
 TEXT_TOKENS, CLIP_TOKENS = 64, 77
 HEADS, HEAD_DIM = 4, 64
+EVAL_PROMPTS = 64
 TEMPLATE = {"template": "{}", "crop_start": 0}
 
 
@@ -305,7 +306,10 @@ def encode_text(
 def save(
     pipe: DiffusionPipeline, folder: str | os.PathLike, kind: Kind, prompts: list[str]
 ) -> None:
-    """Write the pipeline in diffusers' format (bf16, small shards) and its call next to it."""
+    """Write the pipeline in diffusers' format (bf16, small shards) and its call next to it.
+
+    ``prompts`` come first in the list that evaluations take, then more of the held-out split.
+    """
     folder = Path(folder)
     text, words = (
         (pipe.text_encoder, pipe.tokenizer)
@@ -323,7 +327,8 @@ def save(
         config = json.loads(path.read_text())
         config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
-    note = {"prompt": prompts[kind.default], "prompts": prompts, "call": kind.call}
+    more = heldout_prompts(kind, EVAL_PROMPTS - len(prompts), seed=8)
+    note = {"prompt": prompts[kind.default], "prompts": prompts + more, "call": kind.call}
     (folder / "flashomni.json").write_text(json.dumps(note, indent=2) + "\n")
 
 

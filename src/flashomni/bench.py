@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from flashomni.kernels import (
 )
 from flashomni.kernels.attention import AttentionCall
 from flashomni.symbols import Grid, Symbols
+from flashomni.versions import commit, device_name
 
 
 @dataclass(frozen=True)
@@ -259,21 +258,3 @@ def save(rows: list[Row], path: Path) -> None:
         writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     write_text(path, old + buffer.getvalue())
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or how many CPU threads torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """Short hash of the checkout, ``-dirty`` with uncommitted changes, or ``unknown``."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""The command line: ``flashomni generate | show | doctor | bench``. Imports happen inside."""
+"""The command line: ``flashomni generate | eval | show | doctor | bench``. Lazy imports."""
 
 from __future__ import annotations
 
@@ -127,6 +127,7 @@ def generate(
             _quiet()
             from flashomni import generate as work
             from flashomni import zoo
+            from flashomni.versions import versions
 
             loaded = zoo.load(model, target, _dtype(dtype, target))
             generation = work.Generation(loaded, prompt, seed, steps)
@@ -161,12 +162,91 @@ def generate(
             seconds_accelerated=seconds,
             dense_call_seconds=dense[2],
             summary=summary,
-            versions=work.versions(target),
+            versions=versions(target),
         )
         with console.status("writing the report"):
             report.write_report(comparison, out)
         report.print_table(comparison, console)
         console.print(f"report: {out / 'report.html'}", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+    ] = "tiny-image",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A recipe, steps=N, or a peer; may be repeated. A default set if none."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; the model's own if left out.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many of the model's own prompts.", min=1)] = 4,
+    seed: Annotated[list[int] | None, typer.Option(help="May be repeated; 0 if none.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION that reads a picture and its prompt.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results, pictures, page.")] = Path("eval"),
+    csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
+) -> None:
+    """Measure how methods change pictures, and what they save; goes on where it was stopped."""
+    with _plain_errors():
+        target = _device(device)
+        with console.status(f"loading {model}"):
+            _quiet()
+            from flashomni import evaluation, metrics, zoo
+            from flashomni.evaluation.methods import DEFAULTS
+            from flashomni.evaluation.page import write_page
+            from flashomni.evaluation.scorers import load_scorer
+
+            methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
+            judge = None if scorer is None else load_scorer(scorer)
+            loaded = zoo.load(model, target, _dtype(dtype, target))
+        prompts = list(prompt or loaded.prompts[:count])
+        campaign = evaluation.Campaign(
+            model, loaded, methods, prompts, seed or [0], out, judge, steps
+        )
+        with _progress() as progress:
+            total = progress.add_task("cases", total=len(campaign))
+            current = progress.add_task("", total=1)
+
+            def on_case(case: evaluation.Case) -> Any:
+                progress.reset(current, description=case.method.name[:32])
+                return lambda step, total: progress.update(current, completed=step, total=total)
+
+            for _ in campaign.run(on_case):
+                progress.advance(total)
+        command = " ".join(["flashomni", *sys.argv[1:]])
+        rows = evaluation.summarise(model, campaign.results(), command)
+        with console.status("writing the page"):
+            evaluation.save_rows(rows, out / "fidelity.csv")
+            if csv is not None:
+                evaluation.save_rows(rows, csv)
+            page = write_page(campaign, rows, out, command)
+        columns = ("method", "seconds", "speed-up", "PSNR", "worst", "caption", "FLOPs skipped")
+        table = Table(*columns, title=f"{model}, {rows[0].device}, {len(prompts)} prompts")
+        table.columns[0].overflow = "fold"
+        for row in rows:
+            share = row.caption_score
+            table.add_row(
+                row.recipe,
+                f"{row.seconds:.2f}",
+                f"{row.speedup:.2f}x",
+                str(row.psnr_db),
+                str(row.worst_psnr_db),
+                f"{share:.1%}" if isinstance(share, float) else "",
+                f"{row.flops_skipped:.1%}",
+            )
+        console.print(table)
+        why = metrics.why_no_lpips()
+        if why is not None:
+            console.print(f"LPIPS not measured: {why}", highlight=False)
+        console.print(f"page: {page}", highlight=False)
 
 
 @app.command()
@@ -254,7 +334,7 @@ def doctor() -> None:
     """Versions, device, and which backend each op uses here, with the reasons of the others."""
     import torch
 
-    from flashomni.generate import versions
+    from flashomni.versions import versions
 
     target = _device("auto")
     table = Table("what", "version", title="doctor")
@@ -280,6 +360,7 @@ def bench(
     """Time an op against torch's dense one in the same process, after checking its result."""
     with _plain_errors():
         from flashomni import bench as work
+        from flashomni.versions import device_name
 
         target = _device(device)
         densities = density or [1.0, 0.75, 0.5, 0.25, 0.1]
@@ -287,7 +368,7 @@ def bench(
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"density must be above 0 and at most 1, got {value}")
         columns = ("density", "ms", "dense ms", "speed-up", "of linear")
-        table = Table(*columns, title=f"{op}, {shape}, {work.device_name(target)}")
+        table = Table(*columns, title=f"{op}, {shape}, {device_name(target)}")
         command = " ".join(["flashomni", *sys.argv[1:]])
         rows = []
         with _progress() as progress:

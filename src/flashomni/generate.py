@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,6 @@ from flashomni.models import accelerate
 from flashomni.zoo import Loaded
 
 OnStep = Callable[[int, int], None]
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Versions of what took part, and the device."""
-    found = {"python": platform.python_version(), "device": str(device)}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    else:
-        found["device"] = f"cpu, {torch.get_num_threads()} threads"
-    for name in ("flashomni", "torch", "diffusers", "transformers", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def frames(output: Any) -> Tensor:

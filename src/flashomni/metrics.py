@@ -5,12 +5,15 @@ F is the number of frames, 1 for a picture.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SSIM_WINDOW = 11
+ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
 def psnr(reference: Tensor, image: Tensor) -> float:
@@ -44,6 +47,50 @@ def ssim(reference: Tensor, image: Tensor) -> float:
         )
     return float(
         structural_similarity_index_measure(image.float(), reference.float(), data_range=1.0)
+    )
+
+
+def temporal_psnr(reference: Tensor, image: Tensor) -> float:
+    """PSNR in dB of the changes from frame to frame: how faithfully things move and do not flicker.
+
+    A constant error in all frames does not count here. Infinite for equal changes.
+
+    Raises:
+        ValueError: as :func:`psnr`; or there is only one frame.
+    """
+    _check(reference, image)
+    if len(reference) < 2:
+        raise ValueError(f"reference must have at least 2 frames, got {len(reference)}")
+    gap = reference.float().diff(dim=0) - image.float().diff(dim=0)
+    error = float(gap.square().mean())
+    return -10.0 * math.log10(error) if error else math.inf
+
+
+def why_no_lpips() -> str | None:
+    """Why :func:`lpips` cannot run here, or ``None``. Nothing is ever downloaded."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "torchvision, which holds LPIPS' backbone, is not installed"
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    return None if weights.exists() else f"torchvision's weights {ALEXNET} are not on this machine"
+
+
+def lpips(reference: Tensor, image: Tensor) -> float:
+    """Learned perceptual distance (AlexNet), mean over frames; 0 for equal inputs.
+
+    Raises:
+        ValueError: as :func:`psnr`.
+        NotImplementedError: its weights are not on this machine; :func:`why_no_lpips` says why.
+    """
+    _check(reference, image)
+    why = why_no_lpips()
+    if why is not None:
+        raise NotImplementedError(f"LPIPS cannot be measured: {why}")
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
+    return float(
+        learned_perceptual_image_patch_similarity(
+            image.float(), reference.float(), net_type="alex", normalize=True
+        )
     )
 
 

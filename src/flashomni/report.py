@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -23,7 +22,6 @@ from flashomni.engine.files import write_bytes, write_text
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from matplotlib.figure import Figure
     from PIL.Image import Image
     from rich.console import Console
 
@@ -187,14 +185,14 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
         "dense": _save_frames(comparison.dense, folder / "dense"),
         "accelerated": _save_frames(comparison.accelerated, folder / "accelerated"),
         "difference": _save_frames(gap, folder / "difference"),
-        "density": _save_figure(viz.density_maps(comparison.summary), folder / "density.png"),
-        "steps": _save_figure(
+        "density": viz.save_figure(viz.density_maps(comparison.summary), folder / "density.png"),
+        "steps": viz.save_figure(
             viz.step_times(comparison.summary, comparison.dense_call_seconds),
             folder / "steps.png",
         ),
     }
     write_text(folder / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
-    page = _page(data, {name: _data_uri(path) for name, path in pictures.items()}, factor)
+    page = _page(data, {name: viz.data_uri(path) for name, path in pictures.items()}, factor)
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -240,17 +238,6 @@ def _save(image: Image, path: Path, **options: Any) -> Path:
     buffer = io.BytesIO()
     image.save(buffer, **options)
     return write_bytes(path, buffer.getvalue())
-
-
-def _save_figure(figure: Figure, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return write_bytes(path, buffer.getvalue())
-
-
-def _data_uri(path: Path) -> str:
-    kind = path.suffix.removeprefix(".")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flashomni.engine import Summary
+from flashomni.engine.files import write_bytes
 from flashomni.symbols import Symbols
 
 KIND_COLOURS = {"full": "#6b7280", "update": "#d97706", "dispatch": "#2563eb"}
@@ -137,3 +141,16 @@ def difference(reference: Tensor, image: Tensor) -> tuple[Tensor, float]:
     while factor < 256 and 0 < high * factor * 2 <= 1:
         factor *= 2
     return (gap * factor).clamp(0, 1), factor
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return write_bytes(path, buffer.getvalue())
+
+
+def data_uri(path: Path) -> str:
+    """A picture's file as a URI that a page can hold."""
+    kind = path.suffix.removeprefix(".")
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

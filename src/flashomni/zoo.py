@@ -35,12 +35,14 @@ class Loaded:
         prompt: a prompt that suits it.
         call: arguments of the call besides prompt, generator and output type.
         trained: whether its weights are trained (random weights make noise, at the same speed).
+        prompts: more prompts that suit it, for an evaluation.
     """
 
     pipe: Any
     prompt: str = PROMPT
     call: dict[str, Any] = field(default_factory=dict)
     trained: bool = True
+    prompts: tuple[str, ...] = (PROMPT,)
 
 
 def load(
@@ -87,14 +89,17 @@ def load(
         raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error
     pipe.to(device)
     note = read_note(folder) if is_folder else {}
-    return Loaded(pipe, note.get("prompt", PROMPT), dict(note.get("call", {})))
+    prompt = note.get("prompt", PROMPT)
+    prompts = tuple(note.get("prompts", [prompt]))
+    return Loaded(pipe, prompt, dict(note.get("call", {})), prompts=prompts)
 
 
 def read_note(folder: Path) -> dict[str, Any]:
     """The ``flashomni.json`` of a folder; empty where there is none.
 
     Raises:
-        ValueError: it is not a JSON object with ``prompt`` a string and ``call`` an object.
+        ValueError: it is not a JSON object with ``prompt`` a string, ``prompts`` a list of strings
+            and ``call`` an object.
     """
     path = folder / "flashomni.json"
     if not path.exists():
@@ -104,8 +109,12 @@ def read_note(folder: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     right = isinstance(note, dict) and isinstance(note.get("prompt", ""), str)
-    if not right or not isinstance(note.get("call", {}), dict):
-        raise ValueError(f'{path} must be {{"prompt": string, "call": object}}')
+    prompts = note.get("prompts", [PROMPT]) if right else []
+    right = right and isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not right or not prompts or not isinstance(note.get("call", {}), dict):
+        raise ValueError(
+            f'{path} must be {{"prompt": string, "prompts": [string], "call": object}}'
+        )
     return note
 
 

@@ -35,14 +35,14 @@ class StepPlan:
 
     Args:
         kind: full, update or dispatch.
-        step: index of this step.
+        position: of this step on the forecast's axis; it grows by about 1 a step.
         records: whether a full step adds its outputs to the histories.
         progress: fp32 scalar (step + 1) / num_steps.
         coefficients: fp32, forecast weights at this step: of cached tiles, of whole layers.
     """
 
     kind: StepKind
-    step: int
+    position: float
     records: bool
     progress: Tensor
     coefficients: Tensor
@@ -117,7 +117,7 @@ class LayerRun:
             if name not in whole:
                 whole[name] = [History(order, order + 1, storage) for _ in values]
             for history, value in zip(whole[name], values, strict=True):
-                history.push(value, self._plan.step)
+                history.push(value, self._plan.position)
         return values
 
     def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
@@ -306,7 +306,7 @@ class LayerRun:
             storage = Storage(recipe.history_dtype, recipe.history_device)
             cache.history = History(recipe.order, keep, storage)
         cache.rows = (row_offset, row_offset + o.shape[1])
-        return cache.history.push(o, self._plan.step)
+        return cache.history.push(o, self._plan.position)
 
 
 def _is_rms_norm(norm: nn.Module | None) -> bool:

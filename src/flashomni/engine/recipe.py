@@ -12,12 +12,15 @@ from typing import Any
 from flashomni.engine.files import write_text
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.schedule import Schedule
+from flashomni.engine.settings import parse_settings
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
 
 FORMAT = 1
 PRESETS = Path(__file__).parent.parent / "recipes"
+AXES = ("step", "noise")
 HISTORY_DTYPES = ("compute", "bfloat16", "float16")
 HISTORY_DEVICES = ("compute", "host")
+_NOT_SETTINGS = ("name", "policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Recipe:
         interval: N: one Update, then N - 1 Dispatch steps.
         warmup: share of the steps that run dense first, 0 to 1.
         forecast: basis that carries cached tiles forward (``flashomni show recipe`` lists them).
+        axis: what a forecast goes by: ``step``, the step's index, or ``noise``, the scheduler's
+            noise level, which moves unevenly.
         order: forecast order of cached tiles, 0 to 3.
         layer_order: forecast order of layers that are cached whole, 0 to 3.
         degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
@@ -51,6 +56,7 @@ class Recipe:
     interval: int = 6
     warmup: float = 0.16
     forecast: str = "taylor"
+    axis: str = "step"
     order: int = 1
     layer_order: int = 0
     degrade_below: float = 0.0
@@ -69,6 +75,7 @@ class Recipe:
         check_int("interval", self.interval, 1, 1000)
         check_range("warmup", self.warmup, 0.0, 1.0)
         _check_choice("forecast", self.forecast, tuple(forecasts()))
+        _check_choice("axis", self.axis, AXES)
         check_int("order", self.order, 0, 3)
         check_int("layer_order", self.layer_order, 0, 3)
         check_range("degrade_below", self.degrade_below, 0.0, 1.0)
@@ -137,9 +144,28 @@ class Recipe:
         except (TypeError, ValueError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
 
+    def with_settings(self, name: str, settings: Mapping[str, Any]) -> Recipe:
+        """This recipe under another name, with some of its own or its policy's settings replaced.
+
+        Raises:
+            ValueError: a key is a setting of neither, or a value is not allowed.
+        """
+        own = [f.name for f in dataclasses.fields(self) if f.init and f.name not in _NOT_SETTINGS]
+        policy = self.policy.to_dict()
+        for key, value in settings.items():
+            if key not in own and (key not in policy or key in _NOT_SETTINGS):
+                allowed = own + [known for known in policy if known not in _NOT_SETTINGS]
+                raise ValueError(f"settings of {self.name} are {', '.join(allowed)}; got {key!r}")
+            if key not in own:
+                policy[key] = value
+        changes = {key: value for key, value in settings.items() if key in own}
+        return self.replace(name=name, policy=make_policy(**policy), **changes)
+
     @classmethod
     def of(cls, recipe: Recipe | str | Path) -> Recipe:
         """A recipe as users name it: an object, a preset, a policy, or a path to JSON.
+
+        Settings may follow the name of a preset or a policy: ``balanced:interval=3,tau_q=.5``.
 
         Raises:
             ValueError: it is none of these.
@@ -149,16 +175,21 @@ class Recipe:
         if not isinstance(recipe, (str, Path)):
             raise ValueError(f"recipe must be a Recipe, a name or a path, got {recipe!r}")
         text = str(recipe)
-        if text in presets():
-            return cls.load(PRESETS / f"{text}.json")
-        if text in policies():
-            return cls(name=text, policy=make_policy(text), **policies()[text].recipe)
-        if text.endswith(".json") or Path(text).exists():
+        name = text.partition(":")[0].strip()
+        if name in presets():
+            base = cls.load(PRESETS / f"{name}.json")
+        elif name in policies():
+            base = cls(name=name, policy=make_policy(name), **policies()[name].recipe)
+        elif text.endswith(".json") or Path(text).exists():
             return cls.load(text)
-        raise ValueError(
-            f"recipe must be a preset ({', '.join(presets())}), a policy "
-            f"({', '.join(policies())}) or a path to a .json file, got {text!r}"
-        )
+        else:
+            raise ValueError(
+                f"recipe must be a preset ({', '.join(presets())}), a policy "
+                f"({', '.join(policies())}), one of these with settings (balanced:interval=3), or "
+                f"a path to a .json file, got {text!r}"
+            )
+        settings = parse_settings(text)[1]
+        return base.with_settings(text, settings) if settings else base
 
 
 def presets() -> list[str]:

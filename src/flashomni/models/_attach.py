@@ -53,6 +53,8 @@ class BlockHook(ModelHook):
 
 def attach(engine: Engine, model: nn.Module, sites: list[Site]) -> None:
     """Install ``engine``; on any failure nothing is left on ``model``."""
+    if getattr(model, "_is_cached", False):
+        raise NotImplementedError("cache-dit is enabled on the transformer: disable it first")
     for site in sites:
         _refuse_hooked(site)
     hooks = [BlockHook(engine, index, site) for index, site in enumerate(sites)]
@@ -111,15 +113,29 @@ def _forget_children(model: nn.Module) -> None:
         registry.invalidate_child_registries_cache()
 
 
+def _is_replaced(block: nn.Module) -> bool:
+    """Whether the block's forward is not its class's (a disabled cache leaves just that one)."""
+    forward = block.__dict__.get("forward")
+    if forward is None:
+        return False
+    bound = getattr(forward, "__self__", None) is block
+    return not (bound and getattr(forward, "__func__", None) is type(block).forward)
+
+
 def _refuse_hooked(site: Site) -> None:
     """A hook that is on the block already would be left out by ours: refuse it by name."""
     registry = getattr(site.block, "_diffusers_hook", None)
     if registry is not None and NAME in registry.hooks:
         raise ValueError("the pipeline is accelerated already: call engine.remove() first")
     others = [] if registry is None else list(registry.hooks)
+    for module in site.block.modules():
+        # An attention module is never called as a whole: what hooks it (Pyramid Attention
+        # Broadcast) would be left out.
+        if module is not site.block and hasattr(module, "processor"):
+            others += getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
     if getattr(site.block, "_hf_hook", None) is not None:
         others.append(type(site.block._hf_hook).__name__)
-    if others or "forward" in site.block.__dict__:
+    if others or _is_replaced(site.block):
         raise NotImplementedError(
             f"{site.name} carries the hook {', '.join(others) or 'of a replaced forward'} "
             "(a diffusers cache, group offloading or sequential offloading), which cannot be "

@@ -37,6 +37,8 @@ class FlashOmni(Policy):
         similarity_gate: blocks whose tokens have a mean cosine below this are pooled badly, so
             they are always computed and visited; ``None`` gates nothing.
         center_k: subtract the mean key before pooling.
+        protect_text: text rows visit every key, and every row visits the text keys. Without it
+            skipping treats text like the rest; caching leaves text alone either way.
 
     Raises:
         ValueError: a setting is out of range; or, when called, the grid has no text or no vision.
@@ -49,6 +51,7 @@ class FlashOmni(Policy):
     share_heads: bool = False
     similarity_gate: float | None = None
     center_k: bool = False
+    protect_text: bool = True
 
     def __post_init__(self) -> None:
         check_range("tau_q", self.tau_q, 0.0, 1.0)
@@ -58,6 +61,7 @@ class FlashOmni(Policy):
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {self.combine!r}")
         check_bool("share_heads", self.share_heads)
         check_bool("center_k", self.center_k)
+        check_bool("protect_text", self.protect_text)
         if self.similarity_gate is not None:
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
@@ -77,8 +81,9 @@ class FlashOmni(Policy):
             coarse_k = coarse_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
             q_mask = q_mask | coarse_q
             kv_mask = kv_mask | coarse_q[..., None] | coarse_k[..., None, :]
-        kv_mask = _dense_rows(kv_mask, grid.text_q_blocks)
-        return Symbols.pack(q_mask, kv_mask, grid)
+        if self.protect_text:
+            kv_mask = _dense_rows(kv_mask, grid.text_q_blocks)
+        return Symbols.pack(q_mask, kv_mask, grid, skip_text_columns=not self.protect_text)
 
     def _light_blocks(self, attention: Tensor, grid: Grid, tau: Tensor) -> Tensor:
         """Vision query blocks that may be cached: bool ``[B, H, Mb]``, false for text."""
