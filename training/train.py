@@ -1,9 +1,9 @@
 """Train one of the small pipelines: ``python training/train.py image --out runs/image``.
 
 Autoencoder first, then the transformer with its text encoders, coarse to fine (see ``Stage`` in
-``training.tiny_models``). Time-boxed by ``--minutes``; run again with the same ``--out`` to resume.
-Writes ``pipeline/`` (diffusers format, averaged weights), ``state.safetensors``, ``log.json`` and
-previews.
+``training.tiny_models``). Time-boxed by ``--minutes``; run again with the same ``--out`` to resume, or with ``--start`` to
+train a finished pipeline further. Writes ``pipeline/`` (diffusers format, averaged weights),
+``state.safetensors``, ``log.json`` and previews.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from diffusers import DiffusionPipeline
 from rich.console import Console
 
 from training import flow, sheets, tiny_models
@@ -53,8 +54,18 @@ class Run:
             self.log = json.loads((self.out / "log.json").read_text())
             self.pipe.vae.load_state_dict(self.state["vae"])
             self.pipe.vae.register_to_config(**self.state["vae_config"])
+        elif args.start:
+            self._start_from(args.start)
         self.average = copy.deepcopy({n: getattr(self.pipe, n) for n in TRAINED})
         self.prompts = tiny_models.heldout_prompts(self.kind, 8)
+
+    def _start_from(self, folder: str) -> None:
+        """The weights of a saved pipeline; its autoencoder stays as it is."""
+        saved = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        for name, part in tiny_models.modules(saved).items():
+            getattr(self.pipe, name).load_state_dict(part.float().state_dict())
+        keys = ["scaling_factor"] + ([] if self.kind.video else ["shift_factor"])
+        self.pipe.vae.register_to_config(**{key: saved.vae.config[key] for key in keys})
 
     def report(self, text: str) -> None:
         spent = self.spent["vae"] + self.spent["flow"]
@@ -108,7 +119,7 @@ class Run:
 def train_flow(run: Run, source: Source, renderer: Renderer) -> None:
     """The transformer and its text encoders, stage by stage, on averaged weights."""
     args, kind, device = run.args, run.kind, run.device
-    total = args.minutes - args.vae_minutes
+    total = args.minutes - (0.0 if args.start else args.vae_minutes)
     for name in TRAINED:
         getattr(run.pipe, name).requires_grad_(True)
     params = run.parameters()
@@ -123,7 +134,7 @@ def train_flow(run: Run, source: Source, renderer: Renderer) -> None:
     for transformer in (run.pipe.transformer, run.average["transformer"]):
         flow.float_residual(transformer)
     rope = run.pipe.transformer.rope if kind.video else None
-    if device == "cuda":
+    if device == "cuda" and not args.eager:
         for block in (
             *run.pipe.transformer.transformer_blocks,
             *run.pipe.transformer.single_transformer_blocks,
@@ -149,20 +160,22 @@ def train_flow(run: Run, source: Source, renderer: Renderer) -> None:
         pool = LatentPool(source, renderer, run.pipe.vae, stage, capacity, group)
         run.spent["flow"] = (time.time() - clock) / 60
         run.report(f"stage {number}: {stage}, pool of {capacity} filled")
-        begin_step, saved, losses = run.step, run.spent["flow"], []
+        begin_step, saved, losses, skipped = run.step, run.spent["flow"], [], 0
         mark = (time.time(), run.step)
         while run.spent["flow"] < edges[number + 1]:
             warm = min(1.0, (run.step + 1) / 400) * min(1.0, (run.step - begin_step + 1) / 50)
             fade = (total - run.spent["flow"]) / (0.45 * total)  # decays in the last 45 %
             fade = 0.03 + 0.97 * 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, fade))))
-            optimiser.param_groups[0]["lr"] = stage.rate * warm * fade
+            optimiser.param_groups[0]["lr"] = args.rate * stage.rate * warm * fade
             latents, tokens = pool.batch()
             with torch.autocast(device, torch.bfloat16):
                 loss = flow.flow_loss(run.pipe, kind, latents, tokens, stage.shift)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimiser.step()
+            if torch.nn.utils.clip_grad_norm_(params, 1.0).isfinite():
+                optimiser.step()
+            else:
+                skipped += 1  # a bad batch must not reach the weights
             keep = min(0.999 if stage.batch > 128 else 0.998, (1 + run.step) / (20 + run.step))
             torch._foreach_lerp_(run.averaged(), params, 1 - keep)
             run.step += 1
@@ -171,7 +184,7 @@ def train_flow(run: Run, source: Source, renderer: Renderer) -> None:
                 torch.cuda.synchronize() if device == "cuda" else None
             run.spent["flow"] = (time.time() - clock) / 60
             if len(losses) == (100 if not args.toy else 2):
-                mean = torch.stack(losses).mean().item()
+                mean = torch.stack(losses).nanmean().item()
                 pace = (run.step - mark[1]) / (time.time() - mark[0])
                 mark, losses = (time.time(), run.step), []
                 run.log.append(
@@ -183,8 +196,8 @@ def train_flow(run: Run, source: Source, renderer: Renderer) -> None:
                         "samples_per_second": pace * stage.batch,
                     }
                 )
-                if not math.isfinite(mean):
-                    raise FloatingPointError("the loss is not finite")
+                if skipped > 20:
+                    raise FloatingPointError(f"{skipped} gradients were not finite")
                 if len(run.log) % 2 == 0 or args.toy:
                     run.report(
                         f"step {run.step} loss {mean:.4f} {pace * stage.batch:.0f} samples/s"
@@ -202,6 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=tuple(tiny_models.KINDS))
     parser.add_argument("--out", required=True, help="folder of the run")
+    parser.add_argument("--start", help="a saved pipeline whose weights to train further")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
+    parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--minutes", type=float, default=24.0, help="time box of the training")
     parser.add_argument("--vae-minutes", type=float, default=2.0, help="of which autoencoder")
     parser.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
@@ -224,7 +240,7 @@ def main() -> None:
         chunk=16 if args.toy else 512,
     )
     renderer = Renderer(compiled=args.device == "cuda")
-    if run.state is None:
+    if run.state is None and not args.start:
         begin = time.time()
         train_vae(run.pipe, source, renderer, args.vae_minutes, args.toy, run.report)
         run.spent["vae"] = (time.time() - begin) / 60

@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent
+GENERATES = (
+    "symbols.py", "zoo.py", "generate.py", "policies/*.py", "kernels/*.py", "engine/**/*.py",
+    "models/*.py", "evaluation/methods.py", "evaluation/peers.py",
+)  # fmt: skip
 PACKAGES = ("flashomni", "torch", "diffusers", "transformers", "triton")
 
 
@@ -53,9 +57,10 @@ def commit() -> str:
 
 @functools.cache
 def source_digest() -> str:
-    """Hash of this package's code and recipes: results of other code are not reused."""
+    """Hash of the code that generates pictures: results of other code are not reused."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.rglob("*.py"), *ROOT.glob("recipes/*.json")]):
-        digest.update(str(path.relative_to(ROOT)).encode())
-        digest.update(path.read_bytes())
+    for part in GENERATES:
+        for path in sorted(ROOT.glob(part)):
+            digest.update(str(path.relative_to(ROOT)).encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -53,13 +53,13 @@ class History:
     def __init__(self, order: int, keep: int, storage: Storage) -> None:
         self.order, self.keep, self.storage = order, keep, storage
         self._kept: list[Tensor] = []
-        self._step: float | None = None
+        self._step: int | None = None
         self._device, self._dtype = torch.device("cpu"), torch.float32
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def push(self, value: Tensor, step: float) -> list[Tensor]:
+    def push(self, value: Tensor, step: int) -> list[Tensor]:
         """Add the value of ``step``; return the terms F_0 .. F_i that are known by now."""
         terms = [value]
         if self._step is not None and step > self._step:
@@ -162,12 +162,12 @@ class Branch:
 
     Attributes:
         signature: shape, dtype, device and grid of the run; another one starts afresh.
-        last_update: position of the last Update, ``None`` before the first.
+        last_update: step of the last Update, ``None`` before the first.
     """
 
     layers: list[LayerCache]
     signature: tuple | None = None
-    last_update: float | None = None
+    last_update: int | None = None
 
     def reset(self) -> None:
         self.layers = [LayerCache() for _ in self.layers]

@@ -7,7 +7,7 @@ for its branches in the same order at every step. None of this needs a tensor's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +22,12 @@ class Tick:
         num_steps: of this generation.
         branch: key of the conditioning branch.
         new_run: whether this is the first call of a generation.
-        noise: share of noise in the sample at this step, from 1 to 0, where the scheduler tells it.
     """
 
     step: int
     num_steps: int
     branch: str
     new_run: bool
-    noise: float | None = None
 
 
 class Clock:
@@ -51,7 +49,6 @@ class Clock:
         self._index: int | None = None
         self._step = -1
         self._calls: dict[str, int] = {}
-        self._sigmas: list[float] | None = None
 
     def announce(self, step: int, num_steps: int, branch: str | None) -> None:
         """Say the position of the next call explicitly."""
@@ -89,12 +86,7 @@ class Clock:
         self._timesteps, self._index = timesteps, index
         self._step = 0 if new_run else self._step + new_step
         num_steps = getattr(self._pipe, "_num_timesteps", None) or len(timesteps) - begin
-        if new_run:
-            sigmas = getattr(scheduler, "sigmas", None)
-            self._sigmas = sigmas.tolist() if isinstance(sigmas, Tensor) else None
-        noise = self._sigmas[index] if self._sigmas is not None else None
-        tick = self._count(context, max(num_steps, self._step + 1), new_run, new_step)
-        return replace(tick, noise=noise)
+        return self._count(context, max(num_steps, self._step + 1), new_run, new_step)
 
     def _count(self, context: str | None, num_steps: int, new_run: bool, new_step: bool) -> Tick:
         """Name the branch: its context, and which call with it in this step."""

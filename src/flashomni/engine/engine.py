@@ -122,15 +122,13 @@ class Engine:
         self, kind: StepKind, tick: Tick, branch: Branch, device: torch.device
     ) -> StepPlan:
         recipe = self.recipe
-        position = float(tick.step)
-        if recipe.axis == "noise" and tick.noise is not None:
-            position = tick.num_steps * (1.0 - tick.noise)
-        since = 0.0 if branch.last_update is None else position - branch.last_update
+        since = 0 if branch.last_update is None else tick.step - branch.last_update
         basis = forecasts()[recipe.forecast]
         return StepPlan(
             kind=kind,
-            position=position,
+            step=tick.step,
             records=recipe.schedule.records(tick.step, tick.num_steps),
+            probes=recipe.schedule.probes(tick.step, tick.num_steps),
             progress=torch.full((), (tick.step + 1) / tick.num_steps, device=device),
             coefficients=_to_device(basis(recipe.order, since), device),
             layer_coefficients=_to_device(basis(recipe.layer_order, since), device),
@@ -142,7 +140,7 @@ class Engine:
             self._record.watch.stop()
             branch = self._branches[self._tick.branch]
             if self._plan.kind is StepKind.UPDATE:
-                branch.last_update = self._plan.position
+                branch.last_update = self._tick.step
             sizes = [branch.nbytes() for branch in self._branches.values()]
             self._trace.saw_bytes(sum(d for d, _ in sizes), sum(h for _, h in sizes))
         self._tick = self._plan = self._record = None

@@ -35,15 +35,17 @@ class StepPlan:
 
     Args:
         kind: full, update or dispatch.
-        position: of this step on the forecast's axis; it grows by about 1 a step.
+        step: index of this step.
         records: whether a full step adds its outputs to the histories.
+        probes: whether a full step measures the fraction for S_q.
         progress: fp32 scalar (step + 1) / num_steps.
         coefficients: fp32, forecast weights at this step: of cached tiles, of whole layers.
     """
 
     kind: StepKind
-    position: float
+    step: int
     records: bool
+    probes: bool
     progress: Tensor
     coefficients: Tensor
     layer_coefficients: Tensor
@@ -81,12 +83,12 @@ class LayerRun:
     def _decide_degradation(self, known: float | None) -> None:
         """S_q: cache the layer whole if little of it is computed; look again at each Update.
 
-        A fraction that depends on the data is the one of the Update before, so that the host
-        never waits for the device and every device decides alike.
+        A fraction that depends on the data is the one of the Update before (of the probe, at
+        first), so that the host never waits for the device and every device decides alike.
         """
         cache, threshold = self._cache, self._recipe.degrade_below
         fraction = known
-        if known is None and cache.fraction is not None and self.kind is StepKind.UPDATE:
+        if known is None and cache.fraction is not None:
             fraction = cache.fraction.read()
         cache.degraded = threshold > 0 and fraction is not None and fraction <= threshold
         cache.forget_heads() if cache.degraded else cache.forget_whole()
@@ -117,7 +119,7 @@ class LayerRun:
             if name not in whole:
                 whole[name] = [History(order, order + 1, storage) for _ in values]
             for history, value in zip(whole[name], values, strict=True):
-                history.push(value, self._plan.position)
+                history.push(value, self._plan.step)
         return values
 
     def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
@@ -193,6 +195,8 @@ class LayerRun:
             o = sparse_attention(q, k, v, kv_len=kv_len, backend=self._backend)
             if self.kind is StepKind.UPDATE:
                 self._choose_symbols(q, k)
+            elif self._plan.probes:
+                self._measure(self._recipe.policy(q, k, self.grid, self._plan.progress))
             if self._stores and self._caches_heads:
                 cache.projected = plain_weights(out_projection, q) is not None
             return o
@@ -214,8 +218,11 @@ class LayerRun:
         cache.symbols = symbols
         cache.live_shares.clear()
         cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()
-        if self._recipe.degrade_below > 0 and policy.known_fraction(self.grid) is None:
-            cache.fraction = Fraction(cache.q_density)
+        self._measure(symbols)
+
+    def _measure(self, symbols: Symbols) -> None:
+        """Send the computed fraction on its way to the host, where S_q depends on it."""
+        self._cache.fraction = Fraction(symbols.q_density())
 
     def _symbols(self) -> Symbols:
         symbols = self._cache.symbols
@@ -306,7 +313,7 @@ class LayerRun:
             storage = Storage(recipe.history_dtype, recipe.history_device)
             cache.history = History(recipe.order, keep, storage)
         cache.rows = (row_offset, row_offset + o.shape[1])
-        return cache.history.push(o, self._plan.position)
+        return cache.history.push(o, self._plan.step)
 
 
 def _is_rms_norm(norm: nn.Module | None) -> bool:

@@ -17,7 +17,6 @@ from flashomni.policies import Policy, check_int, check_range, make_policy, poli
 
 FORMAT = 1
 PRESETS = Path(__file__).parent.parent / "recipes"
-AXES = ("step", "noise")
 HISTORY_DTYPES = ("compute", "bfloat16", "float16")
 HISTORY_DEVICES = ("compute", "host")
 _NOT_SETTINGS = ("name", "policy")
@@ -33,8 +32,6 @@ class Recipe:
         interval: N: one Update, then N - 1 Dispatch steps.
         warmup: share of the steps that run dense first, 0 to 1.
         forecast: basis that carries cached tiles forward (``flashomni show recipe`` lists them).
-        axis: what a forecast goes by: ``step``, the step's index, or ``noise``, the scheduler's
-            noise level, which moves unevenly.
         order: forecast order of cached tiles, 0 to 3.
         layer_order: forecast order of layers that are cached whole, 0 to 3.
         degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
@@ -56,7 +53,6 @@ class Recipe:
     interval: int = 6
     warmup: float = 0.16
     forecast: str = "taylor"
-    axis: str = "step"
     order: int = 1
     layer_order: int = 0
     degrade_below: float = 0.0
@@ -75,7 +71,6 @@ class Recipe:
         check_int("interval", self.interval, 1, 1000)
         check_range("warmup", self.warmup, 0.0, 1.0)
         _check_choice("forecast", self.forecast, tuple(forecasts()))
-        _check_choice("axis", self.axis, AXES)
         check_int("order", self.order, 0, 3)
         check_int("layer_order", self.layer_order, 0, 3)
         check_range("degrade_below", self.degrade_below, 0.0, 1.0)

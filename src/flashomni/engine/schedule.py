@@ -49,3 +49,12 @@ class Schedule:
         """Whether a dense warm-up step must add its output to the history."""
         first = self.first_update(num_steps)
         return first - self.order <= step < first
+
+    def probes(self, step: int, num_steps: int) -> bool:
+        """Whether a dense warm-up step measures what share of the tiles the policy would compute.
+
+        It lies two steps before the first that records, so that the host finds the number there
+        without waiting, and the first interval can cache whole layers already.
+        """
+        first = self.first_update(num_steps)
+        return first > 0 and step == max(first - self.order - 2, 0)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from flashomni import metrics
 from flashomni.engine.files import write_bytes, write_text
@@ -296,26 +297,46 @@ class Campaign:
         write_bytes(self.picture(case), buffer.getvalue())
 
 
+class _FlopCounter(TorchDispatchMode):
+    """Sums torch's own FLOP formulas; unlike FlopCounterMode it does not walk the module tree,
+    which has cycles under some peers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))  # torch's table lacks it
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def count_flops(generation: Generation) -> float:
     """FLOPs of the transformer in one generation, counted by torch; slow, and not timed."""
-    model, calls = generation.pipe.transformer, []
+    model, counter = generation.pipe.transformer, _FlopCounter()
 
     def start(*_: Any) -> None:
-        calls.append(FlopCounterMode(display=False))
-        calls[-1].__enter__()
+        counter.__enter__()
+
+    def stop(*_: Any) -> None:
+        counter.__exit__(None, None, None)
 
     handles = [
         model.register_forward_pre_hook(start),
-        model.register_forward_hook(
-            lambda *_: calls[-1].__exit__(None, None, None), always_call=True
-        ),
+        model.register_forward_hook(stop, always_call=True),
     ]
     try:
         _discard(generation)
     finally:
         for handle in handles:
             handle.remove()
-    return float(sum(call.get_total_flops() for call in calls))
+    return float(counter.total)
 
 
 def _discard(generation: Generation) -> None:
