@@ -1,4 +1,4 @@
-"""Order: does a forecast of order D = 0, 1, 2 pay, in which basis, and by which clock?"""
+"""Order: does a forecast of order D = 0, 1, 2 pay, and in which basis?"""
 
 from _study import Point, Study, main
 
@@ -9,8 +9,6 @@ SERIES = {
     "tiles, hermite": TILES + ",forecast=hermite,order={}",
     "layers, taylor": LAYERS + ",forecast=taylor,layer_order={}",
     "layers, hermite": LAYERS + ",forecast=hermite,layer_order={}",
-    "layers, taylor, noise axis": LAYERS + ",forecast=taylor,layer_order={},axis=noise",
-    "layers, hermite, noise axis": LAYERS + ",forecast=hermite,layer_order={},axis=noise",
 }
 
 STUDY = Study(
@@ -18,8 +16,7 @@ STUDY = Study(
     title="Order of the forecast",
     question=(
         "Forecasts of order D = 0, 1, 2 (3 for whole layers) at N = 4, for cached tiles (S_c) and "
-        "for layers that are cached whole, as a Taylor series and in contracted Hermite "
-        "polynomials, by the step's index or by the scheduler's noise level."
+        "for layers that are cached whole, as a Taylor series and in contracted Hermite polynomials."
     ),
     x_label="order D",
     points=[

@@ -1,5 +1,7 @@
 """Seeds, devices, and uninitialised memory that shows: every test starts from the same state."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -19,6 +21,36 @@ ONES = Recipe(
 SPARSE = Recipe(
     policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
 )
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What the tests of the two GEMMs may ask of a backend.
+
+    Args:
+        dtypes: the first one where a test needs only one.
+        head_dims: head dims to draw from.
+        block_m: query blocks to draw from.
+        multiple: what strides are multiples of, in elements.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    head_dims: tuple[int, ...] = (16, 72)
+    block_m: tuple[int, ...] = (32, 128)
+    multiple: int = 1
+
+
+GEMM_TAKES = {"sm90": Takes((torch.float16, torch.bfloat16), (64, 128), (128, 256), 8)}
+
+
+def gemm_takes(backend):
+    return GEMM_TAKES.get(backend, Takes())
+
+
+def with_gpu_marks(backends):
+    """Backends as test parameters; those that only run on a GPU carry its mark."""
+    gpu = [pytest.mark.gpu]
+    return [pytest.param(name, marks=gpu if name in GEMM_TAKES else []) for name in backends]
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import device_for, random_symbols
+from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
 from flashomni.kernels import backends, sparse_gemm_q
 from flashomni.symbols import Grid, Symbols
 
-BACKENDS = backends("gemm_q")
+BACKENDS = with_gpu_marks(backends("gemm_q"))
 
 
 def problem(batch, rows, offset, tail, heads, head_dim, features, block_m, dtype, device):
@@ -65,6 +65,8 @@ def rope_of(rows, head_dim, device):
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 330])
 def test_matches_the_definition(backend, dtype, rows):
     """Norm and RoPE each on and off, bias or none, out poisoned with 7 and with NaN."""
+    if dtype not in gemm_takes(backend).dtypes:
+        pytest.skip(f"{backend} takes no {dtype}")
     device = device_for(backend)
     symbols, x, weight, bias = problem(2, rows, 77, 20, 3, 64, 96, 128, dtype, device)
     norm, rope = torch.rand(64, dtype=dtype, device=device) + 0.5, rope_of(rows, 64, device)
@@ -81,21 +83,46 @@ def test_properties(backend, data):
     """Random stream positions (not multiples of the block), sizes, heads, blocks."""
     rows, offset, tail = (data.draw(st.integers(low, 300)) for low in (1, 0, 0))
     heads, batch = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3))
-    head_dim, block = data.draw(st.sampled_from([16, 72])), data.draw(st.sampled_from([16, 128]))
-    device = device_for(backend)
-    problem_ = problem(batch, rows, offset, tail, heads, head_dim, 40, block, torch.float32, device)
+    takes, device = gemm_takes(backend), device_for(backend)
+    head_dim = data.draw(st.sampled_from(takes.head_dims))
+    block, dtype = data.draw(st.sampled_from(takes.block_m)), takes.dtypes[0]
+    problem_ = problem(batch, rows, offset, tail, heads, head_dim, 40, block, dtype, device)
     check(backend, *problem_, offset, None, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_weight_and_shared_symbols(backend):
     """Rows of a fused QKV weight; symbols with stride 0 over batch and heads."""
-    device = device_for(backend)
-    fused = torch.randn(3 * 64, 2 * 40, device=device)[:, ::2]  # rows strided, columns too
-    fused = torch.randn(3 * 64, 80, device=device)[:, :40]
-    x = torch.randn(2, 150, 40, device=device)
-    symbols = random_symbols(Grid(150, 150, block_m=32), 1, 1, 0.5).expand(2, 4).to(device)
-    check(backend, symbols, x, fused[64:128], None, 0, None, None)
+    takes = gemm_takes(backend)
+    width, block, kind = 4 * takes.head_dims[0], takes.block_m[0], {"device": device_for(backend)}
+    kind["dtype"] = takes.dtypes[0]
+    fused = torch.randn(3 * width, 80, **kind)[:, :40]
+    x = torch.randn(2, 150, 40, **kind)
+    symbols = random_symbols(Grid(150, 150, block_m=block), 1, 1, 0.5).expand(2, 4).to(x.device)
+    check(backend, symbols, x, fused[width : 2 * width], None, 0, None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replays_in_a_cuda_graph_with_other_symbols(backend):
+    """Nothing of a call is decided on the host: new bits, same graph."""
+    if device_for(backend).type != "cuda":
+        pytest.skip(f"{backend} does not run on CUDA here")
+    symbols, x, weight, bias = problem(1, 330, 0, 0, 3, 64, 96, 128, torch.float16, "cuda")
+    out = x.new_zeros(1, 330, 3, 64)
+    sparse_gemm_q(x, weight, bias, symbols, out=out, backend=backend)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sparse_gemm_q(x, weight, bias, symbols, out=out, backend=backend)
+    for _ in range(3):
+        symbols.q_bits.copy_(random_symbols(symbols.grid, 1, 3, 0.5).q_bits)
+        expected = sparse_gemm_q(
+            x, weight, bias, symbols, out=torch.zeros_like(out), backend=backend
+        )
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected) and expected.any()
 
 
 def test_compiles_without_graph_breaks_and_passes_opcheck():

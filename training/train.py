@@ -1,9 +1,9 @@
 """Train one of the small pipelines: ``python training/train.py image --out runs/image``.
 
 Autoencoder first, then the transformer with its text encoders, coarse to fine (see ``Stage`` in
-``training.tiny_models``). Time-boxed by ``--minutes``; run again with the same ``--out`` to resume, or with ``--start`` to
-train a finished pipeline further. Writes ``pipeline/`` (diffusers format, averaged weights),
-``state.safetensors``, ``log.json`` and previews.
+``training.tiny_models``). Time-boxed by ``--minutes``; run again with the same ``--out`` to resume,
+or with ``--start`` to train a finished pipeline further. Writes ``pipeline/`` (diffusers format,
+averaged weights), ``state.safetensors``, ``log.json`` and previews.
 """
 
 from __future__ import annotations
