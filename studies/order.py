@@ -16,7 +16,7 @@ STUDY = Study(
     title="Order of the forecast",
     question=(
         "Forecasts of order D = 0, 1, 2 (3 for whole layers) at N = 4, for cached tiles (S_c) and "
-        "for layers that are cached whole, as a Taylor series and in contracted Hermite polynomials."
+        "for layers that are cached whole; Taylor series against contracted Hermite polynomials."
     ),
     x_label="order D",
     points=[

@@ -2,16 +2,16 @@
 
 from _study import Point, Study, main
 
-WARMUPS = (0.1, 0.16, 0.25, 0.3, 0.35, 0.45)
-INTERVALS = (2, 3, 4, 5, 6, 8, 10, 14)
+WARMUPS = (0.1, 0.16, 0.25, 0.35, 0.45)
+INTERVALS = (3, 4, 5, 6, 8, 10)
 RECIPE = "taylorseer:forecast=hermite,layer_order=2,warmup={},interval={}"
 
 STUDY = Study(
     name="warmup",
     title="Dense steps first, or Updates closer together?",
     question=(
-        "Whole-layer caching (Hermite forecast of order 2) with a share of dense steps at the start "
-        "and N from 2 to 14 after them. Every point sits at its measured share of skipped FLOPs: "
+        "Whole-layer caching (Hermite forecast of order 2) with a share of dense steps at first "
+        "and N from 3 to 10 after them. Every point sits at its measured share of skipped FLOPs: "
         "the highest line at a place is the best way to spend them. The presets come from here."
     ),
     x_label="share of FLOPs skipped",
