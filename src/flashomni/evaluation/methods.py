@@ -18,11 +18,11 @@ STEPS = "steps="
 DEFAULTS = (
     "quality", "balanced", "fast",
     "steps=20", "steps=14", "steps=10",
-    "fora:interval=2", "fora:interval=3", "taylorseer:interval=3", "taylorseer:interval=4",
-    "spargeattn", "window",
+    "fora:interval=3", "taylorseer:interval=3", "taylorseer:interval=4", "spargeattn", "window",
     "diffusers.taylorseer:cache_interval=3", "diffusers.taylorseer:cache_interval=4",
-    "diffusers.first_block:threshold=.05", "diffusers.first_block:threshold=.1",
-    "diffusers.mag:threshold=.06", "diffusers.mag:threshold=.12", "diffusers.pab",
+    "diffusers.taylorseer:cache_interval=3,disable_cache_before_step=5",
+    "diffusers.first_block:threshold=.1", "diffusers.first_block:threshold=.2",
+    "diffusers.mag:threshold=.12", "diffusers.mag:threshold=.24", "diffusers.pab",
 )  # fmt: skip
 ROUNDED = "bfloat16"
 FAMILIES = ("presets", "recipes", "stock", "peers")

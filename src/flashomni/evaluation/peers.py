@@ -6,6 +6,7 @@ allowed. Nothing here tunes or repairs a peer.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -170,7 +171,8 @@ class Mag(_DiffusersCache):
 class CacheDiT(Peer):
     """DBCache of cache-dit; fields of ``DBCacheConfig``, and ``taylorseer_order`` for its forecast.
 
-    ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ...
+    ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... It patches the
+    transformer for good, so it gets a copy of it that shares the weights.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -191,8 +193,14 @@ class CacheDiT(Peer):
             config = library.DBCacheConfig(num_inference_steps=num_steps, **settings)
         except TypeError as error:
             raise ValueError(f"DBCacheConfig: {error}") from error
-        library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+        stock = pipe.transformer
+        shared = {id(x): x for x in (*stock.parameters(), *stock.buffers())}
+        pipe.transformer = copy.deepcopy(stock, shared)
         try:
-            yield
+            library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+            try:
+                yield
+            finally:
+                library.disable_cache(pipe)
         finally:
-            library.disable_cache(pipe)
+            pipe.transformer = stock
