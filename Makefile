@@ -16,6 +16,7 @@ demo-video: $(STAMP)  ## the same for a short video
 
 test: lint  ## format, lint, types, and every test that runs without a GPU
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_live_tiles.py  # kernels, interpreted
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -153,6 +153,7 @@ def plot(study: Study, measured: list[tuple[Point, Row]]) -> Figure:
         top.set_title(name)
         top.set_ylabel("PSNR against dense, dB")
         bottom.set_ylabel("statements right")
+        bottom.set_ylim(0.0, 1.05)
         bottom.set_xlabel(study.x_label)
         for axis in (top, bottom):
             axis.grid(alpha=0.25)
@@ -209,11 +210,12 @@ def page(study: Study, measured: list[tuple[Point, Row]], command: str) -> str:
     if study.extra is not None:
         lines += ["", study.extra(measured)]
     why = metrics.why_no_lpips()
+    commits = " and ".join(sorted({row.commit for _, row in measured}))
     dense = {row.model: row.dense_caption_score for _, row in measured}
     lines += [
         "",
         f"Made by `{command}` on {first.device}, torch {first.torch}, diffusers {first.diffusers}, "
-        f"commit {first.commit}, fp32; "
+        f"commit {commits}, fp32; "
         + ", ".join(f"{count} prompts of {model}" for model, count in counts.items())
         + ", seed 0. Statements right in the stock pipeline's pictures: "
         + ", ".join(f"{model} {float(share):.1%}" for model, share in dense.items())

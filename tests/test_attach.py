@@ -81,13 +81,33 @@ def test_refusals_leave_nothing_installed(tiny):
     assert residue(model) == clean
 
 
-def test_a_diffusers_cache_is_refused_by_name(tiny):
-    """Two caches on one model would each hide the other's work."""
-    from diffusers import FirstBlockCacheConfig
+@pytest.mark.parametrize("name", ["FirstBlockCacheConfig", "PyramidAttentionBroadcastConfig"])
+def test_a_diffusers_cache_is_refused_until_it_is_disabled(tiny, name):
+    """On blocks or inside their attention: two caches would each hide the other's work."""
+    import diffusers
 
+    model, inputs = tiny
+    expected, _ = run(model, inputs, SPARSE)
+    settings = {
+        "FirstBlockCacheConfig": {"threshold": 0.1},
+        "PyramidAttentionBroadcastConfig": {
+            "spatial_attention_block_skip_range": 2,
+            "current_timestep_callback": lambda: 500,
+        },
+    }[name]
+    model.enable_cache(getattr(diffusers, name)(**settings))
+    with pytest.raises(NotImplementedError, match=r"carries the hook (fbc|pyramid)"):
+        flashomni.accelerate(model)
+    model.disable_cache()
+    again, _ = run(model, inputs, SPARSE)
+    assert torch.equal(again, expected)
+
+
+def test_cache_dit_is_refused_by_name(tiny):
+    """It marks what it patches."""
     model, _ = tiny
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(NotImplementedError, match="carries the hook fbc"):
+    model._is_cached = True
+    with pytest.raises(NotImplementedError, match="cache-dit is enabled"):
         flashomni.accelerate(model)
 
 

@@ -308,3 +308,24 @@ def test_histories_in_bfloat16_take_half_the_memory(tiny):
     half, narrow = run(model, inputs, SPARSE.replace(history_dtype="bfloat16"))
     assert narrow.cache_bytes < 0.55 * wide.cache_bytes
     torch.testing.assert_close(full, half, atol=2e-2, rtol=2e-2)
+
+
+def test_the_first_interval_can_cache_whole_layers(tiny):
+    """S_q is decided by a probe in the warm-up, so the first Dispatch already bypasses layers."""
+    model, inputs = tiny
+    light = Recipe(
+        policy=make_policy("flashomni", tau_q=1.0, tau_kv=0.0, power=0.0),
+        interval=3,
+        warmup=0.5,
+        order=1,
+        layer_order=1,
+        degrade_below=0.9,
+        block_m=16,
+        block_n=16,
+    )
+    _, report = run(model, inputs, light)
+    kinds = [step["kind"] for step in report.steps]
+    first = kinds.index("dispatch")
+    assert set(report.steps[first]["layer_kinds"]) == {"bypass"}
+    _, strict = run(model, inputs, light.replace(degrade_below=0.0))
+    assert set(strict.steps[first]["layer_kinds"]) == {"dispatch"}

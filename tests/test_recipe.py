@@ -110,3 +110,13 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         Recipe.of("fast").save(path)
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_may_follow_a_name():
+    """Of the recipe or of its policy; the whole word becomes the name."""
+    recipe = Recipe.of("balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null")
+    assert recipe.name == "balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null"
+    assert (recipe.interval, recipe.policy.tau_q, recipe.policy.combine) == (3, 0.5, "mean")
+    base = Recipe.of("balanced")
+    assert recipe.warmup == base.warmup and recipe.policy.tau_kv == base.policy.tau_kv
+    assert Recipe.of("fora:interval=2").degrade_below == Recipe.of("fora").degrade_below

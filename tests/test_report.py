@@ -1,12 +1,15 @@
 """Metrics against known values; the report complete, self-contained, escaped, all or nothing."""
 
+import io
 import json
 import math
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import flashomni
@@ -72,6 +75,13 @@ def test_metrics_refuse(metric, change, message):
     picture = torch.rand(1, 3, 24, 24)
     with pytest.raises(ValueError, match=message):
         metric(picture, change(picture))
+
+
+@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.max_abs_diff])
+def test_metrics_refuse_no_frames(metric):
+    """Nothing to compare is a ValueError that says so."""
+    with pytest.raises(ValueError, match=r"reference must not be empty, got \[0, 3, 24, 24\]"):
+        metric(torch.rand(0, 3, 24, 24), torch.rand(0, 3, 24, 24))
 
 
 def test_ssim_refuses_tiny_pictures():
@@ -144,6 +154,56 @@ def test_table_fits_a_terminal(comparison):
     text = console.export_text()
     assert "2.00x" in text and "dB" in text and "dispatch" in text
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def table(comparison):
+    console = Console(width=80, record=True, file=io.StringIO())
+    report.print_table(comparison, console)
+    return console.export_text()
+
+
+def test_table_prints_brackets_as_they_are(comparison):
+    """Neither a model's path nor a note is markup; many notes do not flood the terminal."""
+    notes = [f"layer {i}: weight [/red] is odd" for i in range(40)]
+    text = table(
+        replace(comparison, model="runs/[/x]/v2", summary=replace(comparison.summary, notes=notes))
+    )
+    assert "runs/[/x]/v2" in text and "layer 0: weight [/red] is odd" in text
+    assert "35 more notes" in text and len(text.splitlines()) < 40
+
+
+def test_phases_compare_means(comparison):
+    """Two sorts of Dispatch: the ratio follows the totals; without a dense run there is none."""
+    seconds = {"dispatch": {"count": 3, "total": 0.6, "median": 0.05}}
+    summary = replace(comparison.summary, seconds_by_kind=seconds)
+    rows = report.phases(report.to_json(replace(comparison, summary=summary)))
+    assert rows[1] == ("dispatch", "3", "0.60", "50.0", "200.0", "2.50x")
+    alone = replace(comparison, summary=summary, dense_call_seconds=[])
+    assert [row[-1] for row in report.phases(report.to_json(alone))] == ["", ""]
+
+
+def test_host_cache_is_shown(comparison):
+    """A cache moved to host memory does not look like none."""
+    summary = replace(comparison.summary, cache_bytes=0, cache_bytes_host=3 * 2**20)
+    rows = dict(report.headline(report.to_json(replace(comparison, summary=summary))))
+    assert rows["cache in host memory"] == "3.0 MiB"
+
+
+@pytest.mark.parametrize(("frames", "shown"), [(2, 2), (8, 8), (9, 8)])
+def test_strip_repeats_no_frame(tmp_path, frames, shown):
+    """A video shorter than the strip shows each frame once."""
+    report.save_picture(torch.rand(frames, 3, 16, 20), tmp_path / "video")
+    with Image.open(tmp_path / "video.png") as strip:
+        assert strip.size == (20 * shown, 16)
+
+
+def test_density_maps_mark_full_and_update(summary):
+    """The last step is Full, the first an Update; a map pair for each branch."""
+    axes = [axis for axis in viz.density_maps(summary).axes if axis.get_title()]
+    assert len(axes) == 4
+    for axis in axes:
+        marks = "".join(label.get_text() for label in axis.get_xticklabels())
+        assert "U" in marks and "F" in marks
 
 
 def test_difference_names_its_amplification():

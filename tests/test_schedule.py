@@ -48,6 +48,14 @@ def test_the_last_warm_up_steps_are_recorded():
     assert [step for step in range(12) if schedule.records(step, 12)] == [3, 4]
 
 
+def test_the_probe_lies_before_what_it_decides():
+    """Two steps before the first recorded one where there is room; never without a warm-up."""
+    assert [s for s in range(50) if Schedule(4, 0.25, 2).probes(s, 50)] == [8]
+    assert [s for s in range(28) if Schedule(4, 0.16, 2).probes(s, 28)] == [0]
+    assert [s for s in range(10) if Schedule(4, 0.16, 2).probes(s, 10)] == [0]
+    assert not any(Schedule(4, 0.0, 1).probes(s, 28) for s in range(28))
+
+
 @pytest.mark.parametrize("name", sorted(forecasts()))
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_forecasts_start_at_the_value(name, order):

@@ -20,7 +20,7 @@ def psnr(reference: Tensor, image: Tensor) -> float:
     """Peak signal-to-noise ratio in dB over all frames; infinite for equal inputs.
 
     Raises:
-        ValueError: shapes differ, or a value is not a finite number in [0, 1].
+        ValueError: shapes differ or are empty, or a value is not a finite number in [0, 1].
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -108,6 +108,8 @@ def _check(reference: Tensor, image: Tensor) -> None:
     for name, tensor in (("reference", reference), ("image", image)):
         if tensor.ndim != 4 or tensor.shape[1] != 3:
             raise ValueError(f"{name} must be [F, 3, H, W], got {list(tensor.shape)}")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a float tensor, got {tensor.dtype}")
         low, high = float(tensor.min()), float(tensor.max())

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 STRIP_FRAMES = 8
+TABLE_NOTES = 5  # a LoRA on every layer makes a note a layer: the terminal shows the first
 FRAMES_PER_SECOND = 12
 
 
@@ -111,7 +112,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that matter most, as (name, value)."""
     psnr = "identical" if data["identical"] else f"{data['psnr_db']:.2f} dB"
-    return [
+    rows = [
         ("dense", f"{data['seconds_dense']:.2f} s"),
         ("accelerated", f"{data['seconds_accelerated']:.2f} s"),
         ("speed-up", f"{data['speedup']:.2f}x"),
@@ -121,18 +122,29 @@ def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("FLOPs skipped (transformer blocks)", f"{data['flops_skipped']:.1%}"),
         ("cache, peak", f"{data['cache_bytes'] / 2**20:.1f} MiB"),
     ]
+    if data["cache_bytes_host"]:
+        rows.append(("cache in host memory", f"{data['cache_bytes_host'] / 2**20:.1f} MiB"))
+    return rows
 
 
 def phases(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows (kind, calls, seconds, median ms, against dense)."""
-    reference = data["seconds_by_kind"]["dense"]["median"]
+    """Rows (kind, calls, seconds, median ms, mean ms, mean against dense).
+
+    The ratio is of means: Dispatches are of two sorts (sparse, or cached whole), and the median
+    sees only the commoner one. It is empty if no dense call was timed.
+    """
+    means = {
+        kind: figures["total"] / figures["count"] if figures["count"] else 0.0
+        for kind, figures in data["seconds_by_kind"].items()
+    }
     return [
         (
             kind,
             f"{figures['count']:.0f}",
             f"{figures['total']:.2f}",
             f"{figures['median'] * 1e3:.1f}",
-            f"{reference / figures['median']:.2f}x" if figures["median"] else "",
+            f"{means[kind] * 1e3:.1f}",
+            f"{means['dense'] / means[kind]:.2f}x" if means["dense"] and means[kind] else "",
         )
         for kind, figures in data["seconds_by_kind"].items()
     ]
@@ -152,16 +164,17 @@ def flops(data: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
-    """The report in the terminal."""
+    """The report in the terminal; what a user typed is printed as it is, not as markup."""
+    from rich.markup import escape
     from rich.table import Table
 
     data = to_json(comparison)
     name = f"{comparison.model}, recipe {data['recipe']['name']}"
-    table = Table("figure", "value", title=name, title_justify="left")
+    table = Table("figure", "value", title=escape(name), title_justify="left")
     for pair in headline(data):
         table.add_row(*pair)
     console.print(table)
-    table = Table("calls of the model", "count", "seconds", "median ms", "against dense")
+    table = Table("calls of the model", "count", "seconds", "median ms", "mean ms", "mean vs dense")
     for phase in phases(data):
         table.add_row(*phase)
     console.print(table)
@@ -169,8 +182,11 @@ def print_table(comparison: Comparison, console: Console) -> None:
     for op in flops(data):
         table.add_row(*op)
     console.print(table)
-    for note in data["notes"]:
-        console.print(f"note: {note}", highlight=False)
+    notes = data["notes"]
+    for note in notes[:TABLE_NOTES]:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if len(notes) > TABLE_NOTES:
+        console.print(f"{len(notes) - TABLE_NOTES} more notes in the report", highlight=False)
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> Path:
@@ -216,7 +232,8 @@ def _save_frames(pixels: Tensor, stem: Path) -> Path:
     images = _images(pixels)
     if len(images) == 1:
         return _save(images[0], stem.with_suffix(".png"), format="PNG")
-    picked = [images[i] for i in np.linspace(0, len(images) - 1, STRIP_FRAMES).round().astype(int)]
+    count = min(STRIP_FRAMES, len(images))  # a short video shows each frame once
+    picked = [images[i] for i in np.linspace(0, len(images) - 1, count).round().astype(int)]
     width, height = images[0].size
     strip = Image.new("RGB", (width * len(picked), height))
     for i, frame in enumerate(picked):

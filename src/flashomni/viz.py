@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def density_maps(summary: Summary) -> Figure:
                 values, cmap=MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest"
             )
             axis.set_title(title if len(branches) == 1 else f"{title} ({branch})", fontsize=10)
-            axis.set_xlabel("step; U marks an Update")
+            axis.set_xlabel("step; F marks Full, U Update")
             _step_ticks(axis, steps)
             _layer_ticks(axis, summary.layers)
         figure.colorbar(image, ax=list(row), shrink=0.9, pad=0.01)
@@ -49,11 +50,20 @@ def density_maps(summary: Summary) -> Figure:
 
 
 def _step_ticks(axis: Any, steps: list[dict[str, Any]]) -> None:
-    """Label the Updates, and the first and last step where there is room."""
-    updates = [i for i, step in enumerate(steps) if step["kind"] == "update"]
-    labels = {i: f"{steps[i]['step']}\nU" for i in updates}
+    """Label the Updates and the runs of Full steps, and the ends where there is room."""
+    room = len(steps) / 25  # about the width of a label
+    labels: dict[float, str] = {
+        i: f"{step['step']}\nU" for i, step in enumerate(steps) if step["kind"] == "update"
+    }
+    for kind, run in groupby(enumerate(steps), lambda pair: pair[1]["kind"]):
+        members = list(run)
+        if kind == "full":
+            (i, first), (j, last) = members[0], members[-1]
+            span = f"{first['step']}" if i == j else f"{first['step']}-{last['step']}"
+            crowded = any(abs((i + j) / 2 - other) < room for other in labels)
+            labels[(i + j) / 2] = "\nF" if crowded else f"{span}\nF"
     for i in (0, len(steps) - 1):
-        if all(abs(i - j) > 1 for j in labels):
+        if steps[i]["kind"] == "dispatch" and all(abs(i - j) > room for j in labels):
             labels[i] = str(steps[i]["step"])
     axis.set_xticks(list(labels), list(labels.values()), fontsize=8)
 
@@ -117,7 +127,9 @@ def draw_symbols(symbols: Symbols, batch: int = 0, heads: list[int] | None = Non
     for axis, head in zip(figure.subplots(1, len(heads), squeeze=False)[0], heads, strict=True):
         axis.imshow(kv_mask[head], cmap=MAP, vmin=0, vmax=1, interpolation="nearest")
         for row in (~q_mask[head]).nonzero()[:, 0].tolist():
-            axis.axhspan(row - 0.5, row + 0.5, color="#9ca3af", hatch="///", linewidth=0)
+            axis.axhspan(  # facecolor alone: `color` would paint the hatch grey on grey
+                row - 0.5, row + 0.5, facecolor="#d1d5db", edgecolor="#4b5563", hatch="///", lw=0
+            )
         start, stop = grid.text_q_blocks
         if stop > start:
             inner = stop if start == 0 else start

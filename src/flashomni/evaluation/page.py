@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -85,9 +86,9 @@ def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
     """The stock pipeline's pictures and each method's, for a few prompts."""
     decibels = {(r.method, r.prompt, r.seed): r.psnr_db for r in campaign.results()}
     seed = campaign.seeds[0]
-    prompts = campaign.prompts[:SHEET_ROWS]
-    stock = parse_method(DENSE)
-    methods = [stock, *campaign.methods][: SHEET_COLUMNS * 4]
+    methods = [parse_method(DENSE), *campaign.methods][: SHEET_COLUMNS * 4]
+    # One line of methods has room for more prompts than several.
+    prompts = campaign.prompts[: SHEET_ROWS if len(methods) <= SHEET_COLUMNS else 2]
     width = min(len(methods), SHEET_COLUMNS)
     lines = -(-len(methods) // width) * len(prompts)
     figure = Figure(figsize=(1.75 * width, 1.95 * lines), layout="constrained")
@@ -103,7 +104,7 @@ def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
             axis.imshow(Image.open(path))
             decibel = decibels.get((method.name, prompt, seed))
             value = "" if decibel is None else f"\n{decibel:.1f} dB"
-            axis.set_title(f"{method.name[:34]}{value}", fontsize=6.5)
+            axis.set_title(f"{textwrap.fill(method.name, 30)}{value}", fontsize=6)
     return figure
 
 
