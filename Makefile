@@ -16,7 +16,7 @@ demo-video: $(STAMP)  ## the same for a short video
 
 test: lint  ## format, lint, types, and every test that runs without a GPU
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_live_tiles.py  # kernels, interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_live_tiles.py tests/test_portable.py tests/test_gemm_q.py tests/test_gemm_o.py -k "not cpu and not reference"
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

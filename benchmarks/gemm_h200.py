@@ -27,6 +27,7 @@ from torch import Tensor
 from flashomni.bench import random_symbols
 from flashomni.kernels import gemm_o_update, sparse_gemm_o, sparse_gemm_q
 from flashomni.kernels._live_tiles import TileRows, head_words, live_tiles
+from flashomni.kernels.gemm_q import pack_rope
 from flashomni.symbols import Grid, Symbols
 
 HEADS, HEAD_DIM, WIDTH = 24, 128, 3072
@@ -55,7 +56,7 @@ class Layer:
         self.bias = torch.randn(WIDTH, **kind)
         self.norm = torch.rand(HEAD_DIM, **kind) + 0.5
         angle = torch.rand(tokens, HEAD_DIM // 2, device="cuda") * 6
-        self.rope = tuple(t.repeat_interleave(2, -1) for t in (angle.cos(), angle.sin()))
+        self.rope = pack_rope(*(t.repeat_interleave(2, -1) for t in (angle.cos(), angle.sin())))
         self.coefficients = torch.tensor([0.7, -1.3], device="cuda")
 
     def symbols(self, density: float) -> Symbols:
@@ -184,7 +185,7 @@ def runs(layer: Layer) -> dict[tuple[str, float], Callable[[int], object]]:
             ("gemm_o 2 terms", density): lambda i, s=s: layer.gemm_o(s, i, 2),
             ("update 1 term", density): lambda i, s=s: layer.update(s, i, 1),
             ("update 2 terms", density): lambda i, s=s: layer.update(s, i, 2),
-            ("list of gemm_q", density): lambda i, s=s, t=tiles: live_tiles(s, t, 132),
+            ("list of gemm_q", density): lambda i, s=s, t=tiles: live_tiles(s, t),
             ("list of gemm_o", density): lambda i, s=s, t=tiles: head_words(s, t, cached=False),
         }
     return chosen

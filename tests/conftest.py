@@ -1,5 +1,7 @@
 """Seeds, devices, and uninitialised memory that shows: every test starts from the same state."""
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -41,6 +43,9 @@ class Takes:
 
 
 GEMM_TAKES = {"sm90": Takes((torch.float16, torch.bfloat16), (64, 128), (128, 256), 8)}
+if os.environ.get("TRITON_INTERPRET") == "1":  # which cannot multiply bfloat16
+    GEMM_TAKES["portable"] = Takes((torch.float32, torch.float16))
+GPU_BACKENDS = ("sm90", "portable")
 
 
 def gemm_takes(backend):
@@ -50,7 +55,7 @@ def gemm_takes(backend):
 def with_gpu_marks(backends):
     """Backends as test parameters; those that only run on a GPU carry its mark."""
     gpu = [pytest.mark.gpu]
-    return [pytest.param(name, marks=gpu if name in GEMM_TAKES else []) for name in backends]
+    return [pytest.param(name, marks=gpu if name in GPU_BACKENDS else []) for name in backends]
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +77,15 @@ def device_for(backend):
     """Where a backend's tensors live in these tests."""
     on_gpu = torch.cuda.is_available() and backend not in ("cpu", "reference")
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+@contextmanager
+def refusal_skips():
+    """A refusal is an answer: the test is skipped with its reason."""
+    try:
+        yield
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal).splitlines()[-1].strip())
 
 
 def random_symbols(grid, batch, num_heads, q_density=0.6, kv_density=0.4, **options):

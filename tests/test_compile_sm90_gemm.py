@@ -21,7 +21,7 @@ KINDS = [("bf16", 128), ("fp16", 64)]  # dtype and head_dim
 
 def block(dtype, *shape):
     """Type of a TMA descriptor."""
-    layout = gl.NVMMASharedLayout(128, 16, len(shape))
+    layout = gl.NVMMASharedLayout(128, 32 if dtype == "fp32" else 16, len(shape))
     return f"tensordesc<{dtype}[{', '.join(map(str, shape))}],{layout}>"
 
 
@@ -57,34 +57,44 @@ def check(compiled, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
-@pytest.mark.parametrize("absent", ["", "bias", "norm_weight", "rope", "bias norm rope"])
+@pytest.mark.parametrize(
+    "absent", ["", "bias packing", "norm_weight", "rope", "cut halves", "bias norm rope cut"]
+)
 def test_gemm_q(dtype, head_dim, absent, tmp_path):
-    """Bias, norm, its weight and RoPE present and absent."""
+    """Bias, norm, its weight, RoPE and a start inside a tile present and absent."""
     types = {
         "x_desc": block(dtype, 1, 1, 128, 64),
         "w_desc": block(dtype, head_dim, 64),
         "out_desc": block(dtype, 1, 1, 64, head_dim),
+        "cut_desc": block(dtype, 1, 1, 64, head_dim),
+        "rope_desc": block("fp32", 64, head_dim),
         "bias_ptr": f"*{dtype}",
         "norm_ptr": f"*{dtype}",
         "cos_ptr": "*fp32",
         "sin_ptr": "*fp32",
         "work_ptr": "*i32",
-        "part_ptr": "*fp32",
         "norm_eps": "fp32",
     }
     missing = set(absent.split())
     constants = {"D": head_dim, "NORM": "norm" not in missing, "STAGES": stages(head_dim)}
     if "bias" in missing:
         constants["bias_ptr"] = None
+    if "cut" in missing:
+        constants["cut_desc"] = None
     if missing & {"norm", "norm_weight"}:
         constants["norm_ptr"] = None
     if "rope" in missing:
         constants |= {"cos_ptr": None, "sin_ptr": None}
+    constants["ROPE"] = None if "rope" in missing else ("halves" in missing, head_dim, 2)
+    if missing & {"rope", "packing"}:
+        constants["rope_desc"] = None
     check(compile_kernel(gemm_q_kernel, types, constants), tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
-@pytest.mark.parametrize("mode", ["dense", "terms", "always", "terms always", "update", "no bias"])
+@pytest.mark.parametrize(
+    "mode", ["dense", "terms", "always", "terms always cut", "update", "update cut", "no bias"]
+)
 def test_gemm_o(dtype, head_dim, mode, tmp_path):
     """Bias terms, always-on columns and bias present and absent; the Update pass."""
     types = {
@@ -93,16 +103,23 @@ def test_gemm_o(dtype, head_dim, mode, tmp_path):
         "w_desc": block(dtype, 128, 64),
         "out_desc": block(dtype, 1, 1, 64, 128),
         "terms_desc": block("bf16", 1, 1, 64, 128),
+        "cut_desc": block(dtype, 1, 1, 64, 128),
+        "cut_terms_desc": block("bf16", 1, 1, 64, 128),
         "bias_ptr": f"*{dtype}",
         "coefficients_ptr": "*fp32",
         "rows_ptr": "*i32",
         "words_ptr": "*i64",
     }
-    constants = {"D": head_dim, "UPDATE": mode == "update", "STAGES": stages(128)}
+    is_update = "update" in mode
+    constants = {"D": head_dim, "UPDATE": is_update, "STAGES": stages(128)}
     if "terms" not in mode:
         constants["coefficients_ptr"] = None
-    if "terms" not in mode and mode != "update":
+    if "terms" not in mode and not is_update:
         constants["terms_desc"] = None
+    if "cut" not in mode:
+        constants["cut_desc"] = None
+    if "cut" not in mode or not is_update:
+        constants["cut_terms_desc"] = None
     if "always" not in mode:
         constants["always_desc"] = None
     if mode == "no bias":

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
 from flashomni.kernels import backends, sparse_gemm_q
+from flashomni.kernels.gemm_q import pack_rope
 from flashomni.symbols import Grid, Symbols
 
 BACKENDS = with_gpu_marks(backends("gemm_q"))
@@ -90,6 +91,47 @@ def test_properties(backend, data):
     check(backend, *problem_, offset, None, None)
 
 
+def turned_by_hand(q, angle, layout):
+    """Pair by pair: a rotation in the plane of its two dims."""
+    half = q.shape[-1] // 2
+    for j in range(half):
+        a, b = (2 * j, 2 * j + 1) if layout == "interleaved" else (j, j + half)
+        c, s = angle[:, j, None].cos(), angle[:, j, None].sin()
+        q[..., a], q[..., b] = q[..., a] * c - q[..., b] * s, q[..., b] * c + q[..., a] * s
+    return q
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize("tables", ["of dims", "of pairs", "packed"])
+def test_rope_layouts(backend, layout, tables):
+    """Neighbours or halves are pairs; an entry for each dim, each pair, or both in one tensor."""
+    device, takes = device_for(backend), gemm_takes(backend)
+    dtype, head_dim, rows = takes.dtypes[0], takes.head_dims[-1], 150
+    symbols, x, weight, bias = problem(1, rows, 77, 0, 2, head_dim, 64, 128, dtype, device)
+    angle = torch.rand(rows, head_dim // 2, device=device) * 6
+    if tables == "of pairs":
+        rope = angle.cos(), angle.sin()
+    elif layout == "interleaved":
+        rope = angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1)
+    else:
+        rope = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    if tables == "packed":
+        rope = pack_rope(*rope, layout)
+        assert torch.equal(rope[0], angle.cos()) and torch.equal(rope[1], angle.sin())
+    got = sparse_gemm_q(
+        x, weight, bias, symbols, row_offset=77, rope=rope, rope_layout=layout, backend=backend,
+        out=x.new_full((1, rows, 2, head_dim), 7.0),
+    )  # fmt: skip
+    plain = definition(x.double(), weight.double(), bias.double(), 2, None, None)
+    exact = turned_by_hand(plain.clone(), angle.double(), layout)
+    live = symbols.q_mask().repeat_interleave(128, -1)[..., 77 : 77 + rows].mT[..., None]
+    tolerance = 3 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    assert live.any() and (got[~live.expand_as(got)] == 7).all()
+    error = ((got.double() - exact).abs() / (1 + exact.abs())).masked_fill(~live, 0.0)
+    assert error.max() < tolerance
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_weight_and_shared_symbols(backend):
     """Rows of a fused QKV weight; symbols with stride 0 over batch and heads."""
@@ -136,7 +178,7 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), run(x))
     bits = (symbols.q_bits, symbols.kv_bits, 100, 100, 32, 128, 10)
-    arguments = (x, weight, bias, out, *bits, None, None, None, None, None)
+    arguments = (x, weight, bias, out, *bits, None, None, None, None, "half", None)
     torch.library.opcheck(torch.ops.flashomni.gemm_q.default, arguments)
 
 
@@ -153,7 +195,12 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
         ({"symbols": Symbols.dense(Grid(100, 100), 3, 2)}, "symbols are for batch 3"),
         ({"norm_weight": torch.ones(16)}, "norm_weight needs norm_eps"),
         ({"rope": (torch.zeros(90, 16), torch.zeros(80, 16))}, r"rope sin must be \[90, 16\]"),
+        ({"rope": (torch.zeros(90, 8), torch.zeros(90, 16))}, r"rope sin must be \[90, 8\]"),
         ({"rope": (torch.zeros(90, 16).half(),) * 2}, "rope cos must be float32"),
+        (
+            {"rope": (torch.zeros(90, 16),) * 2, "rope_layout": "spiral"},
+            "rope_layout must be one of interleaved, half, got 'spiral'",
+        ),
         ({"out": torch.zeros(1, 90, 32)}, r"out must be \[1, 90, 2, 16\]"),
         ({"backend": "abacus"}, "backend must be one of .*reference"),
     ],

@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "kernels": {"symbols"},
     "engine": {"symbols", "policies", "kernels"},
     "models": {"symbols", "kernels", "engine"},
+    "compat": {"symbols", "kernels"},
+    "attention": {"compat"},
     "zoo": set(),
     "metrics": set(),
     "versions": set(),

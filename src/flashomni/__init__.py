@@ -1,5 +1,8 @@
 """FlashOmni: diffusion transformers without computing what hardly matters (arXiv 2509.25401)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from flashomni.engine import Engine, Recipe, Summary
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
 from flashomni.models import accelerate
@@ -19,3 +22,21 @@ __all__ = [
     "sparse_gemm_o",
     "sparse_gemm_q",
 ]
+
+_AUTHORS_NAMES = (
+    "BatchFlashOmniFAWithRaggedKVWrapper",
+    "flashomni_gemm",
+    "flashomni_gemm_reduction",
+    "packbits",
+    "segment_packbits",
+)
+
+if not TYPE_CHECKING:  # type checkers would take every name of a module with __getattr__ for given
+
+    def __getattr__(name: str) -> object:
+        """What code written for the authors' package looks for here; loaded on first use."""
+        if name == "attention":
+            return import_module("flashomni.attention")
+        if name in _AUTHORS_NAMES:
+            return getattr(import_module("flashomni.compat"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

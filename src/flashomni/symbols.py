@@ -204,14 +204,26 @@ class Symbols:
             raise ValueError(
                 f"kv_mask must be [B, H, {rows}, {columns}], got {tuple(kv_mask.shape)}"
             )
-        device = q_mask.device
-        q_mask = q_mask | _in_range(rows, grid.text_q_blocks, device)
-        if not skip_text_columns:
-            kv_mask = kv_mask | _in_range(columns, grid.text_kv_blocks, device)
-        empty = ~kv_mask.any(-1, keepdim=True)
+        q_bits = pack_bits(q_mask, -(-rows // 8))
+        kv_bits = pack_bits(kv_mask, row_bytes(columns))
+        return cls.of_bits(q_bits, kv_bits, grid, skip_text_columns=skip_text_columns)
+
+    @classmethod
+    def of_bits(
+        cls, q_bits: Tensor, kv_bits: Tensor, grid: Grid, *, skip_text_columns: bool = False
+    ) -> Symbols:
+        """Like :meth:`pack`, from masks that are packed already, their padding bits 0."""
+        symbols, device = cls(q_bits, kv_bits, grid), q_bits.device
+        if grid.text[1] > grid.text[0]:
+            text = in_range(grid.num_q_blocks, grid.text_q_blocks, device)
+            q_bits = q_bits | pack_bits(text, q_bits.shape[-1])
+            if not skip_text_columns:
+                text = in_range(grid.num_kv_blocks, grid.text_kv_blocks, device)
+                kv_bits = kv_bits | pack_bits(text, kv_bits.shape[-1])
         # Block 0 always holds a valid key; with text last, so does the first text block.
-        kv_mask = kv_mask | (empty & _in_range(columns, (0, 1), device))
-        return cls(pack_bits(q_mask, -(-rows // 8)), pack_bits(kv_mask, row_bytes(columns)), grid)
+        empty = (kv_bits == 0).all(-1, keepdim=True)
+        kv_bits = kv_bits | (empty & in_range(kv_bits.shape[-1], (0, 1), device))
+        return replace(symbols, q_bits=q_bits, kv_bits=kv_bits)
 
     @classmethod
     def dense(
@@ -373,6 +385,7 @@ def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
     return (total / count).permute(0, 2, 1, 3)
 
 
-def _in_range(count: int, span: Span, device: torch.device) -> Tensor:
+def in_range(count: int, span: Span, device: torch.device) -> Tensor:
+    """True at the indices of ``span``: bool ``[count]``."""
     index = torch.arange(count, device=device)
     return (index >= span[0]) & (index < span[1])

@@ -143,7 +143,7 @@ class LayerRun:
             linear: the projection; read directly only if it is plain (see ``linear.py``).
             out: ``[B, R, H, D]``; cached tiles are not written on Dispatch steps.
             norm: RMSNorm over head_dim, or ``None``.
-            rope: ``(cos, sin)`` each fp32 ``[R, D]``, or ``None``.
+            rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, or ``None``.
             row_offset: position of ``x[:, 0]`` in the sequence.
         """
         batch, rows, features = x.shape

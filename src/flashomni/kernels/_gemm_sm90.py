@@ -14,45 +14,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashomni.kernels._live_tiles import TILE_M
+from flashomni.kernels._sm90_common import is_hopper, layout_refusals, tma_load, tma_store
 
 TILE_K = 64
 HALF_M = TILE_M // 2  # rows of an output tile that leave together
 PRODUCER_REGISTERS = gl.constexpr(24)
 CONSUMER_REGISTERS = gl.constexpr(240)
 DTYPES = (torch.bfloat16, torch.float16)
-# Right and fast on FLUX's and HunyuanVideo's shapes, but a backend that can crash is not offered.
-KNOWN_FAULTS = ("not released: some small shapes end in an illegal instruction on an H200",)
-
-# Renamed after Triton 3.6.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-
-def available() -> list[str]:
-    """Why this machine cannot run the Hopper kernels; empty if it can."""
-    if not torch.cuda.is_available():
-        return ["no CUDA device"]
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
-        return [f"needs compute capability 9.0, this device has {major}.{minor}"]
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 6):
-        return [f"needs Triton 3.6 or newer, got {triton.__version__}"]
-    return list(KNOWN_FAULTS)
 
 
 def refuse_dtype(name: str, tensor: Tensor) -> list[str]:
@@ -61,17 +41,7 @@ def refuse_dtype(name: str, tensor: Tensor) -> list[str]:
 
 
 def refuse_strides(name: str, tensor: Tensor | None) -> list[str]:
-    """Why the copy engine cannot read a 16 bit tensor: it wants rows that are aligned."""
-    if tensor is None:
-        return []
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return [f"{name}: the last dim must be contiguous, got stride {tensor.stride(-1)}"]
-    outer = list(zip(tensor.shape, tensor.stride(), strict=True))[:-1]
-    if any(size > 1 and (stride <= 0 or stride % 8) for size, stride in outer):
-        return [f"{name}: strides must be multiples of 8 elements, got {tensor.stride()}"]
-    if tensor.data_ptr() % 16:
-        return [f"{name} must start at a multiple of 16 bytes"]
-    return []
+    return [] if tensor is None else layout_refusals(name, tensor)
 
 
 def refuse_contiguous(name: str, vector: Tensor | None) -> list[str]:
@@ -83,7 +53,9 @@ def refuse_call(out: Tensor, block_m: int, head_dim: int, head_dims: Sequence[in
     """What both GEMMs refuse: where the tensors are, the block, the head."""
     reasons = []
     if out.device.type != "cuda":
-        reasons.append(f"tensors are on {out.device.type}, this backend is for cuda")
+        return [f"tensors are on {out.device.type}, this backend is for cuda"]
+    if not is_hopper(out.device.index):
+        return [f"{out.device} is not of compute capability 9.0"]
     if block_m % TILE_M:
         reasons.append(f"block_m must be a multiple of {TILE_M}, got {block_m}")
     if head_dim not in head_dims:
@@ -94,17 +66,24 @@ def refuse_call(out: Tensor, block_m: int, head_dim: int, head_dims: Sequence[in
 
 def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor; a dim of size 1 may have any stride."""
+    bits = 8 * tensor.element_size()
     strides = [
-        8 if size == 1 else stride
+        128 // bits if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     strides[-1] = 1
-    layout = gl.NVMMASharedLayout(128, 16, len(block))
+    layout = gl.NVMMASharedLayout(128, bits, len(block))
     return TensorDescriptor(tensor, list(tensor.shape), strides, list(block), layout)
 
 
-def num_ctas(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def cut_descriptor(
+    tensor: Tensor, rows_dim: int, first_row: int, block: Sequence[int]
+) -> TensorDescriptor | None:
+    """For the tile row that starts before the stream: the rows of ``tensor`` that it holds."""
+    rows = first_row % TILE_M
+    if rows == 0:
+        return None
+    return descriptor(tensor.narrow(rows_dim, 0, min(rows, tensor.shape[rows_dim])), block)
 
 
 def stages(tile_n: int) -> int:
@@ -209,9 +188,33 @@ def column_index(x):
 
 
 @gluon.jit
-def store_half(x, desc, buffer, c0, c1, c2, c3):
-    """Send 64 rows of fp32 to memory through shared memory; the copy goes on afterwards."""
+def place_rows(tile_row, tiles_per_item, first_row, rows):
+    """Batch item and first row of a tile row, and whether it is cut off by the stream's start.
+
+    The copy engine stores nothing at a negative row (an illegal instruction), so a tile row that
+    starts before the stream is computed from row 0 on, and stored through a descriptor that ends
+    where the tile row does. One that also ends before the stream is put behind it, where nothing
+    is stored.
+    """
+    item = tile_row // tiles_per_item
+    row = first_row + (tile_row - item * tiles_per_item) * 128
+    is_cut = (row < 0) & (row > -128)
+    row = gl.where(row <= -128, rows, gl.maximum(row, 0))
+    return item, row, is_cut
+
+
+@gluon.jit
+def store_half(x, desc, cut_desc, is_cut, buffer, c0, c1, c2, c3):
+    """Send 64 rows of fp32 to memory through shared memory; the copy goes on afterwards.
+
+    ``cut_desc`` is for tile rows that are cut off; there are none where it is ``None``.
+    """
     staged = buffer._reinterpret(desc.dtype, desc.block_shape, desc.layout)
     staged.reshape([x.shape[0], x.shape[1]]).store(x.to(desc.dtype))
     fence_async_shared()
-    tma_store(desc, [c0, c1, c2, c3], staged)
+    if cut_desc is None:
+        tma_store(desc, [c0, c1, c2, c3], staged)
+    elif is_cut:
+        tma_store(cut_desc, [c0, c1, c2, c3], staged)
+    else:
+        tma_store(desc, [c0, c1, c2, c3], staged)

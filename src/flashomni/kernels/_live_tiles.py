@@ -60,20 +60,17 @@ class TileRows:
         return self.batch * self.per_item
 
 
-def live_tiles(symbols: Symbols, tiles: TileRows, num_flags: int) -> Tensor:
+def live_tiles(symbols: Symbols, tiles: TileRows) -> Tensor:
     """The computed (tile row, head) pairs, row by row and in the order of the heads.
 
     Returns:
-        int32 ``[1 + num_flags + n]``: how many pairs there are, ``num_flags`` zeros, and the pairs
-        as ``tile_row << HEAD_BITS | head``. What follows the last pair is undefined.
+        int32 ``[1 + n]``: how many pairs there are, and the pairs as
+        ``tile_row << HEAD_BITS | head``. What follows the last pair is undefined.
     """
     bits = symbols.q_bits
-    size = 1 + num_flags + tiles.count * symbols.num_heads
+    size = 1 + tiles.count * symbols.num_heads
     work = torch.empty(size, dtype=torch.int32, device=bits.device)
-    _list_tiles[_grid(tiles)](
-        bits, work, *_layout(symbols, tiles), num_flags, FLAGS=_power(num_flags),
-        **_meta(symbols, tiles),
-    )  # fmt: skip
+    _list_tiles[_grid(tiles)](bits, work, *_layout(symbols, tiles), **_meta(symbols, tiles))
     return work
 
 
@@ -134,11 +131,10 @@ def _bits(
     return (byte.to(tl.int32) >> (i % 8)[:, None]) & 1
 
 
-@triton.jit(do_not_specialize=["first", "blocks", "total", "H", "num_flags"])
+@triton.jit(do_not_specialize=["first", "blocks", "total", "H"])
 def _list_tiles(
-    q_bits, work, stride_b, stride_h, stride_w, first, blocks, total, H, num_flags,
-    HEADS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, FLAGS: tl.constexpr,
-    ON_GPU: tl.constexpr,
+    q_bits, work, stride_b, stride_h, stride_w, first, blocks, total, H,
+    HEADS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     if ON_GPU:
         gdc_launch_dependents()
@@ -154,8 +150,6 @@ def _list_tiles(
         count += tl.sum(live, 0)
     if tl.program_id(0) == 0:
         tl.store(work, count * SPLIT)
-        flag = tl.arange(0, FLAGS)
-        tl.store(work + 1 + flag, 0, mask=flag < num_flags)
 
     block = own_start + tl.arange(0, OWN)
     live = _bits(q_bits, block, stride_b, stride_h, stride_w, first, blocks, total, H, HEADS)
@@ -166,7 +160,7 @@ def _list_tiles(
     for part in range(SPLIT):
         entry = ((block * SPLIT + part)[:, None] << HEAD_BITS) | head[None, :]
         at = (place + part * of_block)[:, None] + rank
-        tl.store(work + 1 + num_flags + at, entry, mask=live != 0)
+        tl.store(work + 1 + at, entry, mask=live != 0)
 
 
 @triton.jit(do_not_specialize=["first", "blocks", "total", "H"])

@@ -17,7 +17,6 @@ Letters in shapes: B batch, R rows, H num_heads, D head_dim, N out_features, T t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,10 +37,16 @@ from flashomni.kernels._gemm_sm90 import (
     make_barriers,
     new_accumulator,
     pass_turn,
+    place_rows,
     store_half,
-    tma_load,
 )
 from flashomni.kernels._live_tiles import MAX_HEADS, TILE_M, TileRows, head_words
+from flashomni.kernels._sm90_common import (
+    hopper_refusals,
+    num_multiprocessors,
+    on_device,
+    tma_load,
+)
 from flashomni.kernels.dispatch import register
 from flashomni.kernels.gemm_o import GemmOCall, GemmOUpdateCall
 
@@ -58,10 +63,25 @@ def _tile_of(turn):
 
 
 @gluon.jit
-def _place(tile_row, tiles_per_item, first_row):
-    """Batch item and first row."""
-    item = tile_row // tiles_per_item
-    return item, first_row + (tile_row - item * tiles_per_item) * 128
+def _rank(turn, num_n, num_tile_rows):
+    """Place of the tile row in the lists; that of the last one where there is no tile any more."""
+    return gl.minimum(_tile_of(turn) // num_n, num_tile_rows - 1)
+
+
+@gluon.jit
+def _listed(words_ptr, turn, num_n, num_tile_rows, D: gl.constexpr):
+    """Steps along K of the listed heads of a tile."""
+    word = gl.load(words_ptr + _rank(turn, num_n, num_tile_rows))
+    return libdevice.popc(word) * (D // 64)
+
+
+@gluon.jit
+def _steps(listed, num_heads, always_steps, D: gl.constexpr, UPDATE: gl.constexpr):
+    """All steps of a tile; an Update goes over the heads that are not listed as well."""
+    if UPDATE:
+        return num_heads * (D // 64) + always_steps
+    else:
+        return listed + always_steps
 
 
 @gluon.jit
@@ -83,26 +103,26 @@ def _load_heads(
 @gluon.jit
 def _producer(
     o_desc, always_desc, w_desc, a_ring, b_ring, full, empty, rows_ptr, words_ptr, num_tile_rows,
-    num_n, tiles_per_item, first_row, num_heads, always_steps, D: gl.constexpr,
+    num_n, tiles_per_item, first_row, rows, num_heads, always_steps, D: gl.constexpr,
     UPDATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     tile = _tile_of(turn)
-    rank = gl.minimum(tile // num_n, num_tile_rows - 1)
+    rank = _rank(turn, num_n, num_tile_rows)
     next_row = gl.load(rows_ptr + rank)
     next_heads = gl.load(words_ptr + rank)
     next_others = gl.load(words_ptr + num_tile_rows + rank)
     while tile < num_tile_rows * num_n:
-        item, row = _place(next_row, tiles_per_item, first_row)
+        item, row, _ = place_rows(next_row, tiles_per_item, first_row, rows)
         column = tile % num_n * 128
         heads = next_heads
         others = next_others
         turn += 1
         tile = _tile_of(turn)
         # What the next tile needs is fetched while this tile's loads are issued.
-        rank = gl.minimum(tile // num_n, num_tile_rows - 1)
+        rank = _rank(turn, num_n, num_tile_rows)
         next_row = gl.load(rows_ptr + rank)
         next_heads = gl.load(words_ptr + rank)
         next_others = gl.load(words_ptr + num_tile_rows + rank)
@@ -155,7 +175,8 @@ def _add_terms(x, coefficients_ptr, terms_desc, buffer, bar, num_terms, uses, it
 
 @gluon.jit
 def _finish_half(
-    x, out_desc, terms_desc, buffer, bar, bias_ptr, coefficients_ptr, num_terms, turn, item, row,
+    x, out_desc, cut_desc, is_cut, terms_desc, buffer, bar, bias_ptr, coefficients_ptr, num_terms,
+    turn, item, row,
     column, out_features,
 ):  # fmt: skip
     if bias_ptr is not None:
@@ -167,72 +188,87 @@ def _finish_half(
             x, coefficients_ptr, terms_desc, buffer, bar, num_terms, turn * num_terms, item, row,
             column,
         )  # fmt: skip
-    store_half(x, out_desc, buffer, 0, item, row, column)
+    store_half(x, out_desc, cut_desc, is_cut, buffer, 0, item, row, column)
 
 
 @gluon.jit
 def _consumer(
-    out_desc, terms_desc, a_ring, b_ring, buffers, full, empty, order, ready, bias_ptr,
-    coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n, tiles_per_item, first_row,
+    out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers, full, empty, order,
+    ready, bias_ptr,
+    coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n, tiles_per_item, first_row, rows,
     num_heads, num_terms, always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr,
     STAGES: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
+    num_tiles = num_tile_rows * num_n
+    turn = gl.to_tensor(WG)
     step = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
+    if WG == 1:
+        step += _steps(
+            _listed(words_ptr, 0, num_n, num_tile_rows, D), num_heads, always_steps, D, UPDATE
+        )
+    listed = _listed(words_ptr, turn, num_n, num_tile_rows, D)
+    tile_row = gl.load(rows_ptr + _rank(turn, num_n, num_tile_rows))
     tile = _tile_of(turn)
-    while tile < num_tile_rows * num_n:
-        rank = tile // num_n
-        listed = libdevice.popc(gl.load(words_ptr + rank)) * (D // 64)
-        of_heads = num_heads * (D // 64) if UPDATE else listed
-        steps = of_heads + always_steps
-        if (turn & 1) == WG:
-            item, row = _place(gl.load(rows_ptr + rank), tiles_per_item, first_row)
-            column = (tile - rank * num_n) * 128
-            if coefficients_ptr is not None:
-                tma.store_wait(0)  # the buffers were read out
-                _fetch_term(terms_desc, buffers.index(0), ready.index(0), 0, item, row, column)
-                _fetch_term(terms_desc, buffers.index(1), ready.index(1), 0, item, row + 64, column)
-            await_turn(order, turn >> 1, WG)
-            acc = new_accumulator(128)
-            done = 0
-            if UPDATE:
-                acc = accumulate(acc, a_ring, b_ring, full, empty, step, listed, STAGES)
-                acc = finish(acc, empty, step, listed, STAGES)
-                done = listed
-                x0, x1 = halves(acc)
-                tma.store_wait(0)
-                store_half(x0, terms_desc, buffers.index(0), 0, item, row, column)
-                store_half(x1, terms_desc, buffers.index(1), 0, item, row + 64, column)
-            acc = accumulate(acc, a_ring, b_ring, full, empty, step + done, steps - done, STAGES)
-            pass_turn(order, WG)
-            acc = finish(acc, empty, step + done, steps - done, STAGES)
+    while tile < num_tiles:
+        # Fetched now, needed after the epilogue: what the other warpgroup does, and our next tile.
+        others = _listed(words_ptr, turn + 1, num_n, num_tile_rows, D)
+        next_listed = _listed(words_ptr, turn + 2, num_n, num_tile_rows, D)
+        next_row = gl.load(rows_ptr + _rank(turn + 2, num_n, num_tile_rows))
+        steps = _steps(listed, num_heads, always_steps, D, UPDATE)
+        item, row, is_cut = place_rows(tile_row, tiles_per_item, first_row, rows)
+        column = tile % num_n * 128
+        if coefficients_ptr is not None:
+            tma.store_wait(0)  # the buffers were read out
+            _fetch_term(terms_desc, buffers.index(0), ready.index(0), 0, item, row, column)
+            _fetch_term(terms_desc, buffers.index(1), ready.index(1), 0, item, row + 64, column)
+        await_turn(order, turn >> 1, WG)
+        acc = new_accumulator(128)
+        done = 0
+        if UPDATE:
+            acc = accumulate(acc, a_ring, b_ring, full, empty, step, listed, STAGES)
+            acc = finish(acc, empty, step, listed, STAGES)
+            done = listed
             x0, x1 = halves(acc)
-            if coefficients_ptr is None:
-                tma.store_wait(0)
-            _finish_half(
-                x0, out_desc, terms_desc, buffers.index(0), ready.index(0), bias_ptr,
-                coefficients_ptr, num_terms, turn >> 1, item, row, column, out_features,
-            )  # fmt: skip
-            _finish_half(
-                x1, out_desc, terms_desc, buffers.index(1), ready.index(1), bias_ptr,
-                coefficients_ptr, num_terms, turn >> 1, item, row + 64, column, out_features,
-            )  # fmt: skip
-        step += steps
-        turn += 1
+            tma.store_wait(0)
+            store_half(
+                x0, terms_desc, cut_terms_desc, is_cut, buffers.index(0), 0, item, row, column
+            )
+            store_half(
+                x1, terms_desc, cut_terms_desc, is_cut, buffers.index(1), 0, item, row + 64, column
+            )
+        acc = accumulate(acc, a_ring, b_ring, full, empty, step + done, steps - done, STAGES)
+        pass_turn(order, WG)
+        acc = finish(acc, empty, step + done, steps - done, STAGES)
+        x0, x1 = halves(acc)
+        if coefficients_ptr is None:
+            tma.store_wait(0)
+        _finish_half(
+            x0, out_desc, cut_desc, is_cut, terms_desc, buffers.index(0), ready.index(0), bias_ptr,
+            coefficients_ptr, num_terms, turn >> 1, item, row, column, out_features,
+        )  # fmt: skip
+        _finish_half(
+            x1, out_desc, cut_desc, is_cut, terms_desc, buffers.index(1), ready.index(1), bias_ptr,
+            coefficients_ptr, num_terms, turn >> 1, item, row + 64, column, out_features,
+        )  # fmt: skip
+        step += steps + _steps(others, num_heads, always_steps, D, UPDATE)
+        listed = next_listed
+        tile_row = next_row
+        turn += 2
         tile = _tile_of(turn)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tile_rows", "num_n", "tiles_per_item", "first_row", "num_heads", "num_terms",
+        "num_tile_rows", "num_n", "tiles_per_item", "first_row", "rows", "num_heads", "num_terms",
         "always_steps",
     ]
 )  # fmt: skip
 def gemm_o_kernel(
-    o_desc, always_desc, w_desc, out_desc, terms_desc, bias_ptr, coefficients_ptr, rows_ptr,
-    words_ptr, num_tile_rows, num_n, tiles_per_item, first_row, num_heads, num_terms, always_steps,
-    out_features, D: gl.constexpr, UPDATE: gl.constexpr, STAGES: gl.constexpr,
+    o_desc, always_desc, w_desc, out_desc, cut_desc, terms_desc, cut_terms_desc, bias_ptr,
+    coefficients_ptr, rows_ptr,
+    words_ptr, num_tile_rows, num_n, tiles_per_item, first_row, rows, num_heads, num_terms,
+    always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = o_desc.dtype
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 128, 64], o_desc.layout)
@@ -248,21 +284,23 @@ def gemm_o_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                out_desc, terms_desc, a_ring, b_ring, buffers0, full, empty, order, ready0,
+                out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers0, full,
+                empty, order, ready0,
                 bias_ptr, coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n,
-                tiles_per_item, first_row, num_heads, num_terms, always_steps, out_features, D,
-                UPDATE, STAGES, 0,
+                tiles_per_item, first_row, rows, num_heads, num_terms, always_steps, out_features,
+                D, UPDATE, STAGES, 0,
             )),
             (_consumer, (
-                out_desc, terms_desc, a_ring, b_ring, buffers1, full, empty, order, ready1,
+                out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers1, full,
+                empty, order, ready1,
                 bias_ptr, coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n,
-                tiles_per_item, first_row, num_heads, num_terms, always_steps, out_features, D,
-                UPDATE, STAGES, 1,
+                tiles_per_item, first_row, rows, num_heads, num_terms, always_steps, out_features,
+                D, UPDATE, STAGES, 1,
             )),
             (_producer, (
                 o_desc, always_desc, w_desc, a_ring, b_ring, full, empty, rows_ptr, words_ptr,
-                num_tile_rows, num_n, tiles_per_item, first_row, num_heads, always_steps, D, UPDATE,
-                STAGES,
+                num_tile_rows, num_n, tiles_per_item, first_row, rows, num_heads, always_steps, D,
+                UPDATE, STAGES,
             )),
         ],
         [4, 1],
@@ -290,12 +328,14 @@ def _launch(
     out_features = out.shape[-1]
     num_n = -(-out_features // TILE_N)
     always_steps = 0 if always is None else -(-always.shape[-1] // hopper.TILE_K)
-    gemm_o_kernel[(min(hopper.num_ctas(o.device), tiles.count * num_n),)](
+    gemm_o_kernel[(min(num_multiprocessors(o.device.index), tiles.count * num_n),)](
         hopper.descriptor(o.transpose(1, 2), block),
         None if always is None else hopper.descriptor(always[:, None], block),
         hopper.descriptor(weight, [TILE_N, hopper.TILE_K]),
         hopper.descriptor(out[None], half),
+        hopper.cut_descriptor(out[None], 2, tiles.first_row, half),
         None if terms is None else hopper.descriptor(terms, half),
+        hopper.cut_descriptor(terms, 2, tiles.first_row, half) if terms is not None else None,
         bias,
         coefficients,
         *lists,
@@ -303,6 +343,7 @@ def _launch(
         num_n,
         tiles.per_item,
         tiles.first_row,
+        out.shape[1],
         num_heads,
         0 if coefficients is None else coefficients.shape[0],
         always_steps,
@@ -350,7 +391,7 @@ def _refuses_update(call: GemmOUpdateCall) -> list[str]:
     return reasons
 
 
-@register("gemm_o", "sm90", rank=40, refuses=_refuses, available=hopper.available)
+@register("gemm_o", "sm90", rank=40, refuses=_refuses, available=hopper_refusals)
 def run(call: GemmOCall) -> None:
     if not call.out.numel():
         return
@@ -358,20 +399,20 @@ def run(call: GemmOCall) -> None:
     if terms is not None and not terms.shape[0]:
         terms = coefficients = None
     tiles = TileRows.of(call.symbols, call.o.shape[1], call.row_offset)
-    with torch.cuda.device(call.out.device):
+    with on_device(call.out.device):
         lists = head_words(call.symbols, tiles, cached=False)
         data = (call.o, call.weight, call.bias, always, call.out, terms, coefficients)
         _launch(*data, tiles, lists, update=False)
 
 
-@register("gemm_o_update", "sm90", rank=40, refuses=_refuses_update, available=hopper.available)
+@register("gemm_o_update", "sm90", rank=40, refuses=_refuses_update, available=hopper_refusals)
 def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return
     o, always, terms = call.history[0], _columns(call.always), call.bias_terms
     heads = call.weight[:, : o.shape[2] * o.shape[3]]
     tiles = TileRows.of(call.symbols, o.shape[1], call.row_offset)
-    with torch.cuda.device(call.out.device):
+    with on_device(call.out.device):
         lists = head_words(call.symbols, tiles, cached=True)
         data = (o, call.weight, call.bias, always, call.out, terms, None)
         _launch(*data, tiles, lists, update=True)

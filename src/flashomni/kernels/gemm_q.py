@@ -15,6 +15,7 @@ from flashomni.kernels.dispatch import register, select
 from flashomni.symbols import Grid, Symbols
 
 Rope = tuple[Tensor, Tensor]
+ROPE_LAYOUTS = ("interleaved", "half")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class GemmQCall:
     row_offset: int
     norm_weight: Tensor | None
     norm_eps: float | None
-    rope: Rope | None
+    rope: Rope | None  # [R, D / 2] each: an entry for each pair
+    rope_layout: str
 
 
 def sparse_gemm_q(
@@ -42,6 +44,7 @@ def sparse_gemm_q(
     norm_weight: Tensor | None = None,
     norm_eps: float | None = None,
     rope: Rope | None = None,
+    rope_layout: str = "interleaved",
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -54,8 +57,9 @@ def sparse_gemm_q(
         q          = q / sqrt(mean(q ** 2) + norm_eps) * norm_weight      if norm_eps is given
         out[b,r,h] = q * cos[r] + rotate(q) * sin[r]                      if rope is given
 
-    ``rotate`` maps neighbours (q0, q1) to (-q1, q0), as FLUX and HunyuanVideo do. Cached tiles are
-    never written; nothing may read them.
+    ``rotate`` maps a pair (a, b) to (-b, a). Pairs are neighbours, as FLUX and HunyuanVideo have
+    them, or with ``rope_layout="half"`` the dims j and j + D / 2. Cached tiles are never written;
+    nothing may read them.
 
     Args:
         x: ``[B, R, K]``, a run of tokens of the sequence that ``symbols`` is about.
@@ -66,7 +70,9 @@ def sparse_gemm_q(
             vision stream of a text-first model). It need not be a multiple of ``block_m``.
         norm_weight: ``[D]``, the scale of the RMSNorm; ``None`` scales by 1.
         norm_eps: epsilon of the RMSNorm over head_dim; ``None`` leaves the norm out.
-        rope: ``(cos, sin)``, each fp32 ``[R, D]``, the angle of a pair repeated for both members.
+        rope: ``(cos, sin)``, each fp32 ``[R, D / 2]``, an entry for each pair, or ``[R, D]``, that
+            of a pair repeated for both members. What :func:`pack_rope` returns is read fastest.
+        rope_layout: ``"interleaved"`` or ``"half"``.
         out: ``[B, R, H, D]``, last dim contiguous; a new tensor with undefined cached tiles if
             omitted.
         backend: take exactly this one; by default the best that accepts the call.
@@ -106,9 +112,11 @@ def sparse_gemm_q(
         if head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, got {head_dim}")
         for name, table in (("rope cos", rope[0]), ("rope sin", rope[1])):
-            check_shape(name, table, (rows, head_dim))
+            width = head_dim // 2 if rope[0].shape[-1:] == (head_dim // 2,) else head_dim
+            check_shape(name, table, (rows, width))
             check_dtype(name, table, (torch.float32,))
             check_device(name, table, x.device)
+        rope = pair_tables(rope, rope_layout, head_dim)
     if out is None:
         out = x.new_empty(batch, rows, num_heads, head_dim)
     else:
@@ -133,6 +141,7 @@ def sparse_gemm_q(
         norm_eps,
         None if rope is None else rope[0],
         None if rope is None else rope[1],
+        rope_layout,
         backend,
     )
     return out
@@ -162,11 +171,49 @@ def rms_norm(q: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(q, q.shape[-1:], weight, eps)
 
 
-def apply_rope(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of the last dim; q ``[..., R, h, D]``, tables ``[R, D]``."""
-    even, odd = q.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (q.float() * cos[:, None] + rotated * sin[:, None]).to(q.dtype)
+def apply_rope(q: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Tensor:
+    """Rotate the pairs of the last dim in fp32, result in the dtype of ``q``.
+
+    Args:
+        q: ``[..., R, h, D]``.
+        cos: fp32 ``[R, D / 2]`` or ``[R, D]``, as in :func:`sparse_gemm_q`.
+        sin: like ``cos``.
+        layout: ``"interleaved"`` or ``"half"``.
+    """
+    cos, sin = (t[:, None] for t in pair_tables((cos, sin), layout, q.shape[-1]))
+    dim = -1 if layout == "interleaved" else -2
+    a, b = q.float().unflatten(-1, (-1, 2) if dim == -1 else (2, -1)).unbind(dim)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(q.dtype)
+
+
+def pair_tables(rope: Rope, layout: str, head_dim: int) -> Rope:
+    """The entries of the pairs, ``[R, D / 2]``; views.
+
+    Raises:
+        ValueError: ``layout`` is unknown.
+    """
+    if layout not in ROPE_LAYOUTS:
+        raise ValueError(f"rope_layout must be one of {', '.join(ROPE_LAYOUTS)}, got {layout!r}")
+    cos, sin = rope
+    if cos.shape[-1] == head_dim // 2:
+        return cos, sin
+    if layout == "interleaved":
+        return cos[:, ::2], sin[:, ::2]
+    return cos[:, : head_dim // 2], sin[:, : head_dim // 2]
+
+
+def pack_rope(cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Rope:
+    """Tables ``[R, D]`` as views ``[R, D / 2]`` of one ``[R, D]``: half of the memory.
+
+    cos and sin of a pair lie where the two members of the pair do in a row of queries. Worth it
+    where more than one projection uses the same tables.
+    """
+    cos, sin = pair_tables((cos, sin), layout, cos.shape[-1])
+    if layout == "interleaved":
+        both = torch.stack((cos, sin), dim=-1)
+        return both[..., 0], both[..., 1]
+    both = torch.cat((cos, sin), dim=-1)
+    return both[:, : cos.shape[1]], both[:, cos.shape[1] :]
 
 
 def _run(
@@ -185,12 +232,15 @@ def _run(
     norm_eps: float | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    rope_layout: str,
     backend: str | None,
 ) -> None:
     grid = Grid(seqlen_q, seqlen_kv, block_m=block_m, block_n=block_n)
     rope = None if cos is None or sin is None else (cos, sin)
     symbols = Symbols(q_bits, kv_bits, grid)
-    call = GemmQCall(x, weight, bias, out, symbols, row_offset, norm_weight, norm_eps, rope)
+    call = GemmQCall(
+        x, weight, bias, out, symbols, row_offset, norm_weight, norm_eps, rope, rope_layout
+    )
     select("gemm_q", call, backend).run(call)
 
 
@@ -208,6 +258,6 @@ def _reference(call: GemmQCall) -> None:
         scale = None if call.norm_weight is None else call.norm_weight.float()
         q = rms_norm(q, scale, call.norm_eps)
     if call.rope is not None:
-        q = apply_rope(q, *call.rope)
+        q = apply_rope(q, *call.rope, call.rope_layout)
     live = tile_mask(call.symbols, call.x.shape[1], call.row_offset)[..., None]
     call.out.copy_(torch.where(live, q.to(call.out.dtype), call.out))

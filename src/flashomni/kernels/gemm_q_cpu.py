@@ -33,5 +33,5 @@ def _epilogue(call: GemmQCall, q: Tensor, row: int, row_stop: int) -> Tensor:
         q = rms_norm(q, call.norm_weight, call.norm_eps)
     if call.rope is not None:
         cos, sin = call.rope
-        q = apply_rope(q, cos[row:row_stop], sin[row:row_stop])
+        q = apply_rope(q, cos[row:row_stop], sin[row:row_stop], call.rope_layout)
     return q

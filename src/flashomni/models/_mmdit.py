@@ -25,8 +25,8 @@ class Stream:
         span: token range in the sequence.
         to_q, to_k, to_v: projections to ``H * D``.
         norm_q, norm_k: norms over head_dim, or ``None``.
-        rope: ``(cos, sin)`` each fp32 ``[R, D]``, or ``None``; the angle of a pair of neighbours is
-            repeated for both of its members.
+        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair of neighbours, or
+            ``None``.
     """
 
     x: Tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.gemm_q import Rope
+from flashomni.kernels.gemm_q import Rope, pack_rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
     added_stream,
@@ -98,11 +98,12 @@ def run_dual(
 
     def attention() -> tuple[Tensor, Tensor]:
         text, vision = run.grid.text, run.grid.vision
+        rope = engine.memo("rope", lambda: pack_rope(*image_rotary_emb))
         return dual_attention(
             run,
             block.attn,
-            own_stream(block.attn, norm_x, vision, split_rope(image_rotary_emb, *vision)),
-            added_stream(block.attn, norm_c, text, split_rope(image_rotary_emb, *text)),
+            own_stream(block.attn, norm_x, vision, split_rope(rope, *vision)),
+            added_stream(block.attn, norm_c, text, split_rope(rope, *text)),
         )
 
     y, c_y = run.reuse("attention", attention)
@@ -135,7 +136,8 @@ def run_single(
     def body() -> tuple[Tensor]:
         mlp = block.act_mlp(block.proj_mlp(norm_x))
         run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
-        whole = own_stream(block.attn, norm_x, (0, x.shape[1]), image_rotary_emb)
+        rope = engine.memo("rope", lambda: pack_rope(*image_rotary_emb))
+        whole = own_stream(block.attn, norm_x, (0, x.shape[1]), rope)
         o = joint_attention(run, block.attn, [whole], block.proj_out)
         return (run.project_o(o, block.proj_out, row_offset=0, always=mlp),)
 

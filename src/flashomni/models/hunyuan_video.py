@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.gemm_q import Rope
+from flashomni.kernels.gemm_q import Rope, pack_rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
     added_stream,
@@ -105,7 +105,7 @@ def run_dual(
         return dual_attention(
             run,
             block.attn,
-            own_stream(block.attn, norm_x, run.grid.vision, freqs_cis),
+            own_stream(block.attn, norm_x, run.grid.vision, _rope(engine, freqs_cis)),
             added_stream(block.attn, norm_c, run.grid.text, None),
         )
 
@@ -140,8 +140,9 @@ def run_single(
         mlp = block.act_mlp(block.proj_mlp(norm_x))
         run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
         vision, text = run.grid.vision, run.grid.text
+        rope = _rope(engine, image_rotary_emb)
         streams = [
-            own_stream(block.attn, norm_x[:, slice(*vision)], vision, image_rotary_emb),
+            own_stream(block.attn, norm_x[:, slice(*vision)], vision, rope),
             own_stream(block.attn, norm_x[:, slice(*text)], text, None),
         ]
         o = joint_attention(run, block.attn, streams, block.proj_out)
@@ -150,3 +151,8 @@ def run_single(
     (y,) = run.reuse("block", body)
     x = gate.unsqueeze(1) * y + x
     return x[:, :num_vision], x[:, num_vision:]
+
+
+def _rope(engine: Engine, tables: Rope | None) -> Rope | None:
+    """The tables of a step, packed once for all layers."""
+    return None if tables is None else engine.memo("rope", lambda: pack_rope(*tables))

@@ -117,5 +117,5 @@ def run_block(
 
 
 def _real_tables(angles: Tensor) -> Rope:
-    """Complex ``[R, D / 2]`` -> ``(cos, sin)`` fp32 ``[R, D]``, each value for both of its pair."""
-    return angles.real.repeat_interleave(2, -1), angles.imag.repeat_interleave(2, -1)
+    """Complex ``[R, D / 2]`` -> ``(cos, sin)`` fp32 ``[R, D / 2]``, side by side as they are."""
+    return angles.real, angles.imag

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from flashomni.policies import Policy, check_bool, check_range, policy
-from flashomni.policies._pooled import low_mass, pooled_map, self_similarity
-from flashomni.symbols import Grid, Symbols
+from flashomni.policies._pooled import (
+    coarse_blocks,
+    heavy_bits,
+    pooled_map,
+    visit_columns,
+    visit_rows,
+)
+from flashomni.symbols import Grid, Symbols, in_range, pack_bits, row_bytes
 
 COMBINE = ("and", "mean", "c", "g")
 
@@ -73,24 +79,25 @@ class FlashOmni(Policy):
             )
         growth = progress**self.power
         attention = pooled_map(q, k, grid, self.center_k)  # [B, H, Mb, Nb]
-        q_mask = ~self._light_blocks(attention, grid, self.tau_q * growth)
-        kv_mask = ~low_mass(attention, self.tau_kv * growth)
+        q_bits = self._computed(attention, grid, self.tau_q * growth)
+        kv_bits = heavy_bits(attention, self.tau_kv * growth, row_bytes(grid.num_kv_blocks))
         if self.similarity_gate is not None:
-            coarse_q = self_similarity(q, grid.block_m, None) < self.similarity_gate
-            coarse_k = self_similarity(k, grid.block_n, grid.kv_len) < self.similarity_gate
-            coarse_k = coarse_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-            q_mask = q_mask | coarse_q
-            kv_mask = kv_mask | coarse_q[..., None] | coarse_k[..., None, :]
-        if self.protect_text:
-            kv_mask = _dense_rows(kv_mask, grid.text_q_blocks)
-        return Symbols.pack(q_mask, kv_mask, grid, skip_text_columns=not self.protect_text)
+            coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
+            q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
+            kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
+        if self.protect_text:  # text rows visit everything: they carry the prompt
+            text_rows = in_range(grid.num_q_blocks, grid.text_q_blocks, q.device)
+            kv_bits = visit_rows(kv_bits, text_rows, grid)
+        return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)
 
-    def _light_blocks(self, attention: Tensor, grid: Grid, tau: Tensor) -> Tensor:
-        """Vision query blocks that may be cached: bool ``[B, H, Mb]``, false for text."""
-        light = torch.zeros_like(attention[..., 0], dtype=torch.bool)
+    def _computed(self, attention: Tensor, grid: Grid, tau: Tensor) -> Tensor:
+        """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""
+        batch, num_heads, rows, _ = attention.shape
         start, stop = grid.vision_q_blocks
         if start == stop:
-            return light
+            return torch.zeros(
+                batch, num_heads, -(-rows // 8), dtype=torch.uint8, device=attention.device
+            )
         text_rows, vision_rows = slice(*grid.text_q_blocks), slice(start, stop)
         text_columns, vision_columns = slice(*grid.text_kv_blocks), slice(*grid.vision_kv_blocks)
         given = attention[..., text_rows, vision_columns].sum(-2)  # C: [B, H, vision kv blocks]
@@ -100,20 +107,19 @@ class FlashOmni(Policy):
         guided = guided.softmax(-2).sum(-1)  # G: [B, H, vision q blocks]
         if self.share_heads:
             given, guided = given.sum(1, keepdim=True), guided.sum(1, keepdim=True)
+
+        def heavy(mass: Tensor) -> Tensor:
+            # Text blocks without mass change neither a sum nor a choice among the others.
+            full = torch.nn.functional.pad(mass, (start, rows - stop))
+            return heavy_bits(full, tau, -(-rows // 8))
+
         tests = {
-            "and": lambda: low_mass(given, tau) & low_mass(guided, tau),
-            "mean": lambda: low_mass(_share(given) + _share(guided), tau),
-            "c": lambda: low_mass(given, tau),
-            "g": lambda: low_mass(guided, tau),
+            "and": lambda: heavy(given) | heavy(guided),
+            "mean": lambda: heavy(_share(given) + _share(guided)),
+            "c": lambda: heavy(given),
+            "g": lambda: heavy(guided),
         }
-        light[..., vision_rows] = tests[self.combine]().expand_as(light[..., vision_rows])
-        return light
-
-
-def _dense_rows(kv_mask: Tensor, rows: tuple[int, int]) -> Tensor:
-    """Text rows visit everything: they carry the prompt."""
-    index = torch.arange(kv_mask.shape[-2], device=kv_mask.device)
-    return kv_mask | ((index >= rows[0]) & (index < rows[1]))[:, None]
+        return tests[self.combine]().expand(-1, num_heads, -1)
 
 
 def _share(mass: Tensor) -> Tensor:

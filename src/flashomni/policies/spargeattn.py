@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from flashomni.policies import Policy, check_bool, check_range, policy
-from flashomni.policies._pooled import low_mass, pooled_map, self_similarity
-from flashomni.symbols import Grid, Symbols
+from flashomni.policies._pooled import (
+    coarse_blocks,
+    heavy_bits,
+    pooled_map,
+    visit_columns,
+    visit_rows,
+)
+from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
 
 
 @policy
@@ -36,10 +42,10 @@ class SpargeAttn(Policy):
         check_bool("protect_text", self.protect_text)
 
     def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        kv_mask = ~low_mass(pooled_map(q, k, grid), 1.0 - self.mass)
-        coarse_q = self_similarity(q, grid.block_m, None) < self.similarity_gate
-        coarse_k = self_similarity(k, grid.block_n, grid.kv_len) < self.similarity_gate
-        coarse_k = coarse_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-        kv_mask = kv_mask | coarse_q[..., None] | coarse_k[..., None, :]
-        q_mask = torch.ones_like(coarse_q)
-        return Symbols.pack(q_mask, kv_mask, grid, skip_text_columns=not self.protect_text)
+        width = row_bytes(grid.num_kv_blocks)
+        kv_bits = heavy_bits(pooled_map(q, k, grid), 1.0 - self.mass, width)
+        coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
+        kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
+        every = torch.ones(grid.num_q_blocks, dtype=torch.bool, device=q.device)
+        q_bits = pack_bits(every, -(-grid.num_q_blocks // 8)).expand(*coarse_q.shape[:2], -1)
+        return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)

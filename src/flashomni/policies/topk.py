@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flashomni.policies import Policy, check_bool, check_range, policy
-from flashomni.policies._pooled import heaviest, pooled_map
-from flashomni.symbols import Grid, Symbols
+from flashomni.policies._pooled import heaviest_bits, pooled_map
+from flashomni.symbols import Grid, Symbols, row_bytes
 
 
 @policy
@@ -39,15 +39,17 @@ class TopK(Policy):
         attention = pooled_map(q, k, grid)  # [B, H, Mb, Nb]
         # Text counts towards the density, so it is put above every vision block.
         attention[..., slice(*grid.text_kv_blocks)] = 2.0
-        kv_mask = heaviest(attention, _count(self.kv_density, grid.num_kv_blocks, least=1))
+        visited = _count(self.kv_density, grid.num_kv_blocks, least=1)
+        kv_bits = heaviest_bits(attention, visited, row_bytes(grid.num_kv_blocks))
         received = attention.sum(-2)  # [B, H, Nb]
         if grid.num_q_blocks != grid.num_kv_blocks:
             received = torch.nn.functional.interpolate(received, size=grid.num_q_blocks)
         received[..., slice(*grid.text_q_blocks)] = torch.inf
         if self.share_heads:
             received = received.sum(1, keepdim=True).expand_as(received)
-        q_mask = heaviest(received, _count(self.q_density, grid.num_q_blocks, least=0))
-        return Symbols.pack(q_mask, kv_mask, grid)
+        computed = _count(self.q_density, grid.num_q_blocks, least=0)
+        q_bits = heaviest_bits(received, computed, -(-grid.num_q_blocks // 8))
+        return Symbols.of_bits(q_bits, kv_bits, grid)
 
     def known_fraction(self, grid: Grid) -> float:
         text = grid.text_q_blocks[1] - grid.text_q_blocks[0]
