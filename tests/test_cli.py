@@ -1,5 +1,6 @@
 """The command line as a user types it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -60,7 +61,7 @@ def test_generate_alone_writes_a_picture(model, tmp_path):
         (("generate", "--device", "abacus"), "device must be auto, cpu or cuda"),
         (("generate", "--dtype", "int3"), "dtype must be auto, float32"),
         (("generate", "--backend", "abacus"), "backend must be one of"),
-        (("bench", "sorting"), "op must be one of attention, gemm_q, gemm_o"),
+        (("bench", "sorting"), "op must be one of attention, attention_cached"),
         (("bench", "--shape", "round"), "shape must be one of cpu-4096"),
         (("bench", "--density", "0"), "density must be above 0"),
         (("show", "recipe", "ludicrous"), "recipe must be a preset"),
@@ -103,17 +104,30 @@ def test_doctor_names_versions_and_backends():
 
 
 def test_bench_appends_rows(tmp_path, monkeypatch):
-    """A row a density, with device, versions and commit; appended to what is there."""
+    """A row a density and baseline, with versions and commit; appended to what is there; drawn."""
     from flashomni import bench
 
     monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
     csv = tmp_path / "rows.csv"
-    for op in ("attention", "gemm_q", "gemm_o"):
+    ops = sorted(bench.PROBLEMS)
+    for op in ops:
         done = run("bench", op, "--device", "cpu", "--density", 0.5, "--rounds", 1, "--csv", csv)
         assert done.exit_code == 0, done.output
     lines = csv.read_text().splitlines()
-    assert len(lines) == 4 and lines[0].startswith("op,shape,seqlen,density,backend,ms,baseline")
-    assert [line.split(",")[0] for line in lines[1:]] == ["attention", "gemm_q", "gemm_o"]
+    columns = (
+        "op,shape,seqlen,density,backend,ms,baseline,baseline_ms,ratio,ideal,gpu,torch,triton,"
+    )
+    assert lines[0] == columns + "commit,command"
+    assert [line.split(",")[0] for line in lines[1:]] == ops
+    plot = tmp_path / "plots" / "rows.png"
+    again = ("bench", "gemm_q", "--device", "cpu", "--density", 0.5, "--rounds", 1)
+    assert run(*again, "--csv", csv, "--plot", plot).exit_code == 0 and plot.stat().st_size > 0
+    csv.write_text("other,columns\n1,2\n")
+    done = run(*again, "--csv", csv)
+    assert done.exit_code == 2 and "has other columns" in done.output
+    assert csv.read_text() == "other,columns\n1,2\n"
+    done = run(*again, "--plot", plot)
+    assert done.exit_code == 2 and "plot needs csv" in done.output
 
 
 def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):
@@ -121,13 +135,10 @@ def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):
     from flashomni import bench
 
     monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
-    problem = bench.attention_problem
+    problem = bench.PROBLEMS["attention"]
 
-    def broken(*arguments):
-        made = problem(*arguments)
-        return bench.Problem(
-            made.backend, made.baseline, lambda: made.ours() + 1, made.dense, made.exact
-        )
+    def broken(request):
+        return dataclasses.replace(problem(request), check=lambda: 0.5)
 
     monkeypatch.setitem(bench.PROBLEMS, "attention", broken)
     done = run("bench", "attention", "--device", "cpu", "--density", 0.5)

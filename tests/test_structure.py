@@ -48,7 +48,10 @@ CLI = {
     },
     "show": {"TOPIC", "NAME"},
     "doctor": set(),
-    "bench": {"OP", "--shape", "--density", "--device", "--dtype", "--rounds", "--csv"},
+    "bench": {
+        "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",
+        "--plot",
+    },
 }  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -347,49 +347,53 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="attention, gemm_q or gemm_o.")] = "attention",
+    op: Annotated[
+        str,
+        typer.Argument(
+            help="attention (skips key blocks), attention_cached, attention_both, decode, gemm_q, "
+            "gemm_q_fused, gemm_o, gemm_o_interval, or symbols."
+        ),
+    ] = "attention",
     shape: Annotated[str, typer.Option(help="A named problem.")] = "cpu-4096",
     density: Annotated[
         list[float] | None, typer.Option(help="Share to compute; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)] = 9,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw what is in the CSV.")] = None,
 ) -> None:
-    """Time an op against torch's dense one in the same process, after checking its result."""
+    """Time an op against dense ones in the same process, after checking its result."""
     with _plain_errors():
         from flashomni import bench as work
-        from flashomni.versions import device_name
 
+        if plot is not None and csv is None:
+            raise ValueError("plot needs csv, which holds what is drawn")
         target = _device(device)
         densities = density or [1.0, 0.75, 0.5, 0.25, 0.1]
         for value in densities:
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"density must be above 0 and at most 1, got {value}")
-        columns = ("density", "ms", "dense ms", "speed-up", "of linear")
-        table = Table(*columns, title=f"{op}, {shape}, {device_name(target)}")
         command = " ".join(["flashomni", *sys.argv[1:]])
-        rows = []
+        measured, absent = list[work.Row](), dict[str, str]()
         with _progress() as progress:
             task = progress.add_task(op, total=len(densities))
-            for row in work.measure(
-                op, shape, densities, target, _dtype(dtype, target), rounds, command
+            for found, missing in work.measure(
+                op, shape, densities, target, _dtype(dtype, target), rounds, command, backend
             ):
-                rows.append(row)
+                measured += found
+                absent |= missing
                 progress.advance(task)
-                table.add_row(
-                    f"{row.density:.2f}",
-                    f"{row.ms:.2f}",
-                    f"{row.baseline_ms:.2f}",
-                    f"{row.ratio:.2f}x",
-                    f"{row.linear:.2f}",
-                )
-        console.print(table)
-        console.print(f"backend {rows[0].backend} against {rows[0].baseline}", highlight=False)
+        console.print(work.tabulate(measured))
+        for name, why in absent.items():
+            console.print(f"{name} not measured: {why}", highlight=False)
         if csv is not None:
-            work.save(rows, csv)
+            work.save(measured, csv)
             console.print(f"appended to {csv}", highlight=False)
+            if plot is not None:
+                work.draw(csv, plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from flashomni.kernels._empty_tiles import output_dims, output_strides, write_empty_tiles
+from flashomni.kernels._empty_tiles import output_strides, write_empty_tiles
 from flashomni.kernels.attention import AttentionCall
 from flashomni.symbols import Symbols
 
@@ -72,7 +72,14 @@ def _sort_key(
     return tl.where(is_live != 0, key, DEAD + position)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "first_sorted", "num_programs", "row_words"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles", "first_sorted", "num_programs", "num_heads", "tiles_m", "tiles_per_block",
+        "row_words", "q_stride_b", "q_stride_h", "kv_stride_b", "kv_stride_h", "kv_stride_m",
+        "seqlen_q", "seqlen_kv", "out_stride_b", "out_stride_m", "out_stride_h", "lse_stride_b",
+        "lse_stride_h", "lse_stride_m", "head_dim",
+    ]
+)  # fmt: skip
 def _order_kernel(
     order,
     q_bits,
@@ -100,12 +107,12 @@ def _order_kernel(
     lse_stride_b,
     lse_stride_h,
     lse_stride_m,
+    head_dim,
     LISTED: tl.constexpr,
     RANKED: tl.constexpr,
     OVERLAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
     """Program p writes where the tiles at list positions p * RANKED ... go to.
@@ -139,10 +146,10 @@ def _order_kernel(
         lse_stride_b,
         lse_stride_h,
         lse_stride_m,
+        head_dim,
         BLOCK_N,
         TILE_M,
         RANKED,
-        HEAD_DIM,
         PADDED_DIM,
     )
     DEAD: tl.constexpr = 1 << 30
@@ -247,12 +254,13 @@ def tile_order(
         grid.seqlen_q,
         grid.seqlen_kv,
         *output_strides(call),
+        call.out.shape[3],
         LISTED=LISTED,
         RANKED=_RANKED,
         OVERLAPPED=overlapped,
         BLOCK_N=grid.block_n,
         TILE_M=tile_m,
-        **output_dims(call),
+        PADDED_DIM=triton.next_power_of_2(call.out.shape[3]),
         num_warps=8,
     )
     return order

@@ -5,8 +5,6 @@ They are rare, and the attention kernel is faster without the code for them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -18,8 +16,8 @@ TILES = 64  # that one program looks at
 @triton.jit
 def _write_tile(
     tile, out, lse, num_heads, tiles_m, seqlen_q, out_stride_b, out_stride_m, out_stride_h,
-    lse_stride_b, lse_stride_h, lse_stride_m,
-    TILE_M: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
+    TILE_M: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     head, m = tile // tiles_m, tile % tiles_m
     batch, head = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
@@ -29,7 +27,7 @@ def _write_tile(
         row = m * TILE_M + start + tl.arange(0, 16)
         at = row.to(tl.int64)[:, None] * out_stride_m + dim
         zero = tl.zeros([16, PADDED_DIM], out.dtype.element_ty)
-        tl.store(out + at, zero, (row < seqlen_q)[:, None] & (dim < HEAD_DIM))
+        tl.store(out + at, zero, (row < seqlen_q)[:, None] & (dim < head_dim))
     if lse is not None:
         row = m * TILE_M + tl.arange(0, TILE_M)
         at = batch * lse_stride_b + head * lse_stride_h + row.to(tl.int64) * lse_stride_m
@@ -40,9 +38,8 @@ def _write_tile(
 def write_empty_tiles(
     first, num_tiles, q_bits, kv_words, kv_len, out, lse, num_heads, tiles_m, tiles_per_block,
     row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m, seqlen_q, seqlen_kv,
-    out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m,
-    BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
+    BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILES: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     """Write what is empty of the tiles ``[first, first + TILES)``."""
     index = tl.arange(0, TILES)
@@ -76,21 +73,26 @@ def write_empty_tiles(
             if tl.sum(tl.where(index == i, is_empty, 0), 0) > 0:
                 _write_tile(
                     first + i, out, lse, num_heads, tiles_m, seqlen_q, out_stride_b, out_stride_m,
-                    out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, TILE_M, HEAD_DIM,
+                    out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim, TILE_M,
                     PADDED_DIM,
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles", "num_heads", "tiles_m", "seqlen_q", "seqlen_kv", "out_stride_b",
+        "out_stride_m", "out_stride_h", "lse_stride_b", "lse_stride_h", "lse_stride_m", "head_dim",
+    ]
+)  # fmt: skip
 def _empty_kernel(
     num_tiles, kv_len, out, lse, num_heads, tiles_m, seqlen_q, seqlen_kv, out_stride_b,
-    out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m,
-    TILE_M: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
+    TILE_M: tl.constexpr, TILES: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     write_empty_tiles(
         tl.program_id(0) * TILES, num_tiles, None, None, kv_len, out, lse, num_heads, tiles_m, 1,
         0, 0, 0, 0, 0, 0, seqlen_q, seqlen_kv, out_stride_b, out_stride_m, out_stride_h,
-        lse_stride_b, lse_stride_h, lse_stride_m, 128, TILE_M, TILES, HEAD_DIM, PADDED_DIM,
+        lse_stride_b, lse_stride_h, lse_stride_m, head_dim, 128, TILE_M, TILES, PADDED_DIM,
     )  # fmt: skip
 
 
@@ -101,14 +103,10 @@ def empty_batch_items(call: AttentionCall, tile_m: int) -> None:
     num_tiles = batch * num_heads * tiles_m
     _empty_kernel[(triton.cdiv(num_tiles, TILES),)](
         num_tiles, call.kv_len, call.out, call.lse, num_heads, tiles_m, seqlen_q, call.k.shape[1],
-        *output_strides(call), TILE_M=tile_m, TILES=TILES, **output_dims(call),
+        *output_strides(call), call.out.shape[3], TILE_M=tile_m, TILES=TILES,
+        PADDED_DIM=triton.next_power_of_2(call.out.shape[3]),
     )  # fmt: skip
 
 
 def output_strides(call: AttentionCall) -> tuple[int, ...]:
     return *call.out.stride()[:3], *((0, 0, 0) if call.lse is None else call.lse.stride())
-
-
-def output_dims(call: AttentionCall) -> dict[str, Any]:
-    head_dim = call.out.shape[3]
-    return {"HEAD_DIM": head_dim, "PADDED_DIM": triton.next_power_of_2(head_dim)}
