@@ -199,6 +199,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print every case before it runs")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -211,6 +212,8 @@ def main() -> int:
         if time.monotonic() - start > options.seconds:
             break
         case = draw(rng)
+        if options.verbose:
+            print(index, case, flush=True)
         repeats = REPEATS if index % 8 == 0 else 1
         try:
             found = failures(case, options.backend, device, repeats)

@@ -447,9 +447,10 @@ def _consumer(
         count += 1
         left -= 1
         if left == 0:
-            left = -_receive(inbox, inbox_full, number + 1)
+            # In this order: the next message comes when the next queries are under way.
             if not Q_IN_REGISTERS:
                 mbarrier.arrive(q_empty.index(0), count=1)
+            left = -_receive(inbox, inbox_full, number + 1)
         while left != 0:
             is_border = left < 0  # this visit is the first of the next tile
             factor = m
@@ -486,9 +487,9 @@ def _consumer(
             count += 1
             left -= 1
             if left == 0:
-                left = -_receive(inbox, inbox_full, number + 1)
                 if not Q_IN_REGISTERS:
                     mbarrier.arrive(q_empty.index(0), count=1)
+                left = -_receive(inbox, inbox_full, number + 1)
         acc = _issue_values(
             p, acc, has_acc != 0, v_ring, v_full, count - 1, TILE_N, HEAD_DIM, V_STAGES
         )
