@@ -8,6 +8,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -85,7 +86,7 @@ def build(kernel, types, constants, num_warps=4):
         file.write(compiled.asm["ptx"])
         file.flush()
         done = subprocess.run(
-            [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     log = done.stdout + done.stderr

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashomni.kernels import _portable as portable
@@ -53,7 +54,7 @@ def resources(compiled, arch, tmp_path):
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     name = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
-    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", str(ptx)]
+    command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(ptx)]
     command += ["-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
     log = done.stdout + done.stderr

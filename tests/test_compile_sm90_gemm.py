@@ -8,6 +8,7 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Triton 3.6 with G
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -45,7 +46,7 @@ def compile_kernel(kernel, types, constants):
 def check(compiled, tmp_path):
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
-    assembler = triton.knobs.nvidia.ptxas.path
+    assembler = get_ptxas(90).path
     command = [assembler, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
     log = done.stdout + done.stderr

@@ -26,7 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashomni.kernels._live_tiles import TILE_M
-from flashomni.kernels._sm90_common import is_hopper, layout_refusals, tma_load, tma_store
+from flashomni.kernels._sm90_common import (
+    is_hopper,
+    layout_refusals,
+    reinterpret,
+    tma_load,
+    tma_store,
+)
 
 TILE_K = 64
 HALF_M = TILE_M // 2  # rows of an output tile that leave together
@@ -209,7 +215,7 @@ def store_half(x, desc, cut_desc, is_cut, buffer, c0, c1, c2, c3):
 
     ``cut_desc`` is for tile rows that are cut off; there are none where it is ``None``.
     """
-    staged = buffer._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    staged = reinterpret(buffer, desc.dtype, desc.block_shape, desc.layout)
     staged.reshape([x.shape[0], x.shape[1]]).store(x.to(desc.dtype))
     fence_async_shared()
     if cut_desc is None:

@@ -45,6 +45,8 @@ from flashomni.kernels._sm90_common import (
     hopper_refusals,
     num_multiprocessors,
     on_device,
+    reinterpret,
+    thread_barrier,
     tma_load,
 )
 from flashomni.kernels.dispatch import register
@@ -145,7 +147,7 @@ def _producer(
 
 @gluon.jit
 def _term_view(terms_desc, buffer):
-    return buffer._reinterpret(terms_desc.dtype, terms_desc.block_shape, terms_desc.layout)
+    return reinterpret(buffer, terms_desc.dtype, terms_desc.block_shape, terms_desc.layout)
 
 
 @gluon.jit
@@ -168,7 +170,7 @@ def _add_terms(x, coefficients_ptr, terms_desc, buffer, bar, num_terms, uses, it
         coefficient = gl.load(coefficients_ptr + term)
         x = _add_term(x, coefficient, terms_desc, buffer, bar, (uses + term) & 1)
         if term + 1 < num_terms:
-            gl.thread_barrier()
+            thread_barrier()
             _fetch_term(terms_desc, buffer, bar, term + 1, item, row, column)
     return x
 

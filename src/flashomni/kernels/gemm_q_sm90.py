@@ -39,6 +39,8 @@ from flashomni.kernels._sm90_common import (
     hopper_refusals,
     num_multiprocessors,
     on_device,
+    reinterpret,
+    thread_barrier,
     tma_load,
 )
 from flashomni.kernels.dispatch import register
@@ -104,7 +106,7 @@ def _fetch_table(rope_desc, buffers, bar, row):
 
 @gluon.jit
 def _table(rope_desc, buffers):
-    return buffers._reinterpret(rope_desc.dtype, rope_desc.block_shape, rope_desc.layout)
+    return reinterpret(buffers, rope_desc.dtype, rope_desc.block_shape, rope_desc.layout)
 
 
 @gluon.jit
@@ -120,7 +122,7 @@ def _rotate(
         # A row of the table has cos and sin of a pair where a row of x has its two members.
         mbarrier.wait(bar, PHASE)
         cos, sin = gl.split(_pairs(_table(rope_desc, buffers).load(x.type.layout), APART))
-        gl.thread_barrier()  # all have read: the buffers may be written
+        thread_barrier()  # all have read: the buffers may be written
     turned = gl.join(a * cos - b * sin, b * cos + a * sin)
     if APART:
         turned = gl.permute(turned, (0, 2, 1))
