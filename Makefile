@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints/ci.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-video test lint bench clean
+# The newest Triton that the GPU kernels are known to build with.
+NEWEST_TRITON := 3.9.0
+
+.PHONY: demo demo-video test lint compile interpret bench clean
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo
@@ -16,7 +19,17 @@ demo-video: $(STAMP)  ## the same for a short video
 
 test: lint  ## format, lint, types, and every test that runs without a GPU
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_live_tiles.py tests/test_portable.py tests/test_gemm_q.py tests/test_gemm_o.py -k "not cpu and not reference"
+	$(MAKE) interpret compile
+
+interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k "portable or live_tiles or head_words" \
+		tests/test_live_tiles.py tests/test_portable.py tests/test_portable_symbols.py \
+		tests/test_attention.py tests/test_gemm_q.py tests/test_gemm_o.py
+
+compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton, without a GPU
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/test_compile_portable.py \
+		tests/test_compile_sm90.py tests/test_compile_sm90_gemm.py
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

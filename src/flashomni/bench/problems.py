@@ -126,7 +126,8 @@ def _attention(request: Request, q_density: float, kv_density: float) -> Problem
     shape = request.shape
     grid = Grid(shape.seqlen, shape.seqlen)
     symbols = random_symbols(grid, shape.num_heads, q_density, kv_density).to(request.device)
-    call = _AttentionCalls(request, symbols)
+    # Dense attention is called as such; `decode` tells what symbols of ones would cost.
+    call = _AttentionCalls(request, None if q_density == kv_density == 1 else symbols)
     makers: dict[str, Callable[[], baselines.Attention | None]]
     makers = {"torch sdpa": baselines.torch_sdpa}
     if request.device.type == "cuda":
