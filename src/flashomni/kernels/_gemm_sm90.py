@@ -29,9 +29,9 @@ from flashomni.kernels._live_tiles import TILE_M
 from flashomni.kernels._sm90_common import (
     is_hopper,
     layout_refusals,
-    reinterpret,
     tma_load,
     tma_store,
+    view_as,
 )
 
 TILE_K = 64
@@ -215,7 +215,7 @@ def store_half(x, desc, cut_desc, is_cut, buffer, c0, c1, c2, c3):
 
     ``cut_desc`` is for tile rows that are cut off; there are none where it is ``None``.
     """
-    staged = reinterpret(buffer, desc.dtype, desc.block_shape, desc.layout)
+    staged = view_as(buffer, desc)
     staged.reshape([x.shape[0], x.shape[1]]).store(x.to(desc.dtype))
     fence_async_shared()
     if cut_desc is None:

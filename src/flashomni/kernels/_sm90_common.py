@@ -25,16 +25,16 @@ TMA_BYTES = 16  # alignment of addresses and strides
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @gluon.jit
-    def reinterpret(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-        """The same shared memory as another tile."""
-        return buffer.reinterpret(dtype, shape, layout)
+    def view_as(buffer, desc):
+        """The shared memory of ``buffer`` as a tile of a TMA descriptor."""
+        return buffer.reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 else:
 
     @gluon.jit
-    def reinterpret(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-        """The same shared memory as another tile."""
-        return buffer._reinterpret(dtype, shape, layout)
+    def view_as(buffer, desc):
+        """The shared memory of ``buffer`` as a tile of a TMA descriptor."""
+        return buffer._reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 @gluon.jit

@@ -45,9 +45,9 @@ from flashomni.kernels._sm90_common import (
     hopper_refusals,
     num_multiprocessors,
     on_device,
-    reinterpret,
     thread_barrier,
     tma_load,
+    view_as,
 )
 from flashomni.kernels.dispatch import register
 from flashomni.kernels.gemm_o import GemmOCall, GemmOUpdateCall
@@ -147,7 +147,7 @@ def _producer(
 
 @gluon.jit
 def _term_view(terms_desc, buffer):
-    return reinterpret(buffer, terms_desc.dtype, terms_desc.block_shape, terms_desc.layout)
+    return view_as(buffer, terms_desc)
 
 
 @gluon.jit

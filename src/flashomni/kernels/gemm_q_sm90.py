@@ -39,9 +39,9 @@ from flashomni.kernels._sm90_common import (
     hopper_refusals,
     num_multiprocessors,
     on_device,
-    reinterpret,
     thread_barrier,
     tma_load,
+    view_as,
 )
 from flashomni.kernels.dispatch import register
 from flashomni.kernels.gemm_q import GemmQCall
@@ -106,7 +106,7 @@ def _fetch_table(rope_desc, buffers, bar, row):
 
 @gluon.jit
 def _table(rope_desc, buffers):
-    return reinterpret(buffers, rope_desc.dtype, rope_desc.block_shape, rope_desc.layout)
+    return view_as(buffers, rope_desc)
 
 
 @gluon.jit
