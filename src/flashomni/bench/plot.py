@@ -27,7 +27,8 @@ def speedups(rows: Sequence[dict[str, str]]) -> Figure:
     for row in rows:
         key = (row["op"], row["shape"], row["baseline"])
         lines.setdefault(key, []).append((1 - float(row["density"]), float(row["ratio"])))
-    skipped = sorted({x for points in lines.values() for x, _ in points})
+    furthest = max(x for points in lines.values() for x, _ in points)
+    skipped = [furthest * step / 50 for step in range(51)]
     axis.plot(skipped, [1 / (1 - x) for x in skipped], "--", color="grey", label="linear")
     for number, ((op, shape, baseline), points) in enumerate(sorted(lines.items())):
         label = f"{op}, {shape}, against {baseline}"
