@@ -18,10 +18,11 @@ SHARED_MEMORY = 232448  # bytes a block may have on compute capability 9.0
 
 def tensor_descriptor(dtype, block):
     """Type of a TMA descriptor argument; the layout is the one with 128-byte swizzle."""
-    return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout(128, 16, len(block))}>"
+    bits = 32 if dtype == "fp32" else 16
+    return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout(128, bits, len(block))}>"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Build:
     """What the compilers say about one specialisation."""
 
@@ -29,19 +30,10 @@ class Build:
     cubin: bytes
     shared: int
     ptxas_log: str
-    may_spill: int = 0
 
     @property
     def spilled_bytes(self):
         return sum(int(n) for n in re.findall(r"(\d+) bytes spill", self.ptxas_log))
-
-    @property
-    def stack_bytes(self):
-        return sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", self.ptxas_log))
-
-    @property
-    def registers(self):
-        return max(int(n) for n in re.findall(r"Used (\d+) registers", self.ptxas_log))
 
     @property
     def warnings(self):
@@ -49,7 +41,7 @@ class Build:
         return [
             line
             for line in self.ptxas_log.splitlines()
-            if "warning" in line.lower() or "serializ" in line.lower()
+            if re.search("warning|serializ|performance loss", line, re.IGNORECASE)
         ]
 
     def sass(self):
@@ -67,18 +59,24 @@ class Build:
 
 
 def build(kernel, types, constants, num_warps=4):
-    """Compile ``kernel`` for sm_90a.
+    """Compile ``kernel`` for sm_90a, with pointers aligned as torch's are.
 
     Args:
         kernel: a Gluon kernel.
-        types: argument name -> Triton type, such as ``"*i32"``.
-        constants: argument name -> value of a constexpr.
+        types: argument name -> Triton type, such as ``"*i32"``; ``"i32"`` where it says nothing.
+        constants: argument name -> value of a constexpr, whatever ``types`` says of it.
     """
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    positions = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    missing = [name for name in kernel.arg_names if name not in types and name not in constants]
-    assert not missing, f"neither a type nor a value for {missing}"
-    source = GluonASTSource(kernel, signature, positions)
+    at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+    signature = {name: types.get(name, "i32") for name in at}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {
+        at[name]: [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*")
+    }
+    source = GluonASTSource(
+        kernel, signature, {at[name]: value for name, value in constants.items()}, aligned
+    )
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
     )

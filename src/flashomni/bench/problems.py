@@ -211,13 +211,12 @@ class _Layer:
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.request.shape.num_heads, -1))
 
-    def dense(self, bias: bool = True) -> Run:
-        linear, at = torch.nn.functional.linear, self.bias if bias else None
-        return lambda i: linear(self.x[i], self.weight, at)
+    def dense(self, i: int) -> Tensor:
+        return torch.nn.functional.linear(self.x[i], self.weight, self.bias)
 
     def linear(self, ideal: float) -> dict[str, Baseline]:
         name = "cuBLAS" if self.request.device.type == "cuda" else "torch linear"
-        return {name: Baseline(self.dense(), ideal)}
+        return {name: Baseline(self.dense, ideal)}
 
     def backend(self, op: str) -> str:
         if self.request.backend is not None:
@@ -325,7 +324,7 @@ def gemm_o_interval(request: Request) -> Problem:
 
     def dense(i: int) -> None:
         for j in range(INTERVAL + 1):
-            layer.dense()((i + j) % layer.sets)
+            layer.dense((i + j) % layer.sets)
 
     bound = (INTERVAL + 1) / (1 + INTERVAL * layer.density)
     label = next(iter(layer.linear(1.0)))

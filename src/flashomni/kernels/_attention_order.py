@@ -36,25 +36,14 @@ def _popcount(x):
 
 @triton.jit
 def _sort_key(
-    position,
-    first_listed,
-    first_sorted,
-    num_tiles,
-    q_bits,
-    kv_words,
-    num_heads,
-    tiles_m,
-    tiles_per_block,
-    row_words,
-    q_stride_b,
-    q_stride_h,
-    kv_stride_b,
-    kv_stride_h,
-    kv_stride_m,
-    DEAD: tl.constexpr,
-    LISTED: tl.constexpr,
-):
+    position, first_listed, first_sorted, geometry, symbols,
+    DEAD: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
     """Distinct keys: natural order, then falling cost, then the cached tiles from ``DEAD`` on."""
+    num_tiles, num_heads, tiles_m, tiles_per_block = geometry
+    q_bits, kv_words, row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m = (
+        symbols
+    )
     tile = first_listed + position
     inside = tile < num_tiles
     head, row = tile // tiles_m, tile % tiles_m // tiles_per_block
@@ -81,77 +70,31 @@ def _sort_key(
     ]
 )  # fmt: skip
 def _order_kernel(
-    order,
-    q_bits,
-    kv_words,
-    kv_len,
-    out,
-    lse,
-    num_tiles,
-    first_sorted,
-    num_programs,
-    num_heads,
-    tiles_m,
-    tiles_per_block,
-    row_words,
-    q_stride_b,
-    q_stride_h,
-    kv_stride_b,
-    kv_stride_h,
-    kv_stride_m,
-    seqlen_q,
-    seqlen_kv,
-    out_stride_b,
-    out_stride_m,
-    out_stride_h,
-    lse_stride_b,
-    lse_stride_h,
-    lse_stride_m,
-    head_dim,
-    LISTED: tl.constexpr,
-    RANKED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE_M: tl.constexpr,
+    order, q_bits, kv_words, kv_len, out, lse, num_tiles, first_sorted, num_programs, num_heads,
+    tiles_m, tiles_per_block, row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h,
+    kv_stride_m, seqlen_q, seqlen_kv, out_stride_b, out_stride_m, out_stride_h, lse_stride_b,
+    lse_stride_h, lse_stride_m, head_dim, LISTED: tl.constexpr, RANKED: tl.constexpr,
+    OVERLAPPED: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-):
+):  # fmt: skip
     """Program p writes where the tiles at list positions p * RANKED ... go to.
 
     And the empty ones of the tiles of these numbers.
     """
     if OVERLAPPED:
         gdc_launch_dependents()
+    geometry = (num_tiles, num_heads, tiles_m, tiles_per_block)
+    symbols = (
+        q_bits, kv_words, row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m,
+    )  # fmt: skip
+    outputs = (
+        out, lse, seqlen_q, out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h,
+        lse_stride_m, head_dim,
+    )  # fmt: skip
     write_empty_tiles(
-        tl.program_id(0) * RANKED,
-        num_tiles,
-        q_bits,
-        kv_words,
-        kv_len,
-        out,
-        lse,
-        num_heads,
-        tiles_m,
-        tiles_per_block,
-        row_words,
-        q_stride_b,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_h,
-        kv_stride_m,
-        seqlen_q,
-        seqlen_kv,
-        out_stride_b,
-        out_stride_m,
-        out_stride_h,
-        lse_stride_b,
-        lse_stride_h,
-        lse_stride_m,
-        head_dim,
-        BLOCK_N,
-        TILE_M,
-        RANKED,
-        PADDED_DIM,
-    )
+        tl.program_id(0) * RANKED, geometry, symbols, kv_len, seqlen_kv, outputs, BLOCK_N, TILE_M,
+        RANKED, PADDED_DIM,
+    )  # fmt: skip
     DEAD: tl.constexpr = 1 << 30
     first_listed = tl.maximum(num_tiles - LISTED, 0)
     mine = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
@@ -162,44 +105,8 @@ def _order_kernel(
         first_listed + tl.program_id(0) * RANKED < num_tiles
     )
     if is_mine:
-        my_key = _sort_key(
-            mine,
-            first_listed,
-            first_sorted,
-            num_tiles,
-            q_bits,
-            kv_words,
-            num_heads,
-            tiles_m,
-            tiles_per_block,
-            row_words,
-            q_stride_b,
-            q_stride_h,
-            kv_stride_b,
-            kv_stride_h,
-            kv_stride_m,
-            DEAD,
-            LISTED,
-        )
-        key = _sort_key(
-            every,
-            first_listed,
-            first_sorted,
-            num_tiles,
-            q_bits,
-            kv_words,
-            num_heads,
-            tiles_m,
-            tiles_per_block,
-            row_words,
-            q_stride_b,
-            q_stride_h,
-            kv_stride_b,
-            kv_stride_h,
-            kv_stride_m,
-            DEAD,
-            LISTED,
-        )
+        my_key = _sort_key(mine, first_listed, first_sorted, geometry, symbols, DEAD, LISTED)
+        key = _sort_key(every, first_listed, first_sorted, geometry, symbols, DEAD, LISTED)
         rank = tl.sum((key[None, :] < my_key[:, None]).to(tl.int32), axis=1)
         tile = tl.where(my_key < DEAD, first_listed + mine, -1)
         tl.store(order + 1 + rank, tile, first_listed + mine < num_tiles)

@@ -15,10 +15,12 @@ TILES = 64  # that one program looks at
 
 @triton.jit
 def _write_tile(
-    tile, out, lse, num_heads, tiles_m, seqlen_q, out_stride_b, out_stride_m, out_stride_h,
-    lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
-    TILE_M: tl.constexpr, PADDED_DIM: tl.constexpr,
+    tile, num_heads, tiles_m, outputs, TILE_M: tl.constexpr, PADDED_DIM: tl.constexpr
 ):  # fmt: skip
+    (
+        out, lse, seqlen_q, out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h,
+        lse_stride_m, head_dim,
+    ) = outputs  # fmt: skip
     head, m = tile // tiles_m, tile % tiles_m
     batch, head = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)[None, :]
@@ -36,12 +38,11 @@ def _write_tile(
 
 @triton.jit
 def write_empty_tiles(
-    first, num_tiles, q_bits, kv_words, kv_len, out, lse, num_heads, tiles_m, tiles_per_block,
-    row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m, seqlen_q, seqlen_kv,
-    out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
+    first, geometry, symbols, kv_len, seqlen_kv, outputs,
     BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILES: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write what is empty of the tiles ``[first, first + TILES)``."""
+    """Write what is empty of the tiles ``[first, first + TILES)``; ``symbols`` may be ``None``."""
+    num_tiles, num_heads, tiles_m, tiles_per_block = geometry
     index = tl.arange(0, TILES)
     tile = first + index
     inside = tile < num_tiles
@@ -52,7 +53,11 @@ def write_empty_tiles(
     if kv_len is not None:
         keys = tl.minimum(tl.load(kv_len + batch, inside, other=0), seqlen_kv)
     visits = keys
-    if q_bits is not None:
+    if symbols is not None:
+        (
+            q_bits, kv_words, row_words, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h,
+            kv_stride_m,
+        ) = symbols  # fmt: skip
         byte = tl.load(
             q_bits + batch * q_stride_b + head * q_stride_h + block // 8, inside, other=0
         )
@@ -71,11 +76,7 @@ def write_empty_tiles(
     if tl.sum(is_empty, 0) > 0:
         for i in range(TILES):
             if tl.sum(tl.where(index == i, is_empty, 0), 0) > 0:
-                _write_tile(
-                    first + i, out, lse, num_heads, tiles_m, seqlen_q, out_stride_b, out_stride_m,
-                    out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim, TILE_M,
-                    PADDED_DIM,
-                )  # fmt: skip
+                _write_tile(first + i, num_heads, tiles_m, outputs, TILE_M, PADDED_DIM)
 
 
 @triton.jit(
@@ -89,10 +90,13 @@ def _empty_kernel(
     out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, head_dim,
     TILE_M: tl.constexpr, TILES: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
+    outputs = (
+        out, lse, seqlen_q, out_stride_b, out_stride_m, out_stride_h, lse_stride_b, lse_stride_h,
+        lse_stride_m, head_dim,
+    )  # fmt: skip
     write_empty_tiles(
-        tl.program_id(0) * TILES, num_tiles, None, None, kv_len, out, lse, num_heads, tiles_m, 1,
-        0, 0, 0, 0, 0, 0, seqlen_q, seqlen_kv, out_stride_b, out_stride_m, out_stride_h,
-        lse_stride_b, lse_stride_h, lse_stride_m, head_dim, 128, TILE_M, TILES, PADDED_DIM,
+        tl.program_id(0) * TILES, (num_tiles, num_heads, tiles_m, 1), None, kv_len, seqlen_kv,
+        outputs, 128, TILE_M, TILES, PADDED_DIM,
     )  # fmt: skip
 
 

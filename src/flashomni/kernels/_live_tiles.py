@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from flashomni.kernels.tiles import stream_blocks
 from flashomni.symbols import Symbols
 
 TILE_M = 128
@@ -45,8 +46,7 @@ class TileRows:
     @classmethod
     def of(cls, symbols: Symbols, rows: int, row_offset: int) -> TileRows:
         block_m = symbols.grid.block_m
-        first = row_offset // block_m
-        blocks = -(-(row_offset + rows) // block_m) - first
+        first, blocks = stream_blocks(row_offset, rows, block_m)
         split = block_m // TILE_M
         return cls(symbols.batch, first, blocks, split, first * block_m - row_offset)
 

@@ -17,6 +17,7 @@ from flashomni.kernels._portable import bounded
 from flashomni.kernels._portable_configs import GEMM_O, Config
 from flashomni.kernels.dispatch import register
 from flashomni.kernels.gemm_o import GemmOCall, GemmOUpdateCall
+from flashomni.kernels.tiles import stream_blocks
 from flashomni.symbols import Symbols
 
 MAX_HEADS = 64  # bits of a word
@@ -148,8 +149,7 @@ def launch(
     """Sum over the computed heads, or over the cached ones; tiles are cut to divide the blocks."""
     batch, rows, num_heads, head_dim = o.shape
     bits, block_m, out_features = symbols.q_bits, symbols.grid.block_m, out.shape[2]
-    first = row_offset // block_m
-    blocks = triton.cdiv(row_offset + rows, block_m) - first
+    first, blocks = stream_blocks(row_offset, rows, block_m)
     tile_m = portable.dividing(config.tile_m, block_m)
     extra = 0 if always is None else always.shape[2]
     grid = (triton.cdiv(out_features, config.tile_n), blocks * (block_m // tile_m), batch)

@@ -337,7 +337,9 @@ def _launch(
         hopper.descriptor(out[None], half),
         hopper.cut_descriptor(out[None], 2, tiles.first_row, half),
         None if terms is None else hopper.descriptor(terms, half),
-        hopper.cut_descriptor(terms, 2, tiles.first_row, half) if terms is not None else None,
+        hopper.cut_descriptor(terms, 2, tiles.first_row, half)
+        if update and terms is not None
+        else None,
         bias,
         coefficients,
         *lists,

@@ -14,6 +14,7 @@ from flashomni.kernels._portable import bounded
 from flashomni.kernels._portable_configs import GEMM_Q, Config
 from flashomni.kernels.dispatch import register
 from flashomni.kernels.gemm_q import GemmQCall
+from flashomni.kernels.tiles import stream_blocks
 
 
 @triton.jit
@@ -102,8 +103,7 @@ def launch(call: GemmQCall, config: Config) -> None:
     x, weight, out, bits = call.x, call.weight, call.out, call.symbols.q_bits
     batch, rows, num_heads, head_dim = out.shape
     block_m = call.symbols.grid.block_m
-    first = call.row_offset // block_m
-    blocks = triton.cdiv(call.row_offset + rows, block_m) - first
+    first, blocks = stream_blocks(call.row_offset, rows, block_m)
     tile_m = portable.dividing(config.tile_m, block_m)
     cos, sin = (None, None) if call.rope is None else call.rope
     gemm_q_kernel[(num_heads, blocks * (block_m // tile_m), batch)](

@@ -1,4 +1,4 @@
-"""Cover the marked tiles of a (query block, head) mask with rectangles, for the CPU GEMMs."""
+"""Where a stream lies among query blocks, and rectangles that cover its marked tiles."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def rectangles(mask: Tensor, rows: int, row_offset: int, block_m: int) -> list[R
         row_offset: where the stream starts in the sequence.
         block_m: tokens per query block.
     """
-    first, last = row_offset // block_m, -(-(row_offset + rows) // block_m)
-    by_block = [tuple(column) for column in mask.T[first:last].tolist()]
-    by_head = [tuple(row) for row in mask[:, first:last].tolist()]
+    first, count = stream_blocks(row_offset, rows, block_m)
+    by_block = [tuple(column) for column in mask.T[first : first + count].tolist()]
+    by_head = [tuple(row) for row in mask[:, first : first + count].tolist()]
     # Either merge equal rows of blocks first, or equal heads first: whichever needs fewer products.
     wide = [(i, i1, h, h1) for i, i1, p in _equal(by_block) for h, h1 in _marked(p)]
     tall = [(i, i1, h, h1) for h, h1, p in _equal(by_head) for i, i1 in _marked(p)]
@@ -52,3 +52,9 @@ def _equal(patterns: list[tuple]) -> Iterator[tuple[int, int, tuple]]:
 def _marked(pattern: tuple) -> Iterator[tuple[int, int]]:
     """Maximal runs of true, as ``(start, stop)``."""
     return ((start, stop) for start, stop, (bit,) in _equal([(bit,) for bit in pattern]) if bit)
+
+
+def stream_blocks(row_offset: int, rows: int, block_m: int) -> tuple[int, int]:
+    """First query block of a stream that starts at ``row_offset``, and how many it touches."""
+    first = row_offset // block_m
+    return first, -(-(row_offset + rows) // block_m) - first

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashomni.engine import LayerRun
-from flashomni.kernels.gemm_q import Rope, apply_rope
+from flashomni.engine import Engine, LayerRun
+from flashomni.kernels.gemm_q import Rope, apply_rope, pack_rope
 from flashomni.models import BlockRun, Site
 
 
@@ -110,6 +110,11 @@ def feed_forward(run: LayerRun, name: str, module: nn.Module, x: Tensor) -> Tens
         return (module(x),)
 
     return run.reuse(name, compute)[0]
+
+
+def step_rope(engine: Engine, tables: Rope) -> Rope:
+    """The RoPE tables of a step, packed once for all layers."""
+    return engine.memo("rope", lambda: pack_rope(*tables))
 
 
 def split_rope(rope: Rope, start: int, stop: int) -> Rope:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.gemm_q import Rope, pack_rope
+from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
     added_stream,
@@ -24,6 +24,7 @@ from flashomni.models._mmdit import (
     own_stream,
     require_processor,
     split_rope,
+    step_rope,
 )
 from flashomni.symbols import Grid
 
@@ -98,7 +99,7 @@ def run_dual(
 
     def attention() -> tuple[Tensor, Tensor]:
         text, vision = run.grid.text, run.grid.vision
-        rope = engine.memo("rope", lambda: pack_rope(*image_rotary_emb))
+        rope = step_rope(engine, image_rotary_emb)
         return dual_attention(
             run,
             block.attn,
@@ -136,7 +137,7 @@ def run_single(
     def body() -> tuple[Tensor]:
         mlp = block.act_mlp(block.proj_mlp(norm_x))
         run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
-        rope = engine.memo("rope", lambda: pack_rope(*image_rotary_emb))
+        rope = step_rope(engine, image_rotary_emb)
         whole = own_stream(block.attn, norm_x, (0, x.shape[1]), rope)
         o = joint_attention(run, block.attn, [whole], block.proj_out)
         return (run.project_o(o, block.proj_out, row_offset=0, always=mlp),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.gemm_q import Rope, pack_rope
+from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
     added_stream,
@@ -23,6 +23,7 @@ from flashomni.models._mmdit import (
     joint_attention,
     own_stream,
     require_processor,
+    step_rope,
 )
 from flashomni.symbols import Grid
 
@@ -102,10 +103,11 @@ def run_dual(
     norm_c, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(c, emb=temb)
 
     def attention() -> tuple[Tensor, Tensor]:
+        rope = None if freqs_cis is None else step_rope(engine, freqs_cis)
         return dual_attention(
             run,
             block.attn,
-            own_stream(block.attn, norm_x, run.grid.vision, _rope(engine, freqs_cis)),
+            own_stream(block.attn, norm_x, run.grid.vision, rope),
             added_stream(block.attn, norm_c, run.grid.text, None),
         )
 
@@ -140,7 +142,7 @@ def run_single(
         mlp = block.act_mlp(block.proj_mlp(norm_x))
         run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
         vision, text = run.grid.vision, run.grid.text
-        rope = _rope(engine, image_rotary_emb)
+        rope = None if image_rotary_emb is None else step_rope(engine, image_rotary_emb)
         streams = [
             own_stream(block.attn, norm_x[:, slice(*vision)], vision, rope),
             own_stream(block.attn, norm_x[:, slice(*text)], text, None),
@@ -151,8 +153,3 @@ def run_single(
     (y,) = run.reuse("block", body)
     x = gate.unsqueeze(1) * y + x
     return x[:, :num_vision], x[:, num_vision:]
-
-
-def _rope(engine: Engine, tables: Rope | None) -> Rope | None:
-    """The tables of a step, packed once for all layers."""
-    return None if tables is None else engine.memo("rope", lambda: pack_rope(*tables))
