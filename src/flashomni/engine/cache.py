@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashomni.kernels.elementwise import differences, weighted_sum
 from flashomni.symbols import Symbols
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,17 +26,17 @@ class Storage:
         return DTYPES.get(self.dtype, dtype)
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy to keep. On the host it is pinned and the copy does not wait."""
+        """A fresh tensor, as it is kept. On the host it is pinned and the copy does not wait."""
         dtype = self.resolve(tensor.dtype)
         if self.device == "host" and tensor.is_cuda:
             kept = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
             return kept.copy_(tensor, non_blocking=True)
-        return tensor.to(dtype, copy=True).contiguous()
+        return tensor.to(dtype)
 
     @staticmethod
     def get(kept: Tensor, device: torch.device) -> Tensor:
-        """What :meth:`put` kept, on ``device`` in fp32."""
-        return kept.to(device, non_blocking=True).float()
+        """What :meth:`put` kept, on ``device``."""
+        return kept.to(device, non_blocking=True)
 
 
 class History:
@@ -59,23 +60,20 @@ class History:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def push(self, value: Tensor, step: int) -> list[Tensor]:
-        """Add the value of ``step``; return the terms F_0 .. F_i that are known by now."""
-        terms = [value]
+    def push(self, value: Tensor, step: int, minus: Tensor | None = None) -> list[Tensor]:
+        """Add the value (less ``minus``) of ``step``; return the terms F_0 .. F_i known by now."""
+        old: list[Tensor] = []
         if self._step is not None and step > self._step:
-            for old in self._kept[: self.order]:
-                rise = terms[-1].float() - self.storage.get(old, value.device)
-                terms.append((rise / (step - self._step)).to(value.dtype))
+            old = [self.storage.get(kept, value.device) for kept in self._kept[: self.order]]
+        terms = differences(value, minus, old, step - (self._step or 0) if old else 1)
         self._kept = [self.storage.put(term) for term in terms[: self.keep]]
         self._step, self._device, self._dtype = step, value.device, value.dtype
         return terms
 
-    def predict(self, coefficients: Tensor) -> Tensor:
-        """``sum_i coefficients[i] * F_i``, of the terms that are kept."""
-        total = torch.zeros((), device=self._device)
-        for weight, kept in zip(coefficients, self._kept, strict=False):
-            total = total + weight * self.storage.get(kept, self._device)
-        return total.to(self._dtype)
+    def predict(self, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
+        """``base + sum_i coefficients[i] * F_i``, of the terms that are kept."""
+        terms = [self.storage.get(kept, self._device) for kept in self._kept]
+        return weighted_sum(terms, coefficients, base, self._dtype)
 
     def tensors(self) -> list[Tensor]:
         return self._kept
@@ -114,7 +112,6 @@ class LayerCache:
         num_terms: how many of them are filled.
         rows: token range of ``history`` in the sequence.
         projected: whether the forecast happens after the output projection.
-        whole: histories of the layer's outputs by name, while it is cached whole.
         degraded: whether it is cached whole in this interval.
         q_density: share of tiles that ``symbols`` computes, on the device.
         kv_density: share of block pairs visited in them.
@@ -129,7 +126,6 @@ class LayerCache:
     num_terms: int = 0
     rows: tuple[int, int] = (0, 0)
     projected: bool = True
-    whole: dict[str, list[History]] = field(default_factory=dict)
     degraded: bool = False
     q_density: Tensor | float = 1.0
     kv_density: Tensor | float = 1.0
@@ -141,46 +137,11 @@ class LayerCache:
         """Drop what only per-head caching needs."""
         self.history, self.bias_terms, self.num_terms = None, None, 0
 
-    def forget_whole(self) -> None:
-        """Drop what only whole-layer caching needs."""
-        self.whole.clear()
-
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""
         kept = [] if self.history is None else list(self.history.tensors())
-        kept += [tensor for part in self.whole.values() for h in part for tensor in h.tensors()]
         if self.bias_terms is not None:
             kept.append(self.bias_terms)
         if self.symbols is not None:
             kept += [self.symbols.q_bits, self.symbols.kv_bits]
         return kept
-
-
-@dataclass
-class Branch:
-    """State of all layers for one conditioning branch.
-
-    Attributes:
-        signature: shape, dtype, device and grid of the run; another one starts afresh.
-        last_update: step of the last Update, ``None`` before the first.
-    """
-
-    layers: list[LayerCache]
-    signature: tuple | None = None
-    last_update: int | None = None
-
-    def reset(self) -> None:
-        self.layers = [LayerCache() for _ in self.layers]
-        self.signature, self.last_update = None, None
-
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes kept on the compute device and on the host."""
-        device = host = 0
-        for layer in self.layers:
-            for tensor in layer.tensors():
-                size = tensor.untyped_storage().nbytes()
-                if tensor.is_pinned() if tensor.device.type == "cpu" else False:
-                    host += size
-                else:
-                    device += size
-        return device, host

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashomni.engine.cache import Branch, LayerCache
+from flashomni.engine.branch import Branch
 from flashomni.engine.clock import Clock, Tick
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.layer import LayerRun, StepPlan
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedule import StepKind
+from flashomni.engine.span import Streams
 from flashomni.engine.trace import LayerRecord, StepRecord, Summary, Trace
 from flashomni.symbols import Grid
 
@@ -108,9 +109,9 @@ class Engine:
         if tick.new_run:
             self._branches.clear()
             self._trace.clear()
-        branch = self._branches.setdefault(
-            tick.branch, Branch([LayerCache() for _ in self._layers])
-        )
+        if tick.branch not in self._branches:
+            self._branches[tick.branch] = Branch(len(self._layers), self.recipe)
+        branch = self._branches[tick.branch]
         kind = self.recipe.schedule.kind(tick.step, tick.num_steps)
         if tick.step == tick.num_steps - 1:
             branch.reset()  # the last step is dense: its memory can go before it peaks
@@ -135,14 +136,25 @@ class Engine:
         )
 
     def end(self) -> None:
-        """A call of the model is over, or has raised."""
-        if self._record is not None and self._tick is not None and self._plan is not None:
+        """A call of the model is over."""
+        plan, branch = self._current()
+        if plan.stores:
+            branch.spans.finish(plan.step)
+        if plan.kind is StepKind.UPDATE:
+            branch.last_update = plan.step
+        sizes = [branch.nbytes() for branch in self._branches.values()]
+        self._trace.saw_bytes(sum(d for d, _ in sizes), sum(h for _, h in sizes))
+        self._stop()
+
+    def abort(self) -> None:
+        """A call of the model has raised, if one is under way: its branch starts afresh."""
+        if self.running:
+            self._current()[1].reset()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._record is not None:
             self._record.watch.stop()
-            branch = self._branches[self._tick.branch]
-            if self._plan.kind is StepKind.UPDATE:
-                branch.last_update = self._tick.step
-            sizes = [branch.nbytes() for branch in self._branches.values()]
-            self._trace.saw_bytes(sum(d for d, _ in sizes), sum(h for _, h in sizes))
         self._tick = self._plan = self._record = None
         self._memo.clear()
 
@@ -157,27 +169,54 @@ class Engine:
             self._memo[key] = compute()
         return self._memo[key]
 
-    def layer(self, index: int, grid: Grid, x: Tensor) -> LayerRun:
+    def block(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
+        """Run block ``index``, or replay it where it is cached whole.
+
+        Args:
+            index: position in the list of layers.
+            streams: what the block gets and returns, ``[B, R, K]`` each.
+            compute: runs the block, which calls :meth:`layer`; gives the streams behind it.
+        """
+        plan, branch = self._current()
+        branch.expect(streams)
+        if plan.kind is StepKind.DISPATCH:
+            behind = branch.spans.replay(index, streams, plan.layer_coefficients)
+            if behind is not None:
+                self._bypassed(index, branch)
+                return behind
+        behind = compute()
+        if plan.stores and branch.layers[index].degraded:
+            branch.spans.record(index, streams, behind, plan.step)
+        return behind
+
+    def _bypassed(self, index: int, branch: Branch) -> None:
+        """Record that a layer was left out, and what it would have cost."""
+        assert self._record is not None
+        record = LayerRecord(self._layers[index], "bypass", 0.0, 0.0)
+        for op, flops, _ in branch.layers[index].ops:
+            record.add(op, flops, 0.0)
+        self._record.layers.append(record)
+
+    def layer(self, index: int, grid: Grid) -> LayerRun:
         """The run of layer ``index`` in this call.
 
         Args:
             index: position in the list of layers.
             grid: blocks, text span and valid length of this call.
-            x: any tensor of the block; its batch, dtype and device sign the run.
         """
-        assert self._plan is not None and self._tick is not None and self._record is not None
-        branch = self._branches[self._tick.branch]
-        signature = (grid, x.shape[0], x.dtype, x.device)
-        if branch.signature != signature:
-            branch.reset()
-            branch.signature = signature
-        if self._plan.kind is StepKind.DISPATCH and branch.last_update is None:
+        plan, branch = self._current()
+        assert self._record is not None
+        if plan.kind is StepKind.DISPATCH and branch.last_update is None:
             # A branch that joins late (CFG from some step on) has nothing to dispatch from.
-            self._plan.kind = StepKind.UPDATE
+            plan.kind = StepKind.UPDATE
             self._record.kind = StepKind.UPDATE.value
-        record = LayerRecord(self._layers[index], self._plan.kind.value)
+        record = LayerRecord(self._layers[index], plan.kind.value)
         self._record.layers.append(record)
-        return LayerRun(branch.layers[index], self._plan, self.recipe, grid, record, self._backend)
+        return LayerRun(branch.layers[index], plan, self.recipe, grid, record, self._backend)
+
+    def _current(self) -> tuple[StepPlan, Branch]:
+        assert self._plan is not None and self._tick is not None, "no call is under way"
+        return self._plan, self._branches[self._tick.branch]
 
 
 def _to_device(values: list[float], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""One layer in one step: the three engine calls an adapter makes, and whole-layer reuse.
+"""One layer in one step: the three engine calls that an adapter makes.
 
 An adapter runs its block in its own order and leaves three things to the engine::
 
@@ -6,26 +6,34 @@ An adapter runs its block in its own order and leaves three things to the engine
     run.attend(q, k, v, ...)        attention over the live blocks
     run.project_o(o, to_out, ...)   output projection plus the forecast of cached heads
 
-and wraps what a cached layer leaves out altogether in ``run.reuse(name, compute)``.
+A layer that is cached whole is not run at all (see :mod:`flashomni.engine.span`).
 
 Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flashomni.engine.cache import Fraction, History, LayerCache, Storage
-from flashomni.engine.linear import joined, linear_flops, plain_weights, why_not_plain
+from flashomni.engine.linear import (
+    is_hooked,
+    linear_flops,
+    plain_weights,
+    project_into,
+    project_joined,
+    why_not_plain,
+)
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedule import StepKind
 from flashomni.engine.trace import LayerRecord
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
-from flashomni.kernels.gemm_q import Rope, apply_rope, tile_mask
+from flashomni.kernels.elementwise import norm_rope_
+from flashomni.kernels.gemm_q import Rope, tile_mask
 from flashomni.symbols import Grid, Symbols
 
 
@@ -50,6 +58,11 @@ class StepPlan:
     coefficients: Tensor
     layer_coefficients: Tensor
 
+    @property
+    def stores(self) -> bool:
+        """Whether this step adds to the histories."""
+        return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
+
 
 class LayerRun:
     """One layer in one step. Made by the engine, used by an adapter, thrown away."""
@@ -67,17 +80,11 @@ class LayerRun:
         self.kind = plan.kind
         self._cache, self._plan, self._recipe = cache, plan, recipe
         self._record, self._backend = record, backend
-        known = recipe.policy.known_fraction(grid)
-        if self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and plan.records):
-            self._decide_degradation(known)
-        self.bypass = self.kind is StepKind.DISPATCH and cache.degraded
-        record.kind = "bypass" if self.bypass else self.kind.value
-        if self.bypass:
-            record.q_density = record.kv_density = 0.0
-            record.ops = [(op, flops, 0.0) for op, flops, _ in cache.ops]
-        else:
-            cache.ops = record.ops  # filled while the block runs
-        if self.kind is StepKind.DISPATCH and not self.bypass:
+        record.kind = self.kind.value
+        cache.ops = record.ops  # filled while the block runs
+        if plan.stores:
+            self._decide_degradation(recipe.policy.known_fraction(grid))
+        if self.kind is StepKind.DISPATCH:
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
 
     def _decide_degradation(self, known: float | None) -> None:
@@ -91,36 +98,13 @@ class LayerRun:
         if known is None and cache.fraction is not None:
             fraction = cache.fraction.read()
         cache.degraded = threshold > 0 and fraction is not None and fraction <= threshold
-        cache.forget_heads() if cache.degraded else cache.forget_whole()
+        if cache.degraded:
+            cache.forget_heads()
 
     @property
     def _caches_heads(self) -> bool:
         """Whether this layer has cached tiles of its own (not a whole cached layer)."""
         return self._recipe.policy.caches and not self._cache.degraded
-
-    @property
-    def _stores(self) -> bool:
-        return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self._plan.records)
-
-    def reuse(self, name: str, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """``compute()``, or its forecast while the layer is cached whole.
-
-        Args:
-            name: unique in this layer.
-            compute: gives a tuple of tensors.
-        """
-        whole = self._cache.whole
-        if self.bypass:
-            return tuple(h.predict(self._plan.layer_coefficients) for h in whole[name])
-        values = compute()
-        if self._cache.degraded and self._stores:
-            order = self._recipe.layer_order
-            storage = Storage(self._recipe.history_dtype)
-            if name not in whole:
-                whole[name] = [History(order, order + 1, storage) for _ in values]
-            for history, value in zip(whole[name], values, strict=True):
-                history.push(value, self._plan.step)
-        return values
 
     def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
         """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
@@ -171,9 +155,25 @@ class LayerRun:
         if sparse and weights is None:
             self._record.note = f"projections ran dense: {why_not_plain(linear, x)}"
         self._record.add("gemm_q", flops)
-        q = linear(x).unflatten(-1, (num_heads, head_dim))
-        q = q if norm is None else norm(q)
-        out.copy_(q if rope is None else apply_rope(q, *rope))
+        self.project(x, linear, out, norm=norm, rope=rope)
+
+    def project(
+        self,
+        x: Tensor,
+        linear: nn.Module,
+        out: Tensor,
+        *,
+        norm: nn.Module | None = None,
+        rope: Rope | None = None,
+    ) -> None:
+        """Like :meth:`project_q` for all heads of all tokens, uncounted: keys and values."""
+        project_into(linear, x, out)
+        if _is_rms_norm(norm):
+            eps = None if norm is None else _eps(norm, x.dtype)
+            norm_rope_(out, getattr(norm, "weight", None), eps, rope)
+        else:
+            out.copy_(norm(out))  # type: ignore[misc]  # None is a norm that is left out
+            norm_rope_(out, None, None, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
@@ -197,7 +197,7 @@ class LayerRun:
                 self._choose_symbols(q, k)
             elif self._plan.probes:
                 self._measure(self._recipe.policy(q, k, self.grid, self._plan.progress))
-            if self._stores and self._caches_heads:
+            if self._plan.stores and self._caches_heads:
                 cache.projected = plain_weights(out_projection, q) is not None
             return o
         self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
@@ -263,7 +263,7 @@ class LayerRun:
         flops = 2 * o.shape[0] * o.shape[1] * width * out_features
         if always is not None:
             self._record.add("mlp", 2 * o.shape[0] * o.shape[1] * always.shape[2] * out_features)
-        if self._stores and self._caches_heads:
+        if self._plan.stores and self._caches_heads:
             terms = self._push_history(o, row_offset)
             if self.kind is StepKind.UPDATE and weights is not None:
                 cached = 1.0 - self._live_share(row_offset, o.shape[1])
@@ -302,7 +302,7 @@ class LayerRun:
                 backend=self._backend,
             )
         self._record.add("gemm_o", flops)
-        return linear(joined(o, always))
+        return project_joined(linear, o, always)
 
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""
@@ -321,7 +321,7 @@ def _is_rms_norm(norm: nn.Module | None) -> bool:
     if norm is None:
         return True
     plain = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None
-    return plain and "forward" not in norm.__dict__
+    return plain and not is_hooked(norm)
 
 
 def _eps(norm: nn.Module, dtype: torch.dtype) -> float:

@@ -23,14 +23,7 @@ def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
     """
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain Linear"
-    hooked = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-        or hasattr(module, "_hf_hook")
-        or hasattr(module, "_diffusers_hook")
-    )
-    if hooked:
+    if is_hooked(module):
         return "it carries a hook"
     for name, tensor in (("weight", module.weight), ("bias", module.bias)):
         if tensor is None:
@@ -42,6 +35,17 @@ def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
         if tensor.device != x.device:
             return f"its {name} is on {tensor.device}, the input on {x.device}"
     return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or hasattr(module, "_hf_hook")
+        or hasattr(module, "_diffusers_hook")
+    )
 
 
 def plain_weights(module: nn.Module, x: Tensor) -> Weights | None:
@@ -57,7 +61,50 @@ def linear_flops(module: nn.Module, rows: int) -> int:
     return sum(2 * rows * layer.in_features * layer.out_features for layer in layers)
 
 
-def joined(o: Tensor, always: Tensor | None) -> Tensor:
-    """Heads ``[B, R, H, D]`` and always-on features as the input of the whole projection."""
+def project_into(linear: nn.Module, x: Tensor, out: Tensor) -> None:
+    """``out[:] = linear(x)``, without a copy where the weight may be read directly.
+
+    Args:
+        linear: ``[N, K]``.
+        x: ``[B, R, K]``.
+        out: ``[B, R, ...]`` of N features, a run of tokens of a longer sequence maybe.
+    """
+    weights = plain_weights(linear, x)
+    features = out.flatten(2)
+    if weights is None or not x.is_cuda or features.data_ptr() != out.data_ptr():
+        out.copy_(linear(x).view(out.shape))
+        return
+    for rows, result in zip(x, features, strict=True):
+        if weights.bias is None:
+            torch.mm(rows, weights.weight.t(), out=result)
+        else:
+            torch.addmm(weights.bias, rows, weights.weight.t(), out=result)
+
+
+def project_joined(linear: nn.Module, o: Tensor, always: Tensor | None) -> Tensor:
+    """The whole projection of heads ``[B, R, H, D]`` and always-on features ``[B, R, E]``."""
     heads = o.flatten(2)
-    return heads if always is None else torch.cat([heads, always], dim=-1)
+    if always is None:
+        return linear(heads)
+    weights = plain_weights(linear, o) if o.is_cuda else None
+    if weights is None:
+        return linear(torch.cat([heads, always], dim=-1))
+    # Two products instead of a copy of both inputs, which are the widest tensors of a block.
+    own, rest = weights.weight.split([heads.shape[-1], always.shape[-1]], dim=1)
+    out = torch.nn.functional.linear(always, rest, weights.bias)
+    out.flatten(0, 1).addmm_(heads.flatten(0, 1), own.t())
+    return out
+
+
+def join_tokens(first: Tensor, second: Tensor) -> Tensor:
+    """``cat`` along the tokens; a view where the two lie one behind the other already."""
+    adjacent = (
+        first.dtype == second.dtype
+        and first.stride() == second.stride()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and second.storage_offset() == first.storage_offset() + first.shape[1] * first.stride(1)
+    )
+    if not adjacent:
+        return torch.cat([first, second], dim=1)
+    shape = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
+    return first.as_strided(shape, first.stride(), first.storage_offset())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flashomni.engine import Clock, Engine, Recipe
 from flashomni.kernels import OPS, registered
 
-BlockRun = Callable[..., tuple[Tensor, Tensor]]
+BlockRun = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,16 @@ class Site:
         block: the module.
         run: ``run(engine, index, block, *args, **kwargs)`` computes what ``block(*args, **kwargs)``
             would, with the engine's calls. Its parameters carry the names of the block's own,
-            because models pass keywords; it returns the streams in the block's own order. What all
-            blocks of a call share (a valid length, RoPE tables) goes through ``engine.memo``.
+            because models pass keywords. What all blocks of a call share (a valid length, RoPE
+            tables) goes through ``engine.memo``.
+        streams: the parameters of ``run`` that are the block's token streams, in the order in which
+            it returns them. A block that is cached whole only adds to them.
     """
 
     name: str
     block: nn.Module
     run: BlockRun
+    streams: tuple[str, ...]
 
 
 class Adapter:

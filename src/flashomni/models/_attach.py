@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -28,12 +29,21 @@ class BlockHook(ModelHook):
     def __init__(self, engine: Engine, index: int, site: Site) -> None:
         super().__init__()
         self.engine, self.index, self.site = engine, index, site
+        places = list(inspect.signature(site.run).parameters)[3:]  # after engine, index and block
+        self.places = {name: places.index(name) for name in site.streams}
         self.manager = StateManager(_NoState)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.engine.running:  # the block is called by itself, outside of the model
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self.site.run(self.engine, self.index, module, *args, **kwargs)
+        streams = tuple(
+            kwargs[name] if name in kwargs else args[place] for name, place in self.places.items()
+        )
+        return self.engine.block(
+            self.index,
+            streams,
+            lambda: self.site.run(self.engine, self.index, module, *args, **kwargs),
+        )
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline is done: free the caches."""
@@ -90,7 +100,8 @@ def attach(engine: Engine, model: nn.Module, sites: list[Site]) -> None:
                 with_kwargs=True,
             )
         )
-        handles.append(model.register_forward_hook(lambda *_: engine.end(), always_call=True))
+        handles.append(model.register_forward_hook(lambda *_: engine.end()))
+        handles.append(model.register_forward_hook(lambda *_: engine.abort(), always_call=True))
     except BaseException:
         detach()
         raise

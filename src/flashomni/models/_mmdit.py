@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.gemm_q import Rope, apply_rope, pack_rope
+from flashomni.kernels.gemm_q import Rope, pack_rope
 from flashomni.models import BlockRun, Site
+from flashomni.models._fused import gelu_linear, mlp
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ class Stream:
     rope: Rope | None
 
 
-def dual_and_single(model: Any, run_dual: BlockRun, run_single: BlockRun) -> list[Site]:
+VISION, TEXT = "hidden_states", "encoder_hidden_states"  # the streams, as diffusers names them
+
+
+def dual_and_single(
+    model: Any, run_dual: BlockRun, run_single: BlockRun, streams: tuple[str, str]
+) -> list[Site]:
     """The sites of a model of dual-stream blocks and then single-stream ones."""
     groups = (("transformer_blocks", run_dual), ("single_transformer_blocks", run_single))
     return [
-        Site(f"{group}.{i}", block, run)
+        Site(f"{group}.{i}", block, run, streams)
         for group, run in groups
         for i, block in enumerate(getattr(model, group))
     ]
@@ -80,10 +86,8 @@ def joint_attention(
             rope=stream.rope,
             row_offset=stream.span[0],
         )
-        key = stream.to_k(stream.x).unflatten(-1, (num_heads, -1))
-        key = key if stream.norm_k is None else stream.norm_k(key)
-        k[:, rows] = key if stream.rope is None else apply_rope(key, *stream.rope)
-        v[:, rows] = stream.to_v(stream.x).unflatten(-1, (num_heads, -1))
+        run.project(stream.x, stream.to_k, k[:, rows], norm=stream.norm_k, rope=stream.rope)
+        run.project(stream.x, stream.to_v, v[:, rows])
         run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
     return run.attend(q, k, v, out_projection)
 
@@ -102,14 +106,17 @@ def dual_attention(run: LayerRun, attn: Any, vision: Stream, text: Stream) -> tu
     return dropout(y), attn.to_add_out(context)
 
 
-def feed_forward(run: LayerRun, name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, or its forecast while the layer is cached whole."""
+def feed_forward(run: LayerRun, module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, counted."""
+    run.count("mlp", (module,), x.shape[0] * x.shape[1])
+    return mlp(module, x)
 
-    def compute() -> tuple[Tensor]:
-        run.count("mlp", (module,), x.shape[0] * x.shape[1])
-        return (module(x),)
 
-    return run.reuse(name, compute)[0]
+def gelu_up(run: LayerRun, block: Any, x: Tensor) -> Tensor:
+    """The first half of a single block's MLP, counted."""
+    run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
+    is_tanh = type(block.act_mlp) is nn.GELU and block.act_mlp.approximate == "tanh"
+    return gelu_linear(block.proj_mlp, x) if is_tanh else block.act_mlp(block.proj_mlp(x))
 
 
 def step_rope(engine: Engine, tables: Rope) -> Rope:

@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
+from flashomni.engine.linear import join_tokens
+from flashomni.kernels.elementwise import gated_residual
 from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
+from flashomni.models._fused import adaptive_norm, residual_norm
 from flashomni.models._mmdit import (
+    TEXT,
+    VISION,
     added_stream,
     dual_and_single,
     dual_attention,
     feed_forward,
+    gelu_up,
     joint_attention,
     own_stream,
     require_processor,
@@ -32,7 +38,7 @@ from flashomni.symbols import Grid
 @adapter("FluxTransformer2DModel")
 class Flux(Adapter):
     def sites(self, model: Any) -> list[Site]:
-        return dual_and_single(model, run_dual, run_single)
+        return dual_and_single(model, run_dual, run_single, (TEXT, VISION))
 
     def check(self, model: Any) -> None:
         blocks = {site.name: site.block for site in self.sites(model)}
@@ -78,7 +84,7 @@ def _begin(
     seqlen = num_text + vision.shape[1]
     recipe = engine.recipe
     grid = Grid(seqlen, seqlen, (0, num_text), recipe.block_m, recipe.block_n)
-    return engine.layer(index, grid, vision)
+    return engine.layer(index, grid)
 
 
 def run_dual(
@@ -94,27 +100,20 @@ def run_dual(
     """A ``FluxTransformerBlock``: ``(text, vision)`` streams."""
     x, c = hidden_states, encoder_hidden_states
     run = _begin(engine, index, x, c, joint_attention_kwargs)
-    norm_x, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
-    norm_c, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(c, emb=temb)
-
-    def attention() -> tuple[Tensor, Tensor]:
-        text, vision = run.grid.text, run.grid.vision
-        rope = step_rope(engine, image_rotary_emb)
-        return dual_attention(
-            run,
-            block.attn,
-            own_stream(block.attn, norm_x, vision, split_rope(rope, *vision)),
-            added_stream(block.attn, norm_c, text, split_rope(rope, *text)),
-        )
-
-    y, c_y = run.reuse("attention", attention)
-    x = x + gate.unsqueeze(1) * y
-    norm_x = block.norm2(x) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-    x = x + gate_mlp.unsqueeze(1) * feed_forward(run, "mlp", block.ff, norm_x)
-
-    c = c + c_gate.unsqueeze(1) * c_y
-    norm_c = block.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
-    c = c + c_gate_mlp.unsqueeze(1) * feed_forward(run, "mlp_text", block.ff_context, norm_c)
+    norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
+    norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
+    text, vision = run.grid.text, run.grid.vision
+    rope = step_rope(engine, image_rotary_emb)
+    y, c_y = dual_attention(
+        run,
+        block.attn,
+        own_stream(block.attn, norm_x, vision, split_rope(rope, *vision)),
+        added_stream(block.attn, norm_c, text, split_rope(rope, *text)),
+    )
+    x, norm_x = residual_norm(x, y, gate, block.norm2, scale_mlp, shift_mlp)
+    x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp)
+    c, norm_c = residual_norm(c, c_y, c_gate, block.norm2_context, c_scale, c_shift)
+    c = gated_residual(c, feed_forward(run, block.ff_context, norm_c), c_gate_mlp)
     return _clip(c), x
 
 
@@ -131,19 +130,14 @@ def run_single(
     """A ``FluxSingleTransformerBlock``: one sequence, split again at the end."""
     num_text = encoder_hidden_states.shape[1]
     run = _begin(engine, index, hidden_states, encoder_hidden_states, joint_attention_kwargs)
-    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    norm_x, gate = block.norm(x, emb=temb)
-
-    def body() -> tuple[Tensor]:
-        mlp = block.act_mlp(block.proj_mlp(norm_x))
-        run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
-        rope = step_rope(engine, image_rotary_emb)
-        whole = own_stream(block.attn, norm_x, (0, x.shape[1]), rope)
-        o = joint_attention(run, block.attn, [whole], block.proj_out)
-        return (run.project_o(o, block.proj_out, row_offset=0, always=mlp),)
-
-    (y,) = run.reuse("block", body)
-    x = _clip(x + gate.unsqueeze(1) * y)
+    x = join_tokens(encoder_hidden_states, hidden_states)
+    norm_x, gate = adaptive_norm(block.norm, x, temb)
+    mlp = gelu_up(run, block, norm_x)
+    rope = step_rope(engine, image_rotary_emb)
+    whole = own_stream(block.attn, norm_x, (0, x.shape[1]), rope)
+    o = joint_attention(run, block.attn, [whole], block.proj_out)
+    y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
+    x = _clip(gated_residual(x, y, gate))
     return x[:, :num_text], x[:, num_text:]
 
 

@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
+from flashomni.engine.linear import join_tokens
+from flashomni.kernels.elementwise import gated_residual
 from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
+from flashomni.models._fused import adaptive_norm, residual_norm
 from flashomni.models._mmdit import (
+    TEXT,
+    VISION,
     added_stream,
     dual_and_single,
     dual_attention,
     feed_forward,
+    gelu_up,
     joint_attention,
     own_stream,
     require_processor,
@@ -31,7 +37,7 @@ from flashomni.symbols import Grid
 @adapter("HunyuanVideoTransformer3DModel")
 class HunyuanVideo(Adapter):
     def sites(self, model: Any) -> list[Site]:
-        return dual_and_single(model, run_dual, run_single)
+        return dual_and_single(model, run_dual, run_single, (VISION, TEXT))
 
     def check(self, model: Any) -> None:
         if getattr(model.config, "image_condition_type", None) == "token_replace":
@@ -82,7 +88,7 @@ def _begin(
     recipe = engine.recipe
     text_span = (num_vision, seqlen)
     grid = Grid(seqlen, seqlen, text_span, recipe.block_m, recipe.block_n, kv_len)
-    return engine.layer(index, grid, vision)
+    return engine.layer(index, grid)
 
 
 def run_dual(
@@ -99,25 +105,19 @@ def run_dual(
     """A ``HunyuanVideoTransformerBlock``: ``(vision, text)`` streams."""
     x, c = hidden_states, encoder_hidden_states
     run = _begin(engine, index, x, c, attention_mask)
-    norm_x, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, emb=temb)
-    norm_c, c_gate, c_shift, c_scale, c_gate_mlp = block.norm1_context(c, emb=temb)
-
-    def attention() -> tuple[Tensor, Tensor]:
-        rope = None if freqs_cis is None else step_rope(engine, freqs_cis)
-        return dual_attention(
-            run,
-            block.attn,
-            own_stream(block.attn, norm_x, run.grid.vision, rope),
-            added_stream(block.attn, norm_c, run.grid.text, None),
-        )
-
-    y, c_y = run.reuse("attention", attention)
-    x = x + y * gate.unsqueeze(1)
-    c = c + c_y * c_gate.unsqueeze(1)
-    norm_x = block.norm2(x) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-    norm_c = block.norm2_context(c) * (1 + c_scale[:, None]) + c_shift[:, None]
-    x = x + gate_mlp.unsqueeze(1) * feed_forward(run, "mlp", block.ff, norm_x)
-    c = c + c_gate_mlp.unsqueeze(1) * feed_forward(run, "mlp_text", block.ff_context, norm_c)
+    norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
+    norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
+    rope = None if freqs_cis is None else step_rope(engine, freqs_cis)
+    y, c_y = dual_attention(
+        run,
+        block.attn,
+        own_stream(block.attn, norm_x, run.grid.vision, rope),
+        added_stream(block.attn, norm_c, run.grid.text, None),
+    )
+    x, norm_x = residual_norm(x, y, gate, block.norm2, scale_mlp, shift_mlp)
+    x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp)
+    c, norm_c = residual_norm(c, c_y, c_gate, block.norm2_context, c_scale, c_shift)
+    c = gated_residual(c, feed_forward(run, block.ff_context, norm_c), c_gate_mlp)
     return x, c
 
 
@@ -135,21 +135,16 @@ def run_single(
     """A ``HunyuanVideoSingleTransformerBlock``: one sequence, split again at the end."""
     num_vision = hidden_states.shape[1]
     run = _begin(engine, index, hidden_states, encoder_hidden_states, attention_mask)
-    x = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-    norm_x, gate = block.norm(x, emb=temb)
-
-    def body() -> tuple[Tensor]:
-        mlp = block.act_mlp(block.proj_mlp(norm_x))
-        run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
-        vision, text = run.grid.vision, run.grid.text
-        rope = None if image_rotary_emb is None else step_rope(engine, image_rotary_emb)
-        streams = [
-            own_stream(block.attn, norm_x[:, slice(*vision)], vision, rope),
-            own_stream(block.attn, norm_x[:, slice(*text)], text, None),
-        ]
-        o = joint_attention(run, block.attn, streams, block.proj_out)
-        return (run.project_o(o, block.proj_out, row_offset=0, always=mlp),)
-
-    (y,) = run.reuse("block", body)
-    x = gate.unsqueeze(1) * y + x
+    x = join_tokens(hidden_states, encoder_hidden_states)
+    norm_x, gate = adaptive_norm(block.norm, x, temb)
+    mlp = gelu_up(run, block, norm_x)
+    vision, text = run.grid.vision, run.grid.text
+    rope = None if image_rotary_emb is None else step_rope(engine, image_rotary_emb)
+    streams = [
+        own_stream(block.attn, norm_x[:, slice(*vision)], vision, rope),
+        own_stream(block.attn, norm_x[:, slice(*text)], text, None),
+    ]
+    o = joint_attention(run, block.attn, streams, block.proj_out)
+    y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
+    x = gated_residual(x, y, gate)
     return x[:, :num_vision], x[:, num_vision:]

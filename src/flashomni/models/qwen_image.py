@@ -18,6 +18,8 @@ from flashomni.engine import Engine
 from flashomni.kernels.gemm_q import Rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models._mmdit import (
+    TEXT,
+    VISION,
     added_stream,
     dual_attention,
     feed_forward,
@@ -31,7 +33,7 @@ from flashomni.symbols import Grid
 class QwenImage(Adapter):
     def sites(self, model: Any) -> list[Site]:
         return [
-            Site(f"transformer_blocks.{i}", block, run_block)
+            Site(f"transformer_blocks.{i}", block, run_block, (TEXT, VISION))
             for i, block in enumerate(model.transformer_blocks)
         ]
 
@@ -87,7 +89,7 @@ def run_block(
         kv_len = engine.memo("kv_len", lambda: num_vision + mask.sum(-1, dtype=torch.int32))
     recipe = engine.recipe
     grid = Grid(seqlen, seqlen, (num_vision, seqlen), recipe.block_m, recipe.block_n, kv_len)
-    run = engine.layer(index, grid, x)
+    run = engine.layer(index, grid)
 
     mod_x, mod_x2 = block.img_mod(temb).chunk(2, dim=-1)
     if block.zero_cond_t:
@@ -96,21 +98,18 @@ def run_block(
     norm_x, gate = block._modulate(block.img_norm1(x), mod_x, modulate_index)
     norm_c, c_gate = block._modulate(block.txt_norm1(c), mod_c)
 
-    def attention() -> tuple[Tensor, Tensor]:
-        ropes = engine.memo("rope", lambda: tuple(map(_real_tables, image_rotary_emb)))
-        return dual_attention(
-            run,
-            block.attn,
-            own_stream(block.attn, norm_x, grid.vision, ropes[0]),
-            added_stream(block.attn, norm_c, grid.text, ropes[1]),
-        )
-
-    y, c_y = run.reuse("attention", attention)
+    ropes = engine.memo("rope", lambda: tuple(map(_real_tables, image_rotary_emb)))
+    y, c_y = dual_attention(
+        run,
+        block.attn,
+        own_stream(block.attn, norm_x, grid.vision, ropes[0]),
+        added_stream(block.attn, norm_c, grid.text, ropes[1]),
+    )
     x, c = x + gate * y, c + c_gate * c_y
     norm_x, gate = block._modulate(block.img_norm2(x), mod_x2, modulate_index)
     norm_c, c_gate = block._modulate(block.txt_norm2(c), mod_c2)
-    x = x + gate * feed_forward(run, "mlp", block.img_mlp, norm_x)
-    c = c + c_gate * feed_forward(run, "mlp_text", block.txt_mlp, norm_c)
+    x = x + gate * feed_forward(run, block.img_mlp, norm_x)
+    c = c + c_gate * feed_forward(run, block.txt_mlp, norm_c)
     if x.dtype == torch.float16:  # the stock block clips as well
         x, c = x.clip(-65504, 65504), c.clip(-65504, 65504)
     return c, x

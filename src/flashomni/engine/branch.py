@@ -1,0 +1,47 @@
+"""What one conditioning branch (cond, uncond, ...) of a generation remembers between steps."""
+
+from __future__ import annotations
+
+from flashomni.engine.cache import LayerCache, Storage
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.span import Spans, Streams
+
+
+class Branch:
+    """State of all layers for one branch.
+
+    Attributes:
+        layers: what each layer remembers of its own.
+        spans: layers that are cached whole.
+        last_update: step of the last Update, ``None`` before the first.
+    """
+
+    def __init__(self, num_layers: int, recipe: Recipe) -> None:
+        self._num_layers, self._recipe = num_layers, recipe
+        self.reset()
+
+    def reset(self) -> None:
+        storage = Storage(self._recipe.history_dtype, self._recipe.history_device)
+        self.layers = [LayerCache() for _ in range(self._num_layers)]
+        self.spans = Spans(self._recipe.layer_order, storage)
+        self.last_update: int | None = None
+        self._signature: tuple | None = None
+
+    def expect(self, streams: Streams) -> None:
+        """Start afresh if the streams have another shape, dtype or device than before."""
+        signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
+        if self._signature not in (None, signature):
+            self.reset()
+        self._signature = signature
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes kept on the compute device and on the host."""
+        device = host = 0
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
+        for tensor in tensors + self.spans.tensors():
+            size = tensor.untyped_storage().nbytes()
+            if tensor.is_pinned() if tensor.device.type == "cpu" else False:
+                host += size
+            else:
+                device += size
+        return device, host
