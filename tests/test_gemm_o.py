@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
 from flashomni.engine import forecasts
-from flashomni.engine.cache import History, Storage
+from flashomni.engine.cache import History
+from flashomni.engine.storage import Storage
 from flashomni.kernels import backends, gemm_o_update, sparse_gemm_o
 from flashomni.symbols import Grid, Symbols
 

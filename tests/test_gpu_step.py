@@ -89,7 +89,11 @@ def waits(run):
     return False
 
 
-@pytest.mark.parametrize("recipe", [ONES, SPARSE], ids=["ones", "sparse"])
+@pytest.mark.parametrize(
+    "recipe",
+    [ONES, SPARSE, SPARSE.replace(history_device="host"), "balanced"],
+    ids=["ones", "sparse", "host", "whole"],
+)
 def test_no_step_waits_for_the_device(no_grad, tiny, recipe):
     """Full, Update and Dispatch steps under torch's check for synchronisation."""
     model, inputs = tiny

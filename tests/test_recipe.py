@@ -51,7 +51,11 @@ def test_a_policy_brings_its_own_settings():
         ("min_skip", -0.1, "min_skip must be a number from 0.0 to 1.0"),
         ("block_m", 100, "block_m must be a multiple of 16, got 100"),
         ("block_n", 8, "block_n must be an integer from 16 to 1024, got 8"),
-        ("history_dtype", "int4", "history_dtype must be one of compute, bfloat16, float16"),
+        (
+            "history_dtype",
+            "int4",
+            "history_dtype must be one of compute, bfloat16, float16, float8",
+        ),
         ("history_device", "moon", "history_device must be one of compute, host"),
     ],
 )

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashomni.engine import Clock, Schedule, StepKind, forecasts
-from flashomni.engine.cache import History, Storage
+from flashomni.engine.cache import History
+from flashomni.engine.storage import Storage
 
 FULL, UPDATE, DISPATCH = StepKind.FULL, StepKind.UPDATE, StepKind.DISPATCH
 

@@ -6,8 +6,8 @@ import torch
 import flashomni
 from conftest import STEPS, call
 from flashomni.engine import Recipe
-from flashomni.engine.cache import Storage
 from flashomni.engine.span import Spans
+from flashomni.engine.storage import Storage
 from flashomni.policies import make_policy
 
 ONE = torch.ones(1)

@@ -16,7 +16,8 @@ from flashomni.policies import policies
 ROOT = Path(flashomni.__file__).parent
 # Part of the package -> parts it may import. Tools stand above everything.
 MAY_IMPORT = {
-    "symbols": set(),
+    "bits": set(),
+    "symbols": {"bits"},
     "policies": {"symbols"},
     "kernels": {"symbols"},
     "engine": {"symbols", "policies", "kernels"},

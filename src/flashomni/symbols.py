@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-WORD_BYTES = 4
+from flashomni.bits import in_range, pack_bits, row_bytes, unpack_bits
+
 Span = tuple[int, int]
 
 
@@ -50,6 +51,7 @@ class Grid:
     block_m: int = 128
     block_n: int = 128
     kv_len: Tensor | None = field(default=None, compare=False)
+    _constants: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("seqlen_q", "seqlen_kv"):
@@ -120,6 +122,45 @@ class Grid:
     def vision_kv_blocks(self) -> Span:
         """Range of key blocks without any text token."""
         return _complement(self.text_kv_blocks, self.num_kv_blocks)
+
+    def text_q_mask(self, device: torch.device) -> Tensor:
+        """True at the text query blocks: bool ``[Mb]``."""
+        return self._once(
+            ("q", device), lambda: in_range(self.num_q_blocks, self.text_q_blocks, device)
+        )
+
+    def text_kv_bits(self, device: torch.device) -> Tensor:
+        """1 at the text key blocks: uint8 ``[row_bytes]``."""
+
+        def make() -> Tensor:
+            mask = in_range(self.num_kv_blocks, self.text_kv_blocks, device)
+            return pack_bits(mask, row_bytes(self.num_kv_blocks))
+
+        return self._once(("kv", device), make)
+
+    def text_q_bits(self, device: torch.device) -> Tensor:
+        """1 at the text query blocks: uint8 ``[ceil(Mb / 8)]``."""
+        return self._once(
+            ("q bits", device),
+            lambda: pack_bits(self.text_q_mask(device), -(-self.num_q_blocks // 8)),
+        )
+
+    def all_kv_bits(self, device: torch.device) -> Tensor:
+        """1 at every key block: uint8 ``[row_bytes]``."""
+
+        def make() -> Tensor:
+            ones = torch.ones(self.num_kv_blocks, dtype=torch.bool, device=device)
+            return pack_bits(ones, row_bytes(self.num_kv_blocks))
+
+        return self._once(("all", device), make)
+
+    def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """A constant of this grid, made at its first use: each costs several launches."""
+        if torch.compiler.is_compiling():  # a graph folds constants, and must not keep tensors
+            return make()
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
 
     def with_kv_len(self, kv_len: Tensor | None) -> Grid:
         """This grid with other valid key counts (``[B]`` int32)."""
@@ -214,15 +255,15 @@ class Symbols:
     ) -> Symbols:
         """Like :meth:`pack`, from masks that are packed already, their padding bits 0."""
         symbols, device = cls(q_bits, kv_bits, grid), q_bits.device
-        if grid.text[1] > grid.text[0]:
-            text = in_range(grid.num_q_blocks, grid.text_q_blocks, device)
-            q_bits = q_bits | pack_bits(text, q_bits.shape[-1])
-            if not skip_text_columns:
-                text = in_range(grid.num_kv_blocks, grid.text_kv_blocks, device)
-                kv_bits = kv_bits | pack_bits(text, kv_bits.shape[-1])
-        # Block 0 always holds a valid key; with text last, so does the first text block.
-        empty = (kv_bits == 0).all(-1, keepdim=True)
-        kv_bits = kv_bits | (empty & in_range(kv_bits.shape[-1], (0, 1), device))
+        has_text = grid.text[1] > grid.text[0]
+        if has_text:
+            q_bits = q_bits | grid.text_q_bits(device)
+        if has_text and not skip_text_columns:
+            kv_bits = kv_bits | grid.text_kv_bits(device)  # and no row is empty
+        else:
+            # Block 0 always holds a valid key; with text last, so does the first text block.
+            empty = (kv_bits == 0).all(-1, keepdim=True)
+            kv_bits = kv_bits | (empty & in_range(kv_bits.shape[-1], (0, 1), device))
         return replace(symbols, q_bits=q_bits, kv_bits=kv_bits)
 
     @classmethod
@@ -314,11 +355,10 @@ class Symbols:
 
         Below some share, skipping costs more time than it saves; such a row is better exact.
         """
-        kv_mask = self.kv_mask()
-        skipped = (~kv_mask).float().mean(-1, keepdim=True)
-        return Symbols.pack(
-            self.q_mask(), kv_mask | (skipped < min_skip), self.grid, skip_text_columns=True
-        )
+        skipped = (~self.kv_mask()).float().mean(-1, keepdim=True)
+        every = self.grid.all_kv_bits(self.kv_bits.device)
+        filled = torch.where(skipped < min_skip, every, self.kv_bits)
+        return replace(self, kv_bits=filled)
 
     def __and__(self, other: Symbols) -> Symbols:
         """Computed where both compute (invariants enforced again: a row is never left empty)."""
@@ -340,24 +380,6 @@ class Symbols:
         kv_len = self.grid.kv_len
         grid = self.grid.with_kv_len(None if kv_len is None else kv_len.to(device))
         return Symbols(self.q_bits.to(device), self.kv_bits.to(device), grid)
-
-
-def row_bytes(num_kv_blocks: int) -> int:
-    """Bytes of one S_s row: whole 32-bit words."""
-    return -(-num_kv_blocks // (8 * WORD_BYTES)) * WORD_BYTES
-
-
-def pack_bits(mask: Tensor, num_bytes: int) -> Tensor:
-    """Pack the last dim of a bool tensor, little endian, into ``num_bytes`` uint8."""
-    padded = torch.nn.functional.pad(mask, (0, num_bytes * 8 - mask.shape[-1]))
-    weights = 2 ** torch.arange(8, device=mask.device, dtype=torch.uint8)
-    return (padded.unflatten(-1, (num_bytes, 8)) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, count: int) -> Tensor:
-    """The first ``count`` bits of the last dim, as bool."""
-    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return (bits[..., None] >> shifts & 1).flatten(-2)[..., :count].bool()
 
 
 def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
@@ -383,9 +405,3 @@ def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x
     total = x.unflatten(1, (num_blocks, block)).sum(2, dtype=torch.float32)
     return (total / count).permute(0, 2, 1, 3)
-
-
-def in_range(count: int, span: Span, device: torch.device) -> Tensor:
-    """True at the indices of ``span``: bool ``[count]``."""
-    index = torch.arange(count, device=device)
-    return (index >= span[0]) & (index < span[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from flashomni.engine.cache import LayerCache, Storage
+from flashomni.engine.cache import LayerCache
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.span import Spans, Streams
+from flashomni.engine.storage import Storage
 
 
 class Branch:
@@ -21,9 +22,8 @@ class Branch:
         self.reset()
 
     def reset(self) -> None:
-        storage = Storage(self._recipe.history_dtype, self._recipe.history_device)
         self.layers = [LayerCache() for _ in range(self._num_layers)]
-        self.spans = Spans(self._recipe.layer_order, storage)
+        self.spans = Spans(self._recipe.layer_order, Storage(self._recipe.history_dtype))
         self.last_update: int | None = None
         self._signature: tuple | None = None
 
@@ -33,6 +33,11 @@ class Branch:
         if self._signature not in (None, signature):
             self.reset()
         self._signature = signature
+
+    def prefetch(self, index: int, stores: bool) -> None:
+        """Layer ``index`` runs soon, if there is one and it is not cached whole."""
+        if index < len(self.layers):
+            self.layers[index].prefetch(stores)
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes kept on the compute device and on the host."""

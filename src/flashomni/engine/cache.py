@@ -8,35 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashomni.engine.storage import Kept, Storage
 from flashomni.kernels.elementwise import differences, weighted_sum
 from flashomni.symbols import Symbols
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a history is kept: ``dtype`` and ``device`` as named by the recipe."""
-
-    dtype: str = "compute"
-    device: str = "compute"
-
-    def resolve(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a tensor of ``dtype`` is kept."""
-        return DTYPES.get(self.dtype, dtype)
-
-    def put(self, tensor: Tensor) -> Tensor:
-        """A fresh tensor, as it is kept. On the host it is pinned and the copy does not wait."""
-        dtype = self.resolve(tensor.dtype)
-        if self.device == "host" and tensor.is_cuda:
-            kept = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
-            return kept.copy_(tensor, non_blocking=True)
-        return tensor.to(dtype)
-
-    @staticmethod
-    def get(kept: Tensor, device: torch.device) -> Tensor:
-        """What :meth:`put` kept, on ``device``."""
-        return kept.to(device, non_blocking=True)
 
 
 class History:
@@ -53,9 +27,9 @@ class History:
 
     def __init__(self, order: int, keep: int, storage: Storage) -> None:
         self.order, self.keep, self.storage = order, keep, storage
-        self._kept: list[Tensor] = []
+        self._kept: list[Kept] = []
         self._step: int | None = None
-        self._device, self._dtype = torch.device("cpu"), torch.float32
+        self._dtype = torch.float32
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -64,19 +38,26 @@ class History:
         """Add the value (less ``minus``) of ``step``; return the terms F_0 .. F_i known by now."""
         old: list[Tensor] = []
         if self._step is not None and step > self._step:
-            old = [self.storage.get(kept, value.device) for kept in self._kept[: self.order]]
+            old = [kept.get() for kept in self._kept[: self.order]]
         terms = differences(value, minus, old, step - (self._step or 0) if old else 1)
-        self._kept = [self.storage.put(term) for term in terms[: self.keep]]
-        self._step, self._device, self._dtype = step, value.device, value.dtype
+        self._step, self._dtype = step, value.dtype
+        while len(self._kept) < min(len(terms), self.keep):
+            self._kept.append(Kept(self.storage))
+        for kept, term in zip(self._kept, terms, strict=False):
+            kept.put(term)
         return terms
 
     def predict(self, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
         """``base + sum_i coefficients[i] * F_i``, of the terms that are kept."""
-        terms = [self.storage.get(kept, self._device) for kept in self._kept]
-        return weighted_sum(terms, coefficients, base, self._dtype)
+        return weighted_sum([kept.get() for kept in self._kept], coefficients, base, self._dtype)
+
+    def prefetch(self) -> None:
+        """The terms are needed soon."""
+        for kept in self._kept:
+            kept.prefetch()
 
     def tensors(self) -> list[Tensor]:
-        return self._kept
+        return [tensor for kept in self._kept for tensor in kept.tensors()]
 
 
 class Fraction:
@@ -108,8 +89,7 @@ class LayerCache:
     Attributes:
         symbols: of the current interval.
         history: of O, for the rows that the output projection sees.
-        bias_terms: ``[order + 1, B, R, N]`` projected terms of the cached heads.
-        num_terms: how many of them are filled.
+        bias_terms: ``[T, B, R, N]`` projected terms of the cached heads, of the forecast so far.
         rows: token range of ``history`` in the sequence.
         projected: whether the forecast happens after the output projection.
         degraded: whether it is cached whole in this interval.
@@ -122,8 +102,7 @@ class LayerCache:
 
     symbols: Symbols | None = None
     history: History | None = None
-    bias_terms: Tensor | None = None
-    num_terms: int = 0
+    bias_terms: Kept | None = None
     rows: tuple[int, int] = (0, 0)
     projected: bool = True
     degraded: bool = False
@@ -135,13 +114,24 @@ class LayerCache:
 
     def forget_heads(self) -> None:
         """Drop what only per-head caching needs."""
-        self.history, self.bias_terms, self.num_terms = None, None, 0
+        self.history = self.bias_terms = None
+
+    def prefetch(self, stores: bool) -> None:
+        """The layer runs soon: bring back what it needs from the host.
+
+        Args:
+            stores: whether it adds to its history, or only dispatches.
+        """
+        if self.history is not None and (stores or not self.projected):
+            self.history.prefetch()
+        if self.bias_terms is not None and not stores:
+            self.bias_terms.prefetch()
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""
         kept = [] if self.history is None else list(self.history.tensors())
         if self.bias_terms is not None:
-            kept.append(self.bias_terms)
+            kept += self.bias_terms.tensors()
         if self.symbols is not None:
             kept += [self.symbols.q_bits, self.symbols.kv_bits]
         return kept

@@ -15,6 +15,7 @@ from flashomni.engine.layer import LayerRun, StepPlan
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedule import StepKind
 from flashomni.engine.span import Streams
+from flashomni.engine.storage import Lane, Storage
 from flashomni.engine.trace import LayerRecord, StepRecord, Summary, Trace
 from flashomni.symbols import Grid
 
@@ -49,6 +50,7 @@ class Engine:
         self._plan: StepPlan | None = None
         self._record: StepRecord | None = None
         self._memo: dict[Any, Any] = {}
+        self._lane: Lane | None = None
         self._detach: Callable[[], None] | None = None
 
     # What users call.
@@ -118,6 +120,7 @@ class Engine:
         self._tick, self._memo = tick, {}
         self._record = self._trace.begin(tick.step, kind.value, tick.branch, device)
         self._plan = self._make_plan(kind, tick, branch, device)
+        branch.prefetch(0, self._plan.stores)
 
     def _make_plan(
         self, kind: StepKind, tick: Tick, branch: Branch, device: torch.device
@@ -133,7 +136,14 @@ class Engine:
             progress=torch.full((), (tick.step + 1) / tick.num_steps, device=device),
             coefficients=_to_device(basis(recipe.order, since), device),
             layer_coefficients=_to_device(basis(recipe.layer_order, since), device),
+            storage=self._storage(device),
         )
+
+    def _storage(self, device: torch.device) -> Storage:
+        on_host = self.recipe.history_device == "host" and device.type == "cuda"
+        if on_host and self._lane is None:
+            self._lane = Lane(device)
+        return Storage(self.recipe.history_dtype, self._lane if on_host else None)
 
     def end(self) -> None:
         """A call of the model is over."""
@@ -155,6 +165,8 @@ class Engine:
     def _stop(self) -> None:
         if self._record is not None:
             self._record.watch.stop()
+        if self._lane is not None:
+            self._lane.flush()
         self._tick = self._plan = self._record = None
         self._memo.clear()
 
@@ -210,6 +222,7 @@ class Engine:
             # A branch that joins late (CFG from some step on) has nothing to dispatch from.
             plan.kind = StepKind.UPDATE
             self._record.kind = StepKind.UPDATE.value
+        branch.prefetch(index + 1, plan.stores)
         record = LayerRecord(self._layers[index], plan.kind.value)
         self._record.layers.append(record)
         return LayerRun(branch.layers[index], plan, self.recipe, grid, record, self._backend)

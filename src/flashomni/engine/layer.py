@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.cache import Fraction, History, LayerCache, Storage
+from flashomni.engine.cache import Fraction, History, LayerCache
 from flashomni.engine.linear import (
     is_hooked,
     linear_flops,
@@ -30,6 +30,7 @@ from flashomni.engine.linear import (
 )
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedule import StepKind
+from flashomni.engine.storage import Kept, Storage
 from flashomni.engine.trace import LayerRecord
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
 from flashomni.kernels.elementwise import norm_rope_
@@ -47,7 +48,9 @@ class StepPlan:
         records: whether a full step adds its outputs to the histories.
         probes: whether a full step measures the fraction for S_q.
         progress: fp32 scalar (step + 1) / num_steps.
-        coefficients: fp32, forecast weights at this step: of cached tiles, of whole layers.
+        coefficients: fp32, forecast weights of cached tiles at this step.
+        layer_coefficients: likewise of layers that are cached whole.
+        storage: how histories and bias terms of tiles are kept.
     """
 
     kind: StepKind
@@ -57,6 +60,7 @@ class StepPlan:
     progress: Tensor
     coefficients: Tensor
     layer_coefficients: Tensor
+    storage: Storage
 
     @property
     def stores(self) -> bool:
@@ -213,16 +217,20 @@ class LayerRun:
     def _choose_symbols(self, q: Tensor, k: Tensor) -> None:
         policy, cache = self._recipe.policy, self._cache
         symbols = policy(q, k, self.grid, self._plan.progress)
+        self._measure(symbols)
+        cache.live_shares.clear()
+        if cache.degraded:  # no tile of it will be asked for
+            cache.symbols = None
+            return
         if self._recipe.min_skip > 0:
             symbols = symbols.fill_rows(self._recipe.min_skip)
         cache.symbols = symbols
-        cache.live_shares.clear()
         cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()
-        self._measure(symbols)
 
     def _measure(self, symbols: Symbols) -> None:
         """Send the computed fraction on its way to the host, where S_q depends on it."""
-        self._cache.fraction = Fraction(symbols.q_density())
+        if self._recipe.degrade_below > 0:
+            self._cache.fraction = Fraction(symbols.q_density())
 
     def _symbols(self) -> Symbols:
         symbols = self._cache.symbols
@@ -269,20 +277,17 @@ class LayerRun:
                 cached = 1.0 - self._live_share(row_offset, o.shape[1])
                 share = 1.0 + (len(terms) - 1) * cached
                 self._record.add("gemm_o", flops, share)
-                shape = (self._recipe.order + 1, *o.shape[:2], out_features)
-                if cache.bias_terms is None or cache.bias_terms.shape != shape:
-                    dtype = Storage(self._recipe.history_dtype).resolve(o.dtype)
-                    cache.bias_terms = o.new_empty(shape, dtype=dtype)
-                cache.num_terms = len(terms)
-                y, _ = gemm_o_update(
+                y, bias_terms = gemm_o_update(
                     terms,
                     *weights,
                     self._symbols(),
                     always=always,
                     row_offset=row_offset,
-                    bias_terms=cache.bias_terms[: len(terms)],
                     backend=self._backend,
                 )
+                if cache.bias_terms is None:
+                    cache.bias_terms = Kept(self._plan.storage)
+                cache.bias_terms.put(bias_terms)
                 return y
         elif self.kind is StepKind.DISPATCH and self._caches_heads and cache.projected:
             if weights is None or cache.bias_terms is None:
@@ -291,12 +296,13 @@ class LayerRun:
                     f"({why_not_plain(linear, o)}); load or remove adapters between generations"
                 )
             self._record.add("gemm_o", flops, self._live_share(row_offset, o.shape[1]))
+            bias_terms = cache.bias_terms.get()
             return sparse_gemm_o(
                 o,
                 *weights,
                 self._symbols(),
-                cache.bias_terms[: cache.num_terms],
-                self._plan.coefficients[: cache.num_terms],
+                bias_terms,
+                self._plan.coefficients[: len(bias_terms)],
                 always=always,
                 row_offset=row_offset,
                 backend=self._backend,
@@ -310,8 +316,7 @@ class LayerRun:
         # Projected terms are made now; only what the next differences need has to be kept.
         keep = recipe.order if cache.projected else recipe.order + 1
         if cache.history is None or cache.history.keep != keep:
-            storage = Storage(recipe.history_dtype, recipe.history_device)
-            cache.history = History(recipe.order, keep, storage)
+            cache.history = History(recipe.order, keep, self._plan.storage)
         cache.rows = (row_offset, row_offset + o.shape[1])
         return cache.history.push(o, self._plan.step)
 

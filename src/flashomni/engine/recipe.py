@@ -13,11 +13,12 @@ from flashomni.engine.files import write_text
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.schedule import Schedule
 from flashomni.engine.settings import parse_settings
+from flashomni.engine.storage import DTYPES
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
 
 FORMAT = 1
 PRESETS = Path(__file__).parent.parent / "recipes"
-HISTORY_DTYPES = ("compute", "bfloat16", "float16")
+HISTORY_DTYPES = ("compute", *DTYPES)
 HISTORY_DEVICES = ("compute", "host")
 _NOT_SETTINGS = ("name", "policy")
 
@@ -40,9 +41,11 @@ class Recipe:
             below break-even, skipping costs more than it saves.
         block_m: query tokens per block.
         block_n: key tokens per block.
-        history_dtype: storage of histories and bias terms: ``compute``, ``bfloat16``, ``float16``.
-        history_device: ``compute`` keeps the history of O beside the model, ``host`` in pinned
-            host memory (it is needed on Update steps only).
+        history_dtype: storage of histories and bias terms: ``compute``, ``bfloat16``, ``float16``,
+            ``float8`` (a scale for each token; it halves the memory and costs precision).
+        history_device: ``compute`` keeps histories and bias terms of tiles beside the model,
+            ``host`` in pinned host memory: a layer's are on the device while it and the layer
+            before it run.
 
     Raises:
         ValueError: a value is out of range; the message names the field and what is allowed.

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from flashomni.engine.cache import History, Storage
+from flashomni.engine.cache import History
+from flashomni.engine.storage import Storage
 
 Streams = tuple[Tensor, ...]
 

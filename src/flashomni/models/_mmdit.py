@@ -6,6 +6,7 @@ D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from flashomni.engine import Engine, LayerRun
 from flashomni.kernels.gemm_q import Rope, pack_rope
 from flashomni.models import BlockRun, Site
 from flashomni.models._fused import gelu_linear, mlp
+from flashomni.symbols import Grid
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,24 @@ def gelu_up(run: LayerRun, block: Any, x: Tensor) -> Tensor:
     run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
     is_tanh = type(block.act_mlp) is nn.GELU and block.act_mlp.approximate == "tanh"
     return gelu_linear(block.proj_mlp, x) if is_tanh else block.act_mlp(block.proj_mlp(x))
+
+
+def step_grid(
+    engine: Engine, seqlen: int, text: tuple[int, int], kv_len: Callable[[], Tensor] | None
+) -> Grid:
+    """The grid of a step, made once for all layers.
+
+    Args:
+        seqlen: tokens of the sequence.
+        text: token range of the text.
+        kv_len: makes the number of valid keys of each batch item, where there is padding.
+    """
+
+    def make() -> Grid:
+        recipe, length = engine.recipe, None if kv_len is None else kv_len()
+        return Grid(seqlen, seqlen, text, recipe.block_m, recipe.block_n, length)
+
+    return engine.memo("grid", make)
 
 
 def step_rope(engine: Engine, tables: Rope) -> Rope:

@@ -30,9 +30,9 @@ from flashomni.models._mmdit import (
     own_stream,
     require_processor,
     split_rope,
+    step_grid,
     step_rope,
 )
-from flashomni.symbols import Grid
 
 
 @adapter("FluxTransformer2DModel")
@@ -82,9 +82,7 @@ def _begin(
         )
     num_text = text.shape[1]
     seqlen = num_text + vision.shape[1]
-    recipe = engine.recipe
-    grid = Grid(seqlen, seqlen, (0, num_text), recipe.block_m, recipe.block_n)
-    return engine.layer(index, grid)
+    return engine.layer(index, step_grid(engine, seqlen, (0, num_text), None))
 
 
 def run_dual(

@@ -29,9 +29,9 @@ from flashomni.models._mmdit import (
     joint_attention,
     own_stream,
     require_processor,
+    step_grid,
     step_rope,
 )
-from flashomni.symbols import Grid
 
 
 @adapter("HunyuanVideoTransformer3DModel")
@@ -82,13 +82,8 @@ def _begin(
 ) -> LayerRun:
     num_vision = vision.shape[1]
     seqlen = num_vision + text.shape[1]
-    kv_len = None
-    if mask is not None:
-        kv_len = engine.memo("kv_len", lambda: mask.flatten(1).sum(-1, dtype=torch.int32))
-    recipe = engine.recipe
-    text_span = (num_vision, seqlen)
-    grid = Grid(seqlen, seqlen, text_span, recipe.block_m, recipe.block_n, kv_len)
-    return engine.layer(index, grid)
+    count = None if mask is None else lambda: mask.flatten(1).sum(-1, dtype=torch.int32)
+    return engine.layer(index, step_grid(engine, seqlen, (num_vision, seqlen), count))
 
 
 def run_dual(

@@ -25,8 +25,8 @@ from flashomni.models._mmdit import (
     feed_forward,
     own_stream,
     require_processor,
+    step_grid,
 )
-from flashomni.symbols import Grid
 
 
 @adapter("QwenImageTransformer2DModel")
@@ -84,11 +84,8 @@ def run_block(
         )
     x, c, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
     num_vision, seqlen = x.shape[1], x.shape[1] + c.shape[1]
-    kv_len = None
-    if mask is not None:
-        kv_len = engine.memo("kv_len", lambda: num_vision + mask.sum(-1, dtype=torch.int32))
-    recipe = engine.recipe
-    grid = Grid(seqlen, seqlen, (num_vision, seqlen), recipe.block_m, recipe.block_n, kv_len)
+    count = None if mask is None else lambda: num_vision + mask.sum(-1, dtype=torch.int32)
+    grid = step_grid(engine, seqlen, (num_vision, seqlen), count)
     run = engine.layer(index, grid)
 
     mod_x, mod_x2 = block.img_mod(temb).chunk(2, dim=-1)

@@ -101,8 +101,7 @@ def coarse_blocks(q: Tensor, k: Tensor, grid: Grid, similarity: float) -> tuple[
 
 def visit_rows(kv_bits: Tensor, rows: Tensor, grid: Grid) -> Tensor:
     """S_s bits with every key block visited by the marked query blocks, bool ``[..., Mb]``."""
-    columns = torch.ones(grid.num_kv_blocks, dtype=torch.bool, device=rows.device)
-    return kv_bits | rows[..., None] * pack_bits(columns, row_bytes(grid.num_kv_blocks))
+    return kv_bits | rows[..., None] * grid.all_kv_bits(rows.device)
 
 
 def visit_columns(kv_bits: Tensor, columns: Tensor, grid: Grid) -> Tensor:

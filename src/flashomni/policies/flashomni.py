@@ -23,7 +23,7 @@ from flashomni.policies._pooled import (
     visit_columns,
     visit_rows,
 )
-from flashomni.symbols import Grid, Symbols, in_range, pack_bits, row_bytes
+from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
 
 COMBINE = ("and", "mean", "c", "g")
 
@@ -77,20 +77,27 @@ class FlashOmni(Policy):
                 f"policy flashomni needs text tokens in the attention, got a {grid}; "
                 "policies topk, spargeattn and window do not"
             )
-        growth = progress**self.power
+        growth = progress**self.power if self.power else 1.0
         attention = pooled_map(q, k, grid, self.center_k)  # [B, H, Mb, Nb]
         q_bits = self._computed(attention, grid, self.tau_q * growth)
-        kv_bits = heavy_bits(attention, self.tau_kv * growth, row_bytes(grid.num_kv_blocks))
+        kv_bits = self._visited(attention, grid, self.tau_kv * growth)
         if self.similarity_gate is not None:
             coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
             q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
             kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
-        if self.protect_text:  # text rows visit everything: they carry the prompt
-            text_rows = in_range(grid.num_q_blocks, grid.text_q_blocks, q.device)
-            kv_bits = visit_rows(kv_bits, text_rows, grid)
+        if (
+            self.protect_text and self.tau_kv > 0
+        ):  # text rows visit everything: they carry the prompt
+            kv_bits = visit_rows(kv_bits, grid.text_q_mask(q.device), grid)
         return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)
 
-    def _computed(self, attention: Tensor, grid: Grid, tau: Tensor) -> Tensor:
+    def _visited(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
+        """S_s bits of all but the lightest key blocks of each row."""
+        if self.tau_kv > 0:
+            return heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks))
+        return grid.all_kv_bits(attention.device).expand(*attention.shape[:3], -1)
+
+    def _computed(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
         """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""
         batch, num_heads, rows, _ = attention.shape
         start, stop = grid.vision_q_blocks

@@ -1,0 +1,139 @@
+"""How tensors are kept between steps: in which dtype, and on the device or in pinned host memory.
+
+What lies on the host travels on a stream of its own: away while later layers compute, and back
+while the layer before computes, so that neither waits as long as a layer takes longer than its
+copies. No call here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
+IN_FLIGHT = 2  # tensors on their way to the host, whose device memory is still held
+
+
+class Lane:
+    """Copies between a device and pinned host memory, beside the computation.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def send(self, value: Tensor, host: Tensor) -> None:
+        """``host[:] = value``; the memory of ``value`` is held until that is done."""
+        self._release(IN_FLIGHT - 1)
+        self._leaving.append((value, self._copy(host, value)))
+
+    def bring(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """A copy of ``host`` on the device, valid after the event."""
+        value = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        return value, self._copy(value, host)
+
+    def flush(self) -> None:
+        """Let go of what was sent."""
+        self._release(0)
+
+    def _release(self, count: int) -> None:
+        """Leave at most ``count`` in flight. Memory is reused only behind the copy out of it."""
+        while len(self._leaving) > count:
+            value, done = self._leaving.popleft()
+            torch.cuda.current_stream(self._device).wait_event(done)
+            del value
+
+    def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How something is kept.
+
+    Args:
+        dtype: ``compute`` keeps the dtype, others as the recipe names them. ``float8`` has a scale
+            for each row of the last dim.
+        lane: copies to the host and back; ``None`` keeps everything on the device.
+    """
+
+    dtype: str = "compute"
+    lane: Lane | None = None
+
+    def resolve(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a tensor of ``dtype`` is kept."""
+        return DTYPES.get(self.dtype, dtype)
+
+
+class Kept:
+    """One tensor between steps.
+
+    Args:
+        storage: how to keep it.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._payload: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._dtype = torch.float32
+
+    def put(self, tensor: Tensor) -> None:
+        """Keep ``tensor``, which nobody may write to afterwards."""
+        self._dtype, self._coming = tensor.dtype, None
+        packed, self._scale = _pack(tensor, self._storage.resolve(tensor.dtype))
+        lane = self._storage.lane
+        if lane is None:
+            self._payload = packed
+            return
+        if self._payload is None or self._payload.shape != packed.shape:
+            self._payload = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        lane.send(packed, self._payload)
+
+    def prefetch(self) -> None:
+        """Start the way back from the host; :meth:`get` will be called soon."""
+        lane = self._storage.lane
+        if lane is not None and self._payload is not None and self._coming is None:
+            self._coming = lane.bring(self._payload)
+
+    def get(self) -> Tensor:
+        """The tensor on its device, in the dtype in which it came; not to be written to."""
+        assert self._payload is not None, "nothing was put"
+        packed = self._payload
+        if self._storage.lane is not None:
+            self.prefetch()
+            assert self._coming is not None
+            packed, arrived = self._coming
+            torch.cuda.current_stream(packed.device).wait_event(arrived)
+            self._coming = None
+        if self._scale is None:
+            return packed.to(self._dtype)
+        return packed.to(self._dtype) * self._scale.to(self._dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held, for accounting."""
+        held = [self._payload, self._scale, None if self._coming is None else self._coming[0]]
+        return [tensor for tensor in held if tensor is not None]
+
+
+def _pack(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """``(values, scale of each row)``; no scale where the dtype has range enough."""
+    if dtype != torch.float8_e4m3fn:
+        return tensor.to(dtype), None
+    largest = tensor.abs().amax(-1, keepdim=True).float()
+    scale = (largest / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
+    return (tensor.float() / scale).to(dtype), scale
