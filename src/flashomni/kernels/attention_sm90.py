@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashomni.kernels._attention_order import LISTED, tile_order
 from flashomni.kernels._empty_tiles import empty_batch_items
+from flashomni.kernels._forecast_tiles import write_forecast
 from flashomni.kernels._sm90_common import (
     MOVES_OPERANDS,
     descriptor,
@@ -698,6 +699,7 @@ def run(call: AttentionCall) -> None:
 
 def launch(call: AttentionCall, config: Config) -> None:
     """Compute ``call`` with a given configuration, on the current device."""
+    write_forecast(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
     batch, seqlen_q, num_heads, _ = q.shape
     seqlen_kv = k.shape[1]
