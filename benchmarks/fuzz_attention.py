@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz_attention.py --backend sm90 --count 10000 --seconds 90
 
-Each case draws dtype, head_dim, batch, lengths, heads, GQA ratio, valid keys, densities, strides
-and optional outputs. It fails if a row is off by more than twice the error of torch's own attention
-in the same dtype, if a cached row of ``out`` or ``lse`` changed, or if an empty row is not zero and
--inf. Some cases run twelve times and must agree in every bit. Exits with 1 on failure.
+Each case draws dtype, head_dim, batch, lengths, heads, GQA ratio, valid keys, densities, strides,
+optional outputs and the forecast of cached rows. It fails if a row is off by more than twice the
+error of torch's own attention in the same dtype, if a cached row of ``out`` or ``lse`` changed (or
+is not the forecast, where the case has one), or if an empty row is not zero and -inf. Some cases
+run twelve times and must agree in every bit. Exits with 1 on failure.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashomni.kernels import sparse_attention
+from flashomni.kernels import Forecast, sparse_attention
 from flashomni.symbols import Grid, Symbols
 
 POISON = 7.0
@@ -40,6 +41,9 @@ class Case:
     q_density: float
     kv_density: float
     scale: float | None
+    terms: int  # of the forecast; 0 is none
+    terms_dtype: torch.dtype
+    span: tuple[float, float]  # rows that it covers, as shares of the sequence
 
     @property
     def num_heads(self):
@@ -66,6 +70,9 @@ def draw(rng: random.Random) -> Case:
         q_density=rng.choice([0.0, 0.3, 0.7, 1.0]),
         kv_density=rng.choice([0.0, 0.05, 0.3, 0.7, 1.0]),
         scale=rng.choice([None, None, 0.3]),
+        terms=rng.choice([0, 0, 1, 2, 3]),
+        terms_dtype=rng.choice([torch.bfloat16, torch.float16, torch.float32]),
+        span=rng.choice([(0.0, 1.0), (0.0, 0.6), (rng.random() / 2, 1.0), (0.3, 0.5)]),
     )
 
 
@@ -101,6 +108,43 @@ def make_symbols(case: Case, device: torch.device) -> Symbols | None:
         keep = torch.rand(batch, heads, rows, 1, device=device) < 0.6
         symbols = Symbols(symbols.q_bits, symbols.kv_bits * keep, grid)
     return symbols.expand(case.batch, case.num_heads) if case.symbols == "shared" else symbols
+
+
+def make_forecast(case: Case, q: torch.Tensor) -> Forecast | None:
+    """Terms in the layout of the case; more coefficients than terms."""
+    if not case.terms or case.symbols == "none":
+        return None
+    start, stop = (round(share * case.seqlen_q) for share in case.span)
+    shape = (case.batch, stop - start, case.num_heads, case.head_dim)
+    if case.layout == "heads first":
+        shape = (case.batch, case.num_heads, stop - start, case.head_dim)
+    terms = [torch.randn(shape, device=q.device).to(case.terms_dtype) for _ in range(case.terms)]
+    if case.layout == "heads first":
+        terms = [term.transpose(1, 2) for term in terms]
+    return Forecast(terms, torch.randn(case.terms + 1, device=q.device), start)
+
+
+def forecast_failures(forecast: Forecast, out: torch.Tensor, rows: torch.Tensor) -> list[str]:
+    """Cached rows against the sum in fp64, rounded once; those outside must be untouched."""
+    start, count = forecast.row_offset, forecast.terms[0].shape[1]
+    products = [
+        weight * term.double()
+        for weight, term in zip(forecast.coefficients.double(), forecast.terms, strict=False)
+    ]
+    exact, size = sum(products), sum(product.abs() for product in products)
+    once = torch.finfo(out.dtype).eps / 2 * exact.abs() + torch.finfo(out.dtype).tiny
+    limit = 1.01 * once + 4 * torch.finfo(torch.float32).eps * size
+    cached = ~rows.mT  # [B, M, H]
+    within = cached[:, start : start + count]
+    error = (out[:, start : start + count].double() - exact).abs()
+    found = []
+    if not bool((error <= limit)[within].all()):
+        found.append(f"a forecast is off by {(error - limit)[within].max().item():.2e} too much")
+    outside = cached.clone()
+    outside[:, start : start + count] = False
+    if not bool((out[outside] == POISON).all()):
+        found.append("a cached row outside of the forecast changed")
+    return found
 
 
 def token_masks(case: Case, symbols: Symbols | None, kv_len: torch.Tensor | None, device):
@@ -151,13 +195,14 @@ def failures(case: Case, backend: str | None, device: torch.device, repeats: int
             0, case.seqlen_kv + 1, (case.batch,), dtype=torch.int32, device=device
         )
     rows, pairs = token_masks(case, symbols, kv_len, device)
+    forecast = make_forecast(case, q)
     results = []
     for _ in range(repeats):
         out = torch.full_like(q, POISON)
         lse = torch.full(rows.shape, POISON, device=device) if case.has_lse else None
         sparse_attention(
             q, k, v, symbols, out=out, lse=lse, kv_len=kv_len, softmax_scale=case.scale,
-            backend=backend,
+            forecast=forecast, backend=backend,
         )  # fmt: skip
         results.append((out, lse))
     out, lse = results[0]
@@ -170,7 +215,9 @@ def failures(case: Case, backend: str | None, device: torch.device, repeats: int
     exact, expected_lse = exact_attention(q, k, v, pairs, scale)
     plain = torch_attention(q, k, v, pairs, scale).float()
     live = rows.mT[..., None].expand_as(q)
-    if not bool((out[~live] == POISON).all()):
+    if forecast is not None:
+        found += forecast_failures(forecast, out, rows)
+    elif not bool((out[~live] == POISON).all()):
         found.append("a cached row of out changed")
     if bool(live.any()):
         error = (out.float() - exact)[live].abs().max().item()
@@ -227,6 +274,7 @@ def main() -> int:
             f"head_dim {case.head_dim}",
             f"symbols {case.symbols}",
             f"layout {case.layout}",
+            f"terms {case.terms if case.symbols != 'none' else 0}",
         ):
             tally[key] = tally.get(key, 0) + 1
         if found:

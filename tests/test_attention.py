@@ -165,7 +165,8 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, out), run(q, k, v, out))
-    arguments = (q, k, v, out, None, symbols.q_bits, symbols.kv_bits, None, 64, 64, 0.1, None)
+    bits = (symbols.q_bits, symbols.kv_bits)
+    arguments = (q, k, v, out, None, *bits, None, [], None, 0, 64, 64, 0.1, None)
     torch.library.opcheck(torch.ops.flashomni.attention.default, arguments)
 
 

@@ -12,6 +12,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashomni.kernels import _portable as portable
+from flashomni.kernels._forecast_tiles import TILE_M, forecast_kernel
 from flashomni.kernels._portable_configs import ATTENTION, GEMM_O, GEMM_Q, GENERIC
 from flashomni.kernels.attention_portable import attention_kernel, list_kernel
 from flashomni.kernels.gemm_o_portable import gemm_o_kernel
@@ -97,6 +98,35 @@ def test_attention(arch, dtype, head_dim, tmp_path):
     check(compiled, arch, tmp_path)
     if arch == 90:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_forecast(arch, dtype, head_dim, count, tmp_path):
+    """Terms of contiguous heads, which are loaded in vectors."""
+    types = dict.fromkeys(forecast_kernel.arg_names, "i32")
+    types |= {"out": f"*{dtype}", "coefficients": "*fp32", "q_bits": "*u8"}
+    types |= {
+        "terms": (f"*{dtype}",) * count,
+        "strides": (("i32", "i32", "i32", "constexpr"),) * count,
+    }
+    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "BLOCK_M": 128, "TILE_M": TILE_M,
+                 "coefficient_stride": 1}  # fmt: skip
+    at = {name: index for index, name in enumerate(types)}
+    fixed = {(at[name],): value for name, value in constants.items()}
+    fixed |= {(at["strides"], t, 3): 1 for t in range(count)}
+    aligned = [(at[name],) for name in types if name.startswith("out")]
+    aligned += [(at["terms"], t) for t in range(count)]
+    aligned += [(at["strides"], t, dim) for t in range(count) for dim in range(3)]
+    source = ASTSource(
+        forecast_kernel,
+        types | dict.fromkeys(constants, "constexpr"),
+        fixed,
+        {path: [["tt.divisibility", 16]] for path in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    check(compiled, arch, tmp_path)
+    assert compiled.asm["ptx"].count("ld.global.v4.b32") >= count
 
 
 def test_lists(tmp_path):

@@ -129,30 +129,22 @@ class Grid:
             ("q", device), lambda: in_range(self.num_q_blocks, self.text_q_blocks, device)
         )
 
-    def text_kv_bits(self, device: torch.device) -> Tensor:
-        """1 at the text key blocks: uint8 ``[row_bytes]``."""
-
-        def make() -> Tensor:
-            mask = in_range(self.num_kv_blocks, self.text_kv_blocks, device)
-            return pack_bits(mask, row_bytes(self.num_kv_blocks))
-
-        return self._once(("kv", device), make)
-
     def text_q_bits(self, device: torch.device) -> Tensor:
         """1 at the text query blocks: uint8 ``[ceil(Mb / 8)]``."""
-        return self._once(
-            ("q bits", device),
-            lambda: pack_bits(self.text_q_mask(device), -(-self.num_q_blocks // 8)),
-        )
+        mask, num_bytes = self.text_q_mask, -(-self.num_q_blocks // 8)
+        return self._once(("q bits", device), lambda: pack_bits(mask(device), num_bytes))
+
+    def text_kv_bits(self, device: torch.device) -> Tensor:
+        """1 at the text key blocks: uint8 ``[row_bytes]``."""
+        return self._once(("kv", device), lambda: self._kv_bits(self.text_kv_blocks, device))
 
     def all_kv_bits(self, device: torch.device) -> Tensor:
         """1 at every key block: uint8 ``[row_bytes]``."""
+        return self._once(("all", device), lambda: self._kv_bits((0, self.num_kv_blocks), device))
 
-        def make() -> Tensor:
-            ones = torch.ones(self.num_kv_blocks, dtype=torch.bool, device=device)
-            return pack_bits(ones, row_bytes(self.num_kv_blocks))
-
-        return self._once(("all", device), make)
+    def _kv_bits(self, span: Span, device: torch.device) -> Tensor:
+        columns = self.num_kv_blocks
+        return pack_bits(in_range(columns, span, device), row_bytes(columns))
 
     def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """A constant of this grid, made at its first use: each costs several launches."""

@@ -19,6 +19,10 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
+# From 3.8 on, what a wgmma reads from registers is moved to registers of its own first, so that
+# nothing can overwrite it meanwhile. A kernel that is short of registers then spills.
+MOVES_OPERANDS = gl.constexpr(tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 8))
+
 TMA_BYTES = 16  # alignment of addresses and strides
 
 

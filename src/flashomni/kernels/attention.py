@@ -7,6 +7,7 @@ D head_dim, Mb = ceil(M / block_m), Nb = ceil(N / block_n).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +15,32 @@ from torch import Tensor
 
 from flashomni.kernels.checks import check_device, check_dtype, check_shape, float_dtypes
 from flashomni.kernels.dispatch import register, select
+from flashomni.kernels.gemm_q import check_rows, tile_mask
 from flashomni.symbols import Grid, Symbols
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What cached rows get instead of keeping their value: ``sum_t coefficients[t] * terms[t]``.
+
+    Args:
+        terms: T >= 1 tensors ``[B, R, H, D]`` of float32, float16 or bfloat16, any strides: O at
+            the last Update and its scaled differences (arXiv 2503.06923).
+        coefficients: fp32 ``[T]`` or longer, on the device: the weights at this step.
+        row_offset: position of the terms' first row in the sequence.
+    """
+
+    terms: Sequence[Tensor]
+    coefficients: Tensor
+    row_offset: int = 0
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """What a backend gets. It writes ``out`` (and ``lse``) in place and returns nothing.
 
-    ``symbols`` is ``None`` for dense attention; then block sizes are of no meaning.
+    ``symbols`` is ``None`` for dense attention; then block sizes are of no meaning. With a
+    ``forecast`` there are symbols, and the cached rows that it covers are written as well.
     """
 
     q: Tensor
@@ -32,6 +51,7 @@ class AttentionCall:
     symbols: Symbols | None
     kv_len: Tensor | None
     softmax_scale: float
+    forecast: Forecast | None = None
 
 
 def sparse_attention(
@@ -44,6 +64,7 @@ def sparse_attention(
     softmax_scale: float | None = None,
     kv_len: Tensor | None = None,
     lse: Tensor | None = None,
+    forecast: Forecast | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over the blocks that ``symbols`` marks as computed (arXiv 2509.25401, 3.3).
@@ -52,8 +73,12 @@ def sparse_attention(
 
         out[b, i, h] = softmax(softmax_scale * q[b, i, h] @ k[b, J, h].T) @ v[b, J, h]
 
-    Rows of cached query blocks are never written, in ``out`` nor in ``lse``: they keep their
-    value. A computed row without any valid key is 0, its ``lse`` is -inf. Keys from ``kv_len[b]``
+    Rows of cached query blocks keep their value, in ``out`` and in ``lse``. With a ``forecast``
+    those of ``out`` that its terms cover get it, summed in fp32 and rounded once::
+
+        out[b, m, h] = sum_t coefficients[t] * terms[t][b, m - row_offset, h]
+
+    A computed row without any valid key is 0, its ``lse`` is -inf. Keys from ``kv_len[b]``
     on do not exist.
 
     Args:
@@ -65,6 +90,8 @@ def sparse_attention(
         softmax_scale: defaults to ``D ** -0.5``.
         kv_len: int32 ``[B]``, valid keys of each batch item; defaults to that of the grid.
         lse: optional fp32 ``[B, H, M]``, gets the natural log of each row's softmax sum.
+        forecast: what cached rows of ``out`` get, where they are read as they are (by an output
+            projection that has to be called as a module); needs ``symbols``.
         backend: take exactly this one; by default the best that accepts the call.
 
     Returns:
@@ -115,6 +142,8 @@ def sparse_attention(
         check_shape("lse", lse, (batch, num_heads, seqlen_q))
         check_dtype("lse", lse, (torch.float32,))
         check_device("lse", lse, q.device)
+    if forecast is not None:
+        _check_forecast(forecast, q, symbols)
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"softmax_scale must be finite, got {scale}")
@@ -123,8 +152,48 @@ def sparse_attention(
     kv_bits = None if symbols is None else symbols.kv_bits
     # Eager calls skip the torch.library hop: tens of microseconds a call.
     call = _op if torch.compiler.is_compiling() else _run
-    call(q, k, v, out, lse, q_bits, kv_bits, kv_len, grid.block_m, grid.block_n, scale, backend)
+    call(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        q_bits,
+        kv_bits,
+        kv_len,
+        [] if forecast is None else list(forecast.terms),
+        None if forecast is None else forecast.coefficients,
+        0 if forecast is None else forecast.row_offset,
+        grid.block_m,
+        grid.block_n,
+        scale,
+        backend,
+    )
     return out
+
+
+def _check_forecast(forecast: Forecast, q: Tensor, symbols: Symbols | None) -> None:
+    if symbols is None:
+        raise ValueError("forecast needs symbols: without them no tile is cached, got None")
+    if len(forecast.terms) == 0:
+        raise ValueError("forecast.terms must hold at least one tensor, got none")
+    batch, _, num_heads, head_dim = q.shape
+    first = forecast.terms[0]
+    rows = first.shape[1] if first.ndim == 4 else 0
+    for index, term in enumerate(forecast.terms):
+        name = f"forecast.terms[{index}]"
+        check_shape(name, term, (batch, rows, num_heads, head_dim))
+        check_dtype(name, term, float_dtypes)
+        check_device(name, term, q.device)
+    check_rows("forecast.terms", rows, forecast.row_offset, symbols, batch)
+    coefficients = forecast.coefficients
+    if coefficients.ndim != 1 or len(coefficients) < len(forecast.terms):
+        raise ValueError(
+            f"forecast.coefficients must be [T], T at least {len(forecast.terms)}, "
+            f"got {list(coefficients.shape)}"
+        )
+    check_dtype("forecast.coefficients", coefficients, (torch.float32,))
+    check_device("forecast.coefficients", coefficients, q.device)
 
 
 def _run(
@@ -136,6 +205,9 @@ def _run(
     q_bits: Tensor | None,
     kv_bits: Tensor | None,
     kv_len: Tensor | None,
+    terms: list[Tensor],
+    coefficients: Tensor | None,
+    row_offset: int,
     block_m: int,
     block_n: int,
     softmax_scale: float,
@@ -145,7 +217,8 @@ def _run(
     if q_bits is not None and kv_bits is not None:
         grid = Grid(q.shape[1], k.shape[1], block_m=block_m, block_n=block_n)
         symbols = Symbols(q_bits, kv_bits, grid)
-    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale)
+    forecast = None if coefficients is None else Forecast(terms, coefficients, row_offset)
+    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast)
     select("attention", call, backend).run(call)
 
 
@@ -153,9 +226,27 @@ _op = torch.library.custom_op("flashomni::attention", _run, mutates_args={"out",
 _op.register_fake(lambda *args: None)  # it only mutates `out` and `lse`: nothing to infer
 
 
+def write_forecast(call: AttentionCall) -> None:
+    """Write the cached rows of ``call.out`` that the forecast covers, with torch; if there is one.
+
+    Backends on a GPU have a kernel for it (``_forecast_tiles``), which leaves computed tiles out.
+    """
+    forecast, symbols = call.forecast, call.symbols
+    if forecast is None or symbols is None:
+        return
+    start, rows = forecast.row_offset, forecast.terms[0].shape[1]
+    total = forecast.coefficients[0] * forecast.terms[0].float()
+    for weight, term in zip(forecast.coefficients[1:], forecast.terms[1:], strict=False):
+        total += weight * term.float()
+    out = call.out[:, start : start + rows]
+    live = tile_mask(symbols, rows, start)[..., None]
+    out.copy_(torch.where(live, out, total.to(out.dtype)))
+
+
 @register("attention", "reference", rank=0)
 def _reference(call: AttentionCall) -> None:
     """The definition: every score in fp32, masked."""
+    write_forecast(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv, groups = call.k.shape[1], num_heads // call.k.shape[2]
     k, v = (x.float().repeat_interleave(groups, dim=2) for x in (call.k, call.v))

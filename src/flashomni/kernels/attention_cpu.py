@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashomni.kernels.attention import AttentionCall
+from flashomni.kernels.attention import AttentionCall, write_forecast
 from flashomni.kernels.dispatch import register
 from flashomni.symbols import Grid, Symbols
 
@@ -24,6 +24,7 @@ def _refuses(call: AttentionCall) -> list[str]:
 
 @register("attention", "cpu", rank=10, refuses=_refuses)
 def run(call: AttentionCall) -> None:
+    write_forecast(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv = call.k.shape[1]
     symbols = call.symbols or Symbols.dense(Grid(seqlen_q, seqlen_kv), batch, num_heads)

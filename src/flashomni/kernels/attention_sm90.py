@@ -6,8 +6,8 @@ symbols and loads tiles through TMA, two consumer warpgroups own 64 query rows e
 
 * The producer alone decodes symbols. It runs ahead of the consumers and sends them, per tile, the
   number of visits; they never see a bit. Cached tiles never leave the producer.
-* Queries sit in registers: shared memory then feeds the tensor cores with keys and values only,
-  and the queries of the next tile load while this one is computed.
+* Queries sit in registers where there is room: shared memory then feeds the tensor cores with keys
+  and values only, and the queries of the next tile load while this one is computed.
 * Scores of visit j + 1 are issued before the values of visit j, also across the border of two
   tiles, so that the tensor cores have work during the softmax and the epilogue.
 * A ragged last block of keys is visited first; only the first visit of a tile is ever masked.
@@ -33,7 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashomni.kernels._attention_order import LISTED, tile_order
 from flashomni.kernels._empty_tiles import empty_batch_items
+from flashomni.kernels._forecast_tiles import write_forecast
 from flashomni.kernels._sm90_common import (
+    MOVES_OPERANDS,
     descriptor,
     hopper_refusals,
     is_hopper,
@@ -400,6 +402,13 @@ def _close(
 
 
 @gluon.jit
+def _rows_of(q_smem, index, WARPGROUP: gl.constexpr):
+    """The queries of one warpgroup in shared memory."""
+    tile = q_smem.index(index)
+    return tile.reshape([tile.shape[2], tile.shape[3]]).slice(WARPGROUP * ROWS, ROWS, dim=0)
+
+
+@gluon.jit
 def _take_queries(
     q, q_mine, q_full, q_empty, number, layout: gl.constexpr, IN_REGISTERS: gl.constexpr
 ):
@@ -427,7 +436,7 @@ def _consumer(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
 
-    q_mine = q_smem.index(0).reshape([2 * ROWS, HEAD_DIM]).slice(WARPGROUP * ROWS, ROWS, dim=0)
+    q_mine = _rows_of(q_smem, 0, WARPGROUP)
     # Visits left of this tile; once there are none, minus those of the next; 0 at the end.
     left = _receive(inbox, inbox_full, 0)
     if left != 0:
@@ -462,7 +471,11 @@ def _consumer(
                 row_sum = gl.full_like(row_sum, 0.0)
                 number += 1
                 q = _take_queries(q, q_mine, q_full, q_empty, number, q_layout, Q_IN_REGISTERS)
-            s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+            operand = q
+            if MOVES_OPERANDS and HEAD_DIM > 128:
+                # Always index 0, but computed anew: 16 addresses kept over the loop would spill.
+                operand = _rows_of(q_smem, gl.minimum(count, 0), WARPGROUP)
+            s = _issue_scores(operand, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
             acc = _issue_values(
                 p, acc, has_acc != 0, v_ring, v_full, count - 1, TILE_N, HEAD_DIM, V_STAGES
             )
@@ -630,7 +643,8 @@ def choose_config(head_dim: int, block_n: int) -> Config:
         return Config(64 if head_dim <= 64 else 128, 64, 4, 4, registers=(232, 40))
     if head_dim <= 64:
         return Config(64, 128, 4, 4, registers=(232, 40))
-    return Config(128, 128, 2, 2)
+    # Where operands are moved, queries in registers would leave too few of them.
+    return Config(128, 128, 2, 2, q_in_registers=not MOVES_OPERANDS.value)
 
 
 def _refuses(call: AttentionCall) -> list[str]:
@@ -685,6 +699,7 @@ def run(call: AttentionCall) -> None:
 
 def launch(call: AttentionCall, config: Config) -> None:
     """Compute ``call`` with a given configuration, on the current device."""
+    write_forecast(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
     batch, seqlen_q, num_heads, _ = q.shape
     seqlen_kv = k.shape[1]
