@@ -24,6 +24,7 @@ from flashomni.engine import Recipe, StepKind
 from flashomni.models import accelerate
 from flashomni.versions import commit, device_name
 
+WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")  # no kernels
 Interval = tuple[float, float]
 
 
@@ -180,7 +181,7 @@ def _read(profiler: Any, on_gpu: bool) -> Step:
         event
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
-        and event.name != "Context Sync"
+        and event.name not in WAITS
         and not getattr(event, "is_user_annotation", False)
     ]
     spans = [(event.time_range.start, event.time_range.end) for event in events]

@@ -48,9 +48,11 @@ class Stock:
                     self._compile(model)
                 yield
         finally:
-            model.reset_attention_backend()
             for block in model.modules():
                 block.__dict__.pop("_compiled_call_impl", None)
+                processor: Any = getattr(block, "processor", None)
+                if processor is not None:  # reset_attention_backend would leave a None behind
+                    vars(processor).pop("_attention_backend", None)
 
     def _compile(self, model: Any) -> None:
         if not self._blocks:
