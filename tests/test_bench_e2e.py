@@ -87,14 +87,14 @@ def test_bfloat16_is_built_as_such_and_repeats(name):
 
 
 def test_a_real_depth_stays_finite():
-    """60 blocks of the published HunyuanVideo, but narrow: latents of order 1 after 50 steps."""
+    """60 blocks of the published HunyuanVideo, but narrow: latents of order 1."""
     tiny = e2e.MODELS["tiny-hunyuan"]
     config = {**tiny.config, "num_layers": 20, "num_single_layers": 40}
     small = stock_size(tiny, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(e2e.MODELS, "deep", small)
         deep = e2e.build("deep", CPU, torch.bfloat16, spread=4.0)
-    call = {**deep.call, "num_inference_steps": 12}
+    call = {**deep.call, "num_inference_steps": 4}
     result = deep.pipe(**call, generator=torch.Generator().manual_seed(0))[0]
     assert result.isfinite().all() and 0.1 < result.float().std() < 10
 
