@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -91,7 +92,7 @@ def measure(
                     ideal=round(baseline.ideal, 3),
                     gpu=device_name(device),
                     torch=torch.__version__,
-                    triton=_triton(),
+                    triton=triton_version(),
                     commit=commit(),
                     command=command,
                 )
@@ -110,7 +111,8 @@ def _check(problem: Problem, dtype: torch.dtype) -> None:
         raise RuntimeError(f"relative error {error:.2e} is above {limit:.0e}: nothing is timed")
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """Of the installed Triton."""
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -135,19 +137,35 @@ def tabulate(rows: list[Row]) -> Table:
     return table
 
 
-def save(rows: list[Row], path: Path) -> None:
-    """Append rows to a CSV, with a header if it is new; the file appears whole or not at all.
+def save(rows: Sequence[Any], path: Path) -> None:
+    """Append rows (dataclasses of one kind) to a CSV, with a header if it is new.
+
+    The file appears whole or not at all.
 
     Raises:
         ValueError: the file has other columns.
     """
-    names = list(asdict(rows[0]))
+    write_text(path, extended(rows, read_rows(path, type(rows[0]))))
+
+
+def read_rows(path: Path, row: type) -> str:
+    """Text of a CSV of such rows; empty where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    names = [column.name for column in fields(row)]
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     if old and old.splitlines()[0] != ",".join(names):
         raise ValueError(f"csv: {path} has other columns; allowed are {', '.join(names)}")
+    return old
+
+
+def extended(rows: Sequence[Any], old: str) -> str:
+    """``old``, the text of a CSV or nothing, with rows after it; ``None`` is an empty cell."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(asdict(rows[0])), lineterminator="\n")
     if not old:
         writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    write_text(path, old + buffer.getvalue())
+    return old + buffer.getvalue()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
+from flashomni.cli._common import (
+    command_line,
+    console,
+    pick_device,
+    pick_dtype,
+    plain_errors,
+    progress_bars,
+    quiet,
+)
+from flashomni.cli.bench import bench_app
 
 app = typer.Typer(
     help="Diffusion transformers that generate faster, and say what they skipped.",
@@ -23,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
+app.add_typer(bench_app, name="bench")
 
 
 class Topic(str, Enum):
@@ -33,67 +36,6 @@ class Topic(str, Enum):
     policies = "policies"
     backends = "backends"
     models = "models"
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A mistake of the user ends in one sentence, not in a traceback."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu here: torch sees no CUDA device")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in known:
-        raise ValueError(f"dtype must be auto, {', '.join(known)}, got {name!r}")
-    return known[name]
-
-
-def _quiet() -> None:
-    """Our own progress and errors are enough: no bars and notes of the libraries below."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _progress() -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 @app.command()
@@ -118,23 +60,23 @@ def generate(
     backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
 ) -> None:
     """Generate a picture or a video, accelerated; with --compare against the stock pipeline."""
-    with _plain_errors():
+    with plain_errors():
         from flashomni.engine import Recipe
 
         chosen = Recipe.of(recipe)
-        target = _device(device)
+        target = pick_device(device)
         with console.status(f"loading {model}"):
-            _quiet()
+            quiet()
             from flashomni import generate as work
             from flashomni import zoo
             from flashomni.versions import versions
 
-            loaded = zoo.load(model, target, _dtype(dtype, target))
+            loaded = zoo.load(model, target, pick_dtype(dtype, target))
             generation = work.Generation(loaded, prompt, seed, steps)
         console.print(f"[bold]{model}[/] on {target}: {generation.prompt!r}", highlight=False)
         if not loaded.trained:
             console.print("its weights are random: the picture is noise, speed is not affected")
-        with _progress() as progress:
+        with progress_bars() as progress:
 
             def bar(name: str) -> Any:
                 task = progress.add_task(name, total=generation.num_steps)
@@ -195,10 +137,10 @@ def evaluate(
     backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
 ) -> None:
     """Measure how methods change pictures, and what they save; goes on where it was stopped."""
-    with _plain_errors():
-        target = _device(device)
+    with plain_errors():
+        target = pick_device(device)
         with console.status(f"loading {model}"):
-            _quiet()
+            quiet()
             from flashomni import evaluation, metrics, zoo
             from flashomni.evaluation.methods import DEFAULTS
             from flashomni.evaluation.page import write_page
@@ -206,12 +148,12 @@ def evaluate(
 
             methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
             judge = None if scorer is None else load_scorer(scorer)
-            loaded = zoo.load(model, target, _dtype(dtype, target))
+            loaded = zoo.load(model, target, pick_dtype(dtype, target))
         prompts = list(prompt or loaded.prompts[:count])
         campaign = evaluation.Campaign(
             model, loaded, methods, prompts, seed or [0], out, judge, steps
         )
-        with _progress() as progress:
+        with progress_bars() as progress:
             total = progress.add_task("cases", total=len(campaign))
             current = progress.add_task("", total=1)
 
@@ -221,7 +163,7 @@ def evaluate(
 
             for _ in campaign.run(on_case):
                 progress.advance(total)
-        command = " ".join(["flashomni", *sys.argv[1:]])
+        command = command_line()
         rows = evaluation.summarise(model, campaign.results(), command)
         with console.status("writing the page"):
             evaluation.save_rows(rows, out / "fidelity.csv")
@@ -255,7 +197,7 @@ def show(
     name: Annotated[str | None, typer.Argument(help="Which recipe; all if left out.")] = None,
 ) -> None:
     """Show recipes, policies and their settings, kernel backends, or supported models."""
-    with _plain_errors():
+    with plain_errors():
         {
             Topic.recipe: _show_recipe,
             Topic.policies: _show_policies,
@@ -336,65 +278,10 @@ def doctor() -> None:
 
     from flashomni.versions import versions
 
-    target = _device("auto")
+    target = pick_device("auto")
     table = Table("what", "version", title="doctor")
     for name, value in versions(target).items():
         table.add_row(name, value)
     table.add_row("cuda devices", str(torch.cuda.device_count()))
     console.print(table)
     _show_backends(None)
-
-
-@app.command()
-def bench(
-    op: Annotated[
-        str,
-        typer.Argument(
-            help="attention (skips key blocks), attention_cached, attention_both, decode, gemm_q, "
-            "gemm_q_fused, gemm_o, gemm_o_interval, or symbols."
-        ),
-    ] = "attention",
-    shape: Annotated[str, typer.Option(help="A named problem.")] = "cpu-4096",
-    density: Annotated[
-        list[float] | None, typer.Option(help="Share to compute; may be repeated.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)] = 9,
-    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw what is in the CSV.")] = None,
-) -> None:
-    """Time an op against dense ones in the same process, after checking its result."""
-    with _plain_errors():
-        from flashomni import bench as work
-
-        if plot is not None and csv is None:
-            raise ValueError("plot needs csv, which holds what is drawn")
-        target = _device(device)
-        densities = density or [1.0, 0.75, 0.5, 0.25, 0.1]
-        for value in densities:
-            if not 0.0 < value <= 1.0:
-                raise ValueError(f"density must be above 0 and at most 1, got {value}")
-        command = " ".join(["flashomni", *sys.argv[1:]])
-        measured, absent = list[work.Row](), dict[str, str]()
-        with _progress() as progress:
-            task = progress.add_task(op, total=len(densities))
-            for found, missing in work.measure(
-                op, shape, densities, target, _dtype(dtype, target), rounds, command, backend
-            ):
-                measured += found
-                absent |= missing
-                progress.advance(task)
-        console.print(work.tabulate(measured))
-        for name, why in absent.items():
-            console.print(f"{name} not measured: {why}", highlight=False)
-        if csv is not None:
-            work.save(measured, csv)
-            console.print(f"appended to {csv}", highlight=False)
-            if plot is not None:
-                work.draw(csv, plot)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,235 @@
+"""Pipelines of real size with random weights: published configurations, nothing to download.
+
+Transformer, scheduler and pipeline are diffusers' own classes. Text encoders, tokenizers and VAE
+are left out: the text is given as embeddings, the result stays latent. Time does not depend on the
+values of weights, but what a policy chooses does: random weights give attention maps that are
+nearly uniform, so densities of data-dependent policies are not those of a trained model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HUNYUAN: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "num_layers": 20,
+    "num_single_layers": 40,
+    "num_refiner_layers": 2,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "qk_norm": "rms_norm",
+    "guidance_embeds": True,
+    "text_embed_dim": 4096,
+    "pooled_projection_dim": 768,
+    "rope_theta": 256.0,
+    "rope_axes_dim": (16, 56, 56),
+}
+FLUX_DEV: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "pooled_projection_dim": 32,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and what it generates.
+
+    Args:
+        family: ``flux`` or ``hunyuan``.
+        config: of the transformer.
+        text: tokens of the text.
+        valid: of these, tokens that are not padding (FLUX attends to its padding).
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        frames: of the video.
+    """
+
+    family: str
+    config: dict[str, Any]
+    text: int
+    valid: int
+    height: int
+    width: int
+    frames: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Length of the joint sequence, padding included."""
+        latent_frames = (self.frames - 1) // 4 + 1
+        return latent_frames * (self.height // 16) * (self.width // 16) + self.text
+
+
+MODELS = {
+    "hunyuan-33k": Size("hunyuan", HUNYUAN, 256, 200, 720, 1280, 33),
+    "flux-1024": Size("flux", FLUX_DEV, 512, 512, 1024, 1024),
+    "flux-2048": Size("flux", FLUX_DEV, 512, 512, 2048, 2048),
+    "tiny-hunyuan": Size(
+        "hunyuan",
+        {**HUNYUAN, **TINY, "num_refiner_layers": 1, "text_embed_dim": 24}
+        | {"rope_axes_dim": (4, 14, 14)},
+        text=75, valid=30, height=160, width=128, frames=13,
+    ),
+    "tiny-flux": Size(
+        "flux",
+        {**FLUX_DEV, **TINY, "joint_attention_dim": 24, "axes_dims_rope": (4, 14, 14)},
+        text=77, valid=77, height=288, width=304,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that is ready to be called.
+
+    Args:
+        name: one of ``MODELS``.
+        pipe: a diffusers pipeline without text encoders and VAE.
+        call: arguments of the call besides steps, generator and callback.
+        tokens: length of the joint sequence.
+        device: where it runs.
+        seed: of the initial noise.
+    """
+
+    name: str
+    pipe: Any
+    call: dict[str, Any] = field(repr=False)
+    tokens: int
+    device: torch.device
+    seed: int = 0
+
+
+def build(
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, spread: float = 1.0
+) -> Model:
+    """Build a pipeline with random weights directly on its device, without a copy in fp32.
+
+    Weights are torch's own initialisation of each layer, which keeps latents of order 1.
+
+    Args:
+        name: one of ``MODELS``.
+        device: where it runs.
+        dtype: of weights and inputs.
+        seed: of weights, text and noise.
+        spread: standard deviation of the attention logits of the last layer, 1 or more; it grows
+            evenly from 1 in the first. It makes the maps less uniform (``norm_q`` and ``norm_k``
+            are scaled); it does not make them those of a trained model.
+
+    Raises:
+        ValueError: unknown model, or spread below 1.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    if not 1.0 <= spread < math.inf:
+        raise ValueError(f"spread must be at least 1, got {spread}")
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # each attention backend that is set would be called experimental
+    size = MODELS[name]
+    with _defaults(device, dtype, seed):
+        pipe, call = _FAMILIES[size.family](size)
+    pipe.transformer.eval().requires_grad_(False)
+    _spread(pipe.transformer, spread)
+    pipe.set_progress_bar_config(disable=True)
+    return Model(name, pipe, call, size.tokens, device, seed)
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """What is made here is made on ``device`` in ``dtype``, from a seed that leaks nowhere."""
+    before = torch.get_default_dtype()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _hunyuan(size: Size) -> tuple[Any, dict[str, Any]]:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    pipe = HunyuanVideoPipeline(
+        transformer=HunyuanVideoTransformer3DModel(**size.config),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, vae=None,
+    )  # fmt: skip
+    call = _text(size, size.config["text_embed_dim"])
+    call["prompt_attention_mask"] = (torch.arange(size.text) < size.valid)[None]
+    return pipe, {**call, "num_frames": size.frames, "guidance_scale": 6.0}
+
+
+def _flux(size: Size) -> tuple[Any, dict[str, Any]]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    pipe = FluxPipeline(
+        transformer=FluxTransformer2DModel(**size.config),
+        # as published with FLUX.1-dev
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
+            shift=3.0, use_dynamic_shifting=True,
+        ),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, vae=None,
+    )  # fmt: skip
+    call = _text(size, size.config["joint_attention_dim"])
+    return pipe, {**call, "guidance_scale": 3.5, "max_sequence_length": size.text}
+
+
+_FAMILIES: dict[str, Callable[[Size], tuple[Any, dict[str, Any]]]] = {
+    "hunyuan": _hunyuan,
+    "flux": _flux,
+}
+
+
+def _text(size: Size, width: int) -> dict[str, Any]:
+    """Random embeddings in place of a prompt, and the size of the picture."""
+    pooled: Tensor = torch.randn(1, size.config["pooled_projection_dim"])
+    return {
+        "prompt_embeds": torch.randn(1, size.text, width),
+        "pooled_prompt_embeds": pooled,
+        "height": size.height,
+        "width": size.width,
+        "output_type": "latent",
+    }
+
+
+def _spread(model: Any, spread: float) -> None:
+    """Scale queries and keys, so that the logits' deviation grows by layer up to ``spread``."""
+    blocks: list[Any] = [*model.transformer_blocks, *model.single_transformer_blocks]
+    for index, block in enumerate(blocks):
+        factor = 1 + (spread - 1) * index / max(len(blocks) - 1, 1)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            norm: nn.Module | None = getattr(block.attn, name, None)
+            weight = getattr(norm, "weight", None)
+            if weight is not None:
+                weight.mul_(math.sqrt(factor))

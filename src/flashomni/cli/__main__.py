@@ -1,0 +1,5 @@
+"""``python -m flashomni.cli``."""
+
+from flashomni.cli import app
+
+app()

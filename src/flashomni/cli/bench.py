@@ -1,0 +1,306 @@
+"""``flashomni bench OP``, ``flashomni bench e2e`` and ``flashomni bench sparsity``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashomni.cli._common import (
+    command_line,
+    console,
+    pick_device,
+    pick_dtype,
+    plain_errors,
+    progress_bars,
+    quiet,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashomni.bench.e2e import Book, Model, Plan, Results
+    from flashomni.bench.e2e.methods import Measure
+    from flashomni.bench.e2e.run import OnStep
+    from flashomni.bench.e2e.stock import Stock
+    from flashomni.engine import Recipe
+
+
+class OpsByDefault(TyperGroup):
+    """``flashomni bench attention`` means ``flashomni bench op attention``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["op", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(
+    cls=OpsByDefault,
+    help="Speed: of the ops (`bench attention`, `bench op gemm_q`, ...), of whole generations at "
+    "real size (`bench e2e`), and of steps against sparsity (`bench sparsity`).",
+)
+
+ModelName = Annotated[
+    str,
+    typer.Option(help="hunyuan-33k, flux-1024, flux-2048; tiny-hunyuan, tiny-flux for a try."),
+]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
+Spread = Annotated[
+    float, typer.Option(help="Deviation of the last layer's attention logits; 1 is as built.")
+]
+CsvPath = Annotated[Path | None, typer.Option(help="Append the rows to this file.")]
+PlotPath = Annotated[Path | None, typer.Option(help="Draw what is in the CSV.")]
+
+
+@bench_app.command("op")
+def bench_op(
+    op: Annotated[
+        str,
+        typer.Argument(
+            help="attention (skips key blocks), attention_cached, attention_both, decode, gemm_q, "
+            "gemm_q_fused, gemm_o, gemm_o_interval, or symbols."
+        ),
+    ] = "attention",
+    shape: Annotated[str, typer.Option(help="A named problem.")] = "cpu-4096",
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share to compute; may be repeated.")
+    ] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)] = 9,
+    csv: CsvPath = None,
+    plot: PlotPath = None,
+) -> None:
+    """Time an op against dense ones in the same process, after checking its result."""
+    with plain_errors():
+        from flashomni import bench as work
+
+        _check_plot(plot, csv)
+        target = pick_device(device)
+        densities = density or [1.0, 0.75, 0.5, 0.25, 0.1]
+        for value in densities:
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"density must be above 0 and at most 1, got {value}")
+        kind, command = pick_dtype(dtype, target), command_line()
+        measured, absent = list[work.Row](), dict[str, str]()
+        with progress_bars() as progress:
+            task = progress.add_task(op, total=len(densities))
+            for found, missing in work.measure(
+                op, shape, densities, target, kind, rounds, command, backend
+            ):
+                measured += found
+                absent |= missing
+                progress.advance(task)
+        console.print(work.tabulate(measured))
+        for name, why in absent.items():
+            console.print(f"{name} not measured: {why}", highlight=False)
+        if csv is not None:
+            work.save(measured, csv)
+            console.print(f"appended to {csv}", highlight=False)
+            if plot is not None:
+                work.draw(csv, plot)
+
+
+@bench_app.command("e2e")
+def bench_e2e(
+    model: ModelName = "tiny-flux",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A preset, a policy or one of these with settings, a recipe's .json, or a peer "
+            "(diffusers.taylorseer:cache_interval=6); may be repeated. The presets if none."
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="eager, cudnn, compiled (blocks, with cuDNN attention), compiled-native, fa3, "
+            "fa4; may be repeated. eager if none."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a generation.")] = 50,
+    stock_steps: Annotated[
+        int, typer.Option(help="Steps run where all are alike; the first does not count.")
+    ] = 4,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Complete generations of lossless recipes too.")
+    ] = False,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
+    spread: Spread = 1.0,
+    seed: Annotated[int, typer.Option(help="Of weights, text and noise.")] = 0,
+    csv: CsvPath = None,
+    plot: PlotPath = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Time nothing; CSV and plot get the parts of a step."),
+    ] = False,
+) -> None:
+    """Time whole generations of a real-size model with random weights.
+
+    The real diffusers pipeline, its published configuration, text given as random embeddings, no
+    VAE. Recipes and peers run one complete generation, after a short one that compiles; stock
+    methods run a few steps, before and after the others, and count as steps x median. Densities of
+    recipes that look at the data are not those of a trained model: random weights attend evenly
+    (--spread makes them less even). With --profile: kernel times of one step of each kind by part.
+    """
+    with plain_errors():
+        from flashomni.bench import e2e as work
+
+        _check_plot(plot, csv)
+        target = pick_device(device)
+        plan = work.Plan(steps, stock_steps, whole, backend)
+        baselines = work.make_stocks(baseline or ["eager"])
+        names = recipe or ["lossless", "quality", "balanced", "fast"]
+        if profile:
+            recipes = dict(work.parse_recipe(name) for name in names)
+            parts = _book(csv, work.PartRow)
+            built = _build(model, target, dtype, seed, spread)
+            _profile(built, baselines, recipes, backend, parts)
+        else:
+            methods = dict(work.parse_method(name) for name in names)
+            book = _book(csv, work.Row)
+            built = _build(model, target, dtype, seed, spread)
+            _time(built, baselines, methods, plan, book)
+        if plot is not None and csv is not None:
+            work.draw(csv, plot)
+
+
+@bench_app.command("sparsity")
+def bench_sparsity(
+    model: ModelName = "tiny-flux",
+    point: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of (query, key) pairs to skip; may be repeated. .1 to .9 if none"),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="FC (caching), BSS (skipping) or both; may be repeated. All if none."),
+    ] = None,
+    dispatch_steps: Annotated[int, typer.Option(help="Dispatch steps of each point.")] = 3,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
+    spread: Spread = 1.0,
+    seed: Annotated[int, typer.Option(help="Of weights, text and noise.")] = 0,
+    csv: CsvPath = None,
+    plot: PlotPath = None,
+) -> None:
+    """Time of a Dispatch step against sparsity: caching alone, skipping alone, both.
+
+    Each point runs one dense step, one Update and a few Dispatch steps of the real pipeline with
+    the policy topk; times are divided by our own dense steps. The first run compiles.
+    """
+    with plain_errors():
+        from flashomni.bench import e2e as work
+
+        _check_plot(plot, csv)
+        target = pick_device(device)
+        points, modes = point or list(work.POINTS), mode or list(work.MODES)
+        recipes = work.recipes_for(modes, points, dispatch_steps)
+        book = _book(csv, work.SparsityRow)
+        built = _build(model, target, dtype, seed, spread)
+        rows: list[work.SparsityRow] = []
+        with progress_bars() as progress:
+            task = progress.add_task("points", total=len(recipes))
+            for row in work.sweep(built, recipes, command_line(), backend):
+                rows.append(row)
+                progress.advance(task)
+                if book is not None:
+                    book.write(rows)
+        console.print(work.tabulate_sparsity(rows))
+        if plot is not None and csv is not None:
+            work.draw(csv, plot)
+
+
+def _check_plot(plot: Path | None, csv: Path | None) -> None:
+    if plot is not None and csv is None:
+        raise ValueError("plot needs csv, which holds what is drawn")
+
+
+def _book(csv: Path | None, row: type) -> Book | None:
+    """The file for the rows; it is looked at before anything is measured."""
+    from flashomni.bench.e2e import Book
+
+    return None if csv is None else Book(csv, row)
+
+
+def _build(name: str, device: torch.device, dtype: str, seed: int, spread: float) -> Model:
+    from flashomni.bench.e2e import build, weights_gib
+
+    with console.status(f"building {name}"):
+        quiet()
+        model = build(name, device, pick_dtype(dtype, device), seed, spread)
+    console.print(
+        f"{name}: {model.tokens} tokens, random weights of {weights_gib(model):.1f} GiB",
+        highlight=False,
+    )
+    return model
+
+
+def _time(
+    model: Model,
+    baselines: dict[str, Stock],
+    methods: dict[str, Measure],
+    plan: Plan,
+    book: Book | None,
+) -> None:
+    from flashomni.bench import e2e as work
+
+    with progress_bars() as progress:
+
+        def watch(name: str) -> OnStep:
+            task = progress.add_task(name[:32], total=None)
+            return lambda step, total: progress.update(task, completed=step, total=total)
+
+        def changed(results: Results) -> None:
+            if book is not None:
+                book.write(work.rows_of(results, model, plan.steps, command_line()))
+
+        results = work.Session(model, baselines, methods, plan, watch, changed).run()
+    console.print(work.tabulate(results, model))
+    for line in work.drifts(results):
+        console.print(line, highlight=False)
+    console.print("~: steps x median. A run that compiles came first and does not count.")
+    _print_missing(results.missing)
+
+
+def _profile(
+    model: Model,
+    baselines: dict[str, Stock],
+    recipes: dict[str, Recipe],
+    backend: str | None,
+    book: Book | None,
+) -> None:
+    from flashomni.bench import e2e as work
+
+    rows: list[work.PartRow] = []
+    with progress_bars() as progress:
+        task = progress.add_task("profiled", total=len(baselines) + len(recipes))
+
+        def changed(name: str, found: dict[str, work.Step]) -> None:
+            progress.advance(task)
+            rows.extend(work.part_rows(model, name, found, command_line()))
+            if book is not None:
+                book.write(rows)
+            for kind, step in found.items():
+                for kernel, ms in step.unknown[:8]:
+                    text = f"other, {name}, {kind}: {ms:.3f} ms {kernel[:120]}"
+                    console.print(text, highlight=False, markup=False)
+
+        missing = work.profile_all(model, baselines, recipes, backend, changed)
+    if rows:
+        console.print(work.tabulate_parts(rows))
+    _print_missing(missing)
+
+
+def _print_missing(missing: dict[str, str]) -> None:
+    for name, why in missing.items():
+        console.print(f"{name} not measured: {why}", highlight=False, markup=False)
