@@ -93,7 +93,7 @@ def test_a_real_depth_stays_finite():
     small = stock_size(tiny, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(e2e.MODELS, "deep", small)
-        deep = e2e.build("deep", CPU, torch.bfloat16, spread=4.0)
+        deep = e2e.build("deep", CPU, torch.bfloat16, structure=4.0)
     call = {**deep.call, "num_inference_steps": 4}
     result = deep.pipe(**call, generator=torch.Generator().manual_seed(0))[0]
     assert result.isfinite().all() and 0.1 < result.float().std() < 10
@@ -103,12 +103,19 @@ def stock_size(size, config):
     return type(size)(size.family, config, size.text, size.valid, 64, 64, 5)
 
 
-def test_spread_scales_the_last_layer(model):
-    """Queries and keys of the last layer carry its square root each; the first is as built."""
-    wide = e2e.build(model.name, CPU, torch.float32, spread=4.0).pipe.transformer
-    first, last = wide.transformer_blocks[0].attn, wide.single_transformer_blocks[-1].attn
-    assert first.norm_q.weight.eq(1).all()
-    assert last.norm_q.weight.eq(2).all() and last.norm_k.weight.eq(2).all()
+def test_structure_makes_attention_uneven_layer_by_layer(model):
+    """The first layer is as built; the last caches more tiles at the same threshold."""
+    recipe = "flashomni:tau_q=.5,tau_kv=0,power=0,warmup=0,degrade_below=0,block_m=16,block_n=16"
+    densities = {}
+    for structure in (0.0, 2.0):
+        built = e2e.build(model.name, CPU, torch.float32, structure=structure)
+        with flashomni.accelerate(built.pipe, recipe) as engine:
+            generate(built, 6, stop_after=2)
+            update, dispatch = engine.report().steps
+        assert (update["kind"], dispatch["kind"]) == ("update", "dispatch")
+        densities[structure] = dispatch["q_density"]
+    assert densities[0.0][0] == pytest.approx(densities[2.0][0], abs=0.02)
+    assert densities[2.0][-1] < 0.9 * densities[0.0][-1]
 
 
 # ---------------------------------------------------------------- methods
@@ -257,7 +264,7 @@ def test_sparsity_writes_points(tmp_path):
         (("e2e", "--baseline", "abacus"), "baseline must be one of eager, cudnn, compiled"),
         (("e2e", "--steps", "2"), "steps must be at least 4"),
         (("e2e", "--stock-steps", "1"), "stock-steps must be from 2 to steps"),
-        (("e2e", "--spread", "0"), "spread must be at least 1"),
+        (("e2e", "--structure", "-1"), "structure must be at least 0"),
         (("e2e", "--plot", "x.png"), "plot needs csv"),
         (("e2e", "--csv", "CSV"), "has other columns"),
         (("sparsity", "--model", "hunyuan-1"), "model must be one of hunyuan-33k"),

@@ -56,11 +56,11 @@ CLI = {
     },
     "bench e2e": {
         "--model", "--recipe", "--baseline", "--steps", "--stock-steps", "--whole", "--device",
-        "--dtype", "--backend", "--spread", "--seed", "--csv", "--plot", "--profile",
+        "--dtype", "--backend", "--structure", "--seed", "--csv", "--plot", "--profile",
     },
     "bench sparsity": {
         "--model", "--point", "--mode", "--dispatch-steps", "--device", "--dtype", "--backend",
-        "--spread", "--seed", "--csv", "--plot",
+        "--structure", "--seed", "--csv", "--plot",
     },
 }  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

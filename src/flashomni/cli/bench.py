@@ -50,8 +50,8 @@ ModelName = Annotated[
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
-Spread = Annotated[
-    float, typer.Option(help="Deviation of the last layer's attention logits; 1 is as built.")
+Structure = Annotated[
+    float, typer.Option(help="How far attention is from uniform in the last layer; 0 is as built.")
 ]
 CsvPath = Annotated[Path | None, typer.Option(help="Append the rows to this file.")]
 PlotPath = Annotated[Path | None, typer.Option(help="Draw what is in the CSV.")]
@@ -134,7 +134,7 @@ def bench_e2e(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     backend: BackendName = None,
-    spread: Spread = 1.0,
+    structure: Structure = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights, text and noise.")] = 0,
     csv: CsvPath = None,
     plot: PlotPath = None,
@@ -149,7 +149,8 @@ def bench_e2e(
     VAE. Recipes and peers run one complete generation, after a short one that compiles; stock
     methods run a few steps, before and after the others, and count as steps x median. Densities of
     recipes that look at the data are not those of a trained model: random weights attend evenly
-    (--spread makes them less even). With --profile: kernel times of one step of each kind by part.
+    (--structure makes them less even). With --profile: kernel times by part, of one step of each
+    kind.
     """
     with plain_errors():
         from flashomni.bench import e2e as work
@@ -162,12 +163,12 @@ def bench_e2e(
         if profile:
             recipes = dict(work.parse_recipe(name) for name in names)
             parts = _book(csv, work.PartRow)
-            built = _build(model, target, dtype, seed, spread)
+            built = _build(model, target, dtype, seed, structure)
             _profile(built, baselines, recipes, backend, parts)
         else:
             methods = dict(work.parse_method(name) for name in names)
             book = _book(csv, work.Row)
-            built = _build(model, target, dtype, seed, spread)
+            built = _build(model, target, dtype, seed, structure)
             _time(built, baselines, methods, plan, book)
         if plot is not None and csv is not None:
             work.draw(csv, plot)
@@ -188,7 +189,7 @@ def bench_sparsity(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     backend: BackendName = None,
-    spread: Spread = 1.0,
+    structure: Structure = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights, text and noise.")] = 0,
     csv: CsvPath = None,
     plot: PlotPath = None,
@@ -206,7 +207,7 @@ def bench_sparsity(
         points, modes = point or list(work.POINTS), mode or list(work.MODES)
         recipes = work.recipes_for(modes, points, dispatch_steps)
         book = _book(csv, work.SparsityRow)
-        built = _build(model, target, dtype, seed, spread)
+        built = _build(model, target, dtype, seed, structure)
         rows: list[work.SparsityRow] = []
         with progress_bars() as progress:
             task = progress.add_task("points", total=len(recipes))
@@ -232,12 +233,12 @@ def _book(csv: Path | None, row: type) -> Book | None:
     return None if csv is None else Book(csv, row)
 
 
-def _build(name: str, device: torch.device, dtype: str, seed: int, spread: float) -> Model:
+def _build(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
     from flashomni.bench.e2e import build, weights_gib
 
     with console.status(f"building {name}"):
         quiet()
-        model = build(name, device, pick_dtype(dtype, device), seed, spread)
+        model = build(name, device, pick_dtype(dtype, device), seed, structure)
     console.print(
         f"{name}: {model.tokens} tokens, random weights of {weights_gib(model):.1f} GiB",
         highlight=False,

@@ -47,9 +47,13 @@ class History:
             kept.put(term)
         return terms
 
+    def terms(self) -> list[Tensor]:
+        """The terms that are kept, on their device."""
+        return [kept.get() for kept in self._kept]
+
     def predict(self, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
         """``base + sum_i coefficients[i] * F_i``, of the terms that are kept."""
-        return weighted_sum([kept.get() for kept in self._kept], coefficients, base, self._dtype)
+        return weighted_sum(self.terms(), coefficients, base, self._dtype)
 
     def prefetch(self) -> None:
         """The terms are needed soon."""

@@ -32,7 +32,13 @@ from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedule import StepKind
 from flashomni.engine.storage import Kept, Storage
 from flashomni.engine.trace import LayerRecord
-from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
+from flashomni.kernels import (
+    Forecast,
+    gemm_o_update,
+    sparse_attention,
+    sparse_gemm_o,
+    sparse_gemm_q,
+)
 from flashomni.kernels.elementwise import norm_rope_
 from flashomni.kernels.gemm_q import Rope, tile_mask
 from flashomni.symbols import Grid, Symbols
@@ -205,13 +211,12 @@ class LayerRun:
                 cache.projected = plain_weights(out_projection, q) is not None
             return o
         self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
-        out = None
+        forecast = None
         if self._caches_heads and not cache.projected:
-            out = torch.empty_like(q)
             assert cache.history is not None
-            out[:, slice(*cache.rows)] = cache.history.predict(self._plan.coefficients)
+            forecast = Forecast(cache.history.terms(), self._plan.coefficients, cache.rows[0])
         return sparse_attention(
-            q, k, v, self._symbols(), kv_len=kv_len, out=out, backend=self._backend
+            q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self._backend
         )
 
     def _choose_symbols(self, q: Tensor, k: Tensor) -> None:

@@ -124,7 +124,7 @@ class Model:
 
 
 def build(
-    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, spread: float = 1.0
+    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, structure: float = 0.0
 ) -> Model:
     """Build a pipeline with random weights directly on its device, without a copy in fp32.
 
@@ -135,17 +135,15 @@ def build(
         device: where it runs.
         dtype: of weights and inputs.
         seed: of weights, text and noise.
-        spread: standard deviation of the attention logits of the last layer, 1 or more; it grows
-            evenly from 1 in the first. It makes the maps less uniform (``norm_q`` and ``norm_k``
-            are scaled); it does not make them those of a trained model.
+        structure: how far attention is from uniform, 0 or more; see :func:`_structure`.
 
     Raises:
-        ValueError: unknown model, or spread below 1.
+        ValueError: unknown model, or a negative structure.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    if not 1.0 <= spread < math.inf:
-        raise ValueError(f"spread must be at least 1, got {spread}")
+    if not 0.0 <= structure < math.inf:
+        raise ValueError(f"structure must be at least 0, got {structure}")
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # each attention backend that is set would be called experimental
@@ -153,7 +151,7 @@ def build(
     with _defaults(device, dtype, seed):
         pipe, call = _FAMILIES[size.family](size)
     pipe.transformer.eval().requires_grad_(False)
-    _spread(pipe.transformer, spread)
+    _structure(pipe.transformer, structure, seed)
     pipe.set_progress_bar_config(disable=True)
     return Model(name, pipe, call, size.tokens, device, seed)
 
@@ -223,13 +221,24 @@ def _text(size: Size, width: int) -> dict[str, Any]:
     }
 
 
-def _spread(model: Any, spread: float) -> None:
-    """Scale queries and keys, so that the logits' deviation grows by layer up to ``spread``."""
+def _structure(model: Any, structure: float, seed: int) -> None:
+    """Give queries and keys a common direction, so that attention depends on position.
+
+    Means over a block of random queries vanish, and with them all that a policy could see. A
+    direction that all queries and keys of a head share survives, and RoPE turns it by position: a
+    token then attends to its neighbours in space and time, and text to some places more than to
+    others. Its length grows by layer from 0 to ``structure`` (the random part has about 0.6), so
+    layers differ. It is not the attention of a trained model.
+    """
+    if structure == 0:
+        return
     blocks: list[Any] = [*model.transformer_blocks, *model.single_transformer_blocks]
+    generator = torch.Generator().manual_seed(seed)
     for index, block in enumerate(blocks):
-        factor = 1 + (spread - 1) * index / max(len(blocks) - 1, 1)
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            norm: nn.Module | None = getattr(block.attn, name, None)
-            weight = getattr(norm, "weight", None)
-            if weight is not None:
-                weight.mul_(math.sqrt(factor))
+        direction = torch.randn(block.attn.to_q.out_features, generator=generator)
+        direction *= structure * index / max(len(blocks) - 1, 1)
+        for name in ("to_q", "to_k", "add_q_proj", "add_k_proj"):
+            linear: nn.Module | None = getattr(block.attn, name, None)
+            bias = getattr(linear, "bias", None)
+            if bias is not None:
+                bias.add_(direction.to(bias))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 
 ATTENTION, GEMM_Q, GEMM_O, GEMM = "attention", "gemm_q", "gemm_o", "other GEMM"
+FORECAST = "forecast"
 POINTWISE, SYMBOLS, COPIES = "norm, RoPE, elementwise", "symbols", "copies"
 OTHER, IDLE = "other", "idle"
-PARTS = (ATTENTION, GEMM_Q, GEMM_O, GEMM, POINTWISE, SYMBOLS, COPIES, OTHER, IDLE)
+PARTS = (ATTENTION, GEMM_Q, GEMM_O, GEMM, POINTWISE, SYMBOLS, FORECAST, COPIES, OTHER, IDLE)
 
 # The first pattern that is found anywhere in the name decides.
 TABLE = [
@@ -21,6 +22,8 @@ TABLE = [
         (GEMM_Q, r"^gemm_q_"),
         (GEMM_O, r"^gemm_o_"),
         (ATTENTION, r"^attention_kernel|^_empty_kernel"),
+        (POINTWISE, r"^_(modulate|norm_rope)_kernel"),
+        (FORECAST, r"^(_differences|_weighted_sum|forecast)_kernel"),
         (
             SYMBOLS,
             r"^_(means|heavy|most|order)_kernel|^_list_(tiles|heads)|^list_kernel|"
