@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from flashomni.kernels import _elementwise_triton as elementwise
 from flashomni.kernels import _portable as portable
 from flashomni.kernels._forecast_tiles import TILE_M, forecast_kernel
 from flashomni.kernels._portable_configs import ATTENTION, GEMM_O, GEMM_Q, GENERIC
@@ -29,10 +30,10 @@ TENSORS = ("q", "k", "v", "out", "x", "weight", "bias", "norm_weight", "o", "alw
            "partial")  # fmt: skip
 
 
-def compile_kernel(kernel, arch, dtype, constants, config=None):
+def compile_kernel(kernel, arch, dtype, constants, config=None, types=None, num_warps=4):
     """Pointers and strides aligned to 16 as they are in practice."""
     names = kernel.arg_names
-    types = POINTERS | NUMBERS | {name: f"*{dtype}" for name in TENSORS}
+    types = POINTERS | NUMBERS | {name: f"*{dtype}" for name in TENSORS} | (types or {})
     signature = {name: types.get(name, "i32") for name in names}
     signature |= {name: "constexpr" for name in constants}
     at = {name: (index,) for index, name in enumerate(names)}
@@ -44,7 +45,7 @@ def compile_kernel(kernel, arch, dtype, constants, config=None):
     source = ASTSource(
         kernel, signature, {at[name]: value for name, value in constants.items()}, aligned
     )
-    options = {"num_warps": 4}
+    options = {"num_warps": num_warps}
     if config is not None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -127,6 +128,29 @@ def test_forecast(arch, dtype, head_dim, count, tmp_path):
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
     check(compiled, arch, tmp_path)
     assert compiled.asm["ptx"].count("ld.global.v4.b32") >= count
+
+
+ELEMENTWISE = {
+    "_modulate_kernel": {"FEATURES": 3072, "PADDED": 4096},
+    "_norm_rope_kernel": {"HEADS": 24, "HEAD_DIM": 128, "PADDED_DIM": 128, "HAS_NORM": True,
+                          "PAIRS": elementwise.PAIRS},
+    "_differences_kernel": {"VALUE_WIDTH": 3072, "MINUS_WIDTH": 0, "IS_LONG": True,
+                            "BLOCK": elementwise.BLOCK},
+    "_weighted_sum_kernel": {"WIDTH": 3072, "IS_LONG": False, "BLOCK": elementwise.BLOCK},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
+def test_elementwise(name, arch, tmp_path):
+    """With everything that is optional; they are bound by memory, so loads are wide."""
+    kernel = getattr(elementwise, name)
+    pointers = ("y", "gate", "scale", "shift", "sum_out", "value", "minus", "base",
+                *(f"{kind}_{i}" for kind in ("old", "new", "term") for i in range(4)))  # fmt: skip
+    types = dict.fromkeys(pointers, "*bf16") | {"eps": "fp32", "per_step": "fp32"}
+    compiled = compile_kernel(kernel, arch, "bf16", ELEMENTWISE[name], types=types, num_warps=8)
+    check(compiled, arch, tmp_path)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
 
 
 def test_lists(tmp_path):
