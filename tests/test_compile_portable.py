@@ -40,7 +40,7 @@ def compile_kernel(kernel, arch, dtype, constants, config=None, types=None, num_
     aligned = {
         at[name]: [["tt.divisibility", 16]]
         for name, kind in signature.items()
-        if kind.startswith("*") or (kind == "i32" and "stride" in name)
+        if kind.startswith("*") or (kind == "i32" and ("stride" in name or name == "count"))
     }
     source = ASTSource(
         kernel, signature, {at[name]: value for name, value in constants.items()}, aligned

@@ -92,7 +92,7 @@ def _elements(count, IS_LONG: tl.constexpr, BLOCK: tl.constexpr):
     return at, at < count
 
 
-@triton.jit(do_not_specialize=["count", "per_step"])
+@triton.jit(do_not_specialize=["per_step"])  # a count that 16 divides makes loads wide
 def _differences_kernel(
     value, minus, old_0, old_1, old_2, new_0, new_1, new_2, new_3, count, value_stride,
     minus_stride, per_step, VALUE_WIDTH: tl.constexpr, MINUS_WIDTH: tl.constexpr,
@@ -114,7 +114,7 @@ def _differences_kernel(
         tl.store(new_3 + at, term.to(new_3.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def _weighted_sum_kernel(
     base, term_0, term_1, term_2, term_3, coefficients, out, count, base_stride,
     WIDTH: tl.constexpr, IS_LONG: tl.constexpr, BLOCK: tl.constexpr,
