@@ -185,6 +185,7 @@ def test_phases_compare_means(comparison):
 def test_host_cache_is_shown(comparison):
     """A cache moved to host memory does not look like none."""
     summary = replace(comparison.summary, cache_bytes=0, cache_bytes_host=3 * 2**20)
+    assert "3.0 MiB in pinned host memory" in str(summary)
     rows = dict(report.headline(report.to_json(replace(comparison, summary=summary))))
     assert rows["cache in host memory"] == "3.0 MiB"
 

@@ -25,14 +25,14 @@ class Branch:
         self.layers = [LayerCache() for _ in range(self._num_layers)]
         self.spans = Spans(self._recipe.layer_order, Storage(self._recipe.history_dtype))
         self.last_update: int | None = None
-        self._signature: tuple | None = None
+        self._signatures: dict[int, tuple] = {}
 
-    def expect(self, streams: Streams) -> None:
-        """Start afresh if the streams have another shape, dtype or device than before."""
+    def expect(self, index: int, streams: Streams) -> None:
+        """Start afresh if layer ``index`` gets another shape, dtype or device than before."""
         signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
-        if self._signature not in (None, signature):
+        if self._signatures.get(index, signature) != signature:
             self.reset()
-        self._signature = signature
+        self._signatures[index] = signature
 
     def prefetch(self, index: int, stores: bool) -> None:
         """Layer ``index`` runs soon, if there is one and it is not cached whole."""

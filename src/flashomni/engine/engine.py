@@ -141,7 +141,7 @@ class Engine:
 
     def _storage(self, device: torch.device) -> Storage:
         on_host = self.recipe.history_device == "host" and device.type == "cuda"
-        if on_host and self._lane is None:
+        if on_host and (self._lane is None or self._lane.device != device):
             self._lane = Lane(device)
         return Storage(self.recipe.history_dtype, self._lane if on_host else None)
 
@@ -190,7 +190,7 @@ class Engine:
             compute: runs the block, which calls :meth:`layer`; gives the streams behind it.
         """
         plan, branch = self._current()
-        branch.expect(streams)
+        branch.expect(index, streams)
         if plan.kind is StepKind.DISPATCH:
             behind = branch.spans.replay(index, streams, plan.layer_coefficients)
             if behind is not None:

@@ -29,7 +29,7 @@ class Lane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self.device, self._stream = device, torch.cuda.Stream(device)
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def send(self, value: Tensor, host: Tensor) -> None:
@@ -39,7 +39,7 @@ class Lane:
 
     def bring(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """A copy of ``host`` on the device, valid after the event."""
-        value = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        value = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return value, self._copy(value, host)
 
     def flush(self) -> None:
@@ -50,11 +50,11 @@ class Lane:
         """Leave at most ``count`` in flight. Memory is reused only behind the copy out of it."""
         while len(self._leaving) > count:
             value, done = self._leaving.popleft()
-            torch.cuda.current_stream(self._device).wait_event(done)
+            torch.cuda.current_stream(self.device).wait_event(done)
             del value
 
     def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
         return self._stream.record_event()

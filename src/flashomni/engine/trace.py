@@ -110,6 +110,8 @@ class Summary:
             f"{self.model}, recipe {self.recipe['name']}: {self.flops_skipped:.1%} of the "
             f"transformer blocks' FLOPs skipped, cache {self.cache_bytes / 2**20:.1f} MiB"
         ]
+        if self.cache_bytes_host:
+            lines[0] += f" and {self.cache_bytes_host / 2**20:.1f} MiB in pinned host memory"
         for kind, figures in self.seconds_by_kind.items():
             lines.append(
                 f"  {kind:9}{figures['count']:4.0f} calls {figures['total']:8.2f} s, "
