@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).parent
 GENERATES = (
-    "symbols.py", "zoo.py", "generate.py", "policies/*.py", "kernels/*.py", "engine/**/*.py",
-    "models/*.py", "evaluation/methods.py", "evaluation/peers.py",
+    "bits.py", "symbols.py", "zoo.py", "generate.py", "policies/*.py", "kernels/*.py",
+    "engine/**/*.py", "models/*.py", "evaluation/methods.py", "evaluation/peers.py",
 )  # fmt: skip
 PACKAGES = ("flashomni", "torch", "diffusers", "transformers", "triton")
 
