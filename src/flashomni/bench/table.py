@@ -90,11 +90,7 @@ def measure(
                     baseline_ms=round(ms[name], 4),
                     ratio=round(ms[name] / ms["ours"], 3),
                     ideal=round(baseline.ideal, 3),
-                    gpu=device_name(device),
-                    torch=torch.__version__,
-                    triton=triton_version(),
-                    commit=commit(),
-                    command=command,
+                    **origin(device, command),
                 )
                 for name, baseline in problem.baselines.items()
             ],
@@ -111,8 +107,18 @@ def _check(problem: Problem, dtype: torch.dtype) -> None:
         raise RuntimeError(f"relative error {error:.2e} is above {limit:.0e}: nothing is timed")
 
 
-def triton_version() -> str:
-    """Of the installed Triton."""
+def origin(device: torch.device, command: str) -> dict[str, Any]:
+    """The last columns of every row: GPU, versions, commit, command."""
+    return {
+        "gpu": device_name(device),
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def _triton() -> str:
     try:
         return version("triton")
     except PackageNotFoundError:

@@ -10,6 +10,9 @@ import typer
 from rich.table import Table
 
 from flashomni.cli._common import (
+    BackendName,
+    DeviceName,
+    DtypeName,
     command_line,
     console,
     pick_device,
@@ -55,9 +58,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for pictures and report.")] = Path("out"),
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
 ) -> None:
     """Generate a picture or a video, accelerated; with --compare against the stock pipeline."""
     with plain_errors():
@@ -132,9 +135,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results, pictures, page.")] = Path("eval"),
     csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    backend: Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
 ) -> None:
     """Measure how methods change pictures, and what they save; goes on where it was stopped."""
     with plain_errors():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 console = Console()
+DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
 
 
 @contextmanager

@@ -9,6 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from flashomni.cli._common import (
+    BackendName,
+    DeviceName,
+    DtypeName,
     command_line,
     console,
     pick_device,
@@ -47,9 +50,6 @@ ModelName = Annotated[
     str,
     typer.Option(help="hunyuan-33k, flux-1024, flux-2048; tiny-hunyuan, tiny-flux for a try."),
 ]
-DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
 Structure = Annotated[
     float, typer.Option(help="How far attention is from uniform in the last layer; 0 is as built.")
 ]

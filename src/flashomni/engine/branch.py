@@ -45,7 +45,7 @@ class Branch:
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
         for tensor in tensors + self.spans.tensors():
             size = tensor.untyped_storage().nbytes()
-            if tensor.is_pinned() if tensor.device.type == "cpu" else False:
+            if tensor.device.type == "cpu" and tensor.is_pinned():
                 host += size
             else:
                 device += size

@@ -36,10 +36,9 @@ class History:
 
     def push(self, value: Tensor, step: int, minus: Tensor | None = None) -> list[Tensor]:
         """Add the value (less ``minus``) of ``step``; return the terms F_0 .. F_i known by now."""
-        old: list[Tensor] = []
-        if self._step is not None and step > self._step:
-            old = [kept.get() for kept in self._kept[: self.order]]
-        terms = differences(value, minus, old, step - (self._step or 0) if old else 1)
+        steps = 0 if self._step is None else step - self._step
+        old = [kept.get() for kept in self._kept[: self.order]] if steps > 0 else []
+        terms = differences(value, minus, old, max(steps, 1))
         self._step, self._dtype = step, value.dtype
         while len(self._kept) < min(len(terms), self.keep):
             self._kept.append(Kept(self.storage))

@@ -178,12 +178,11 @@ class LayerRun:
     ) -> None:
         """Like :meth:`project_q` for all heads of all tokens, uncounted: keys and values."""
         project_into(linear, x, out)
-        if _is_rms_norm(norm):
-            eps = None if norm is None else _eps(norm, x.dtype)
-            norm_rope_(out, getattr(norm, "weight", None), eps, rope)
-        else:
-            out.copy_(norm(out))  # type: ignore[misc]  # None is a norm that is left out
-            norm_rope_(out, None, None, rope)
+        if norm is not None and not _is_rms_norm(norm):
+            out.copy_(norm(out))
+            norm = None
+        eps = None if norm is None else _eps(norm, x.dtype)
+        norm_rope_(out, getattr(norm, "weight", None), eps, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.

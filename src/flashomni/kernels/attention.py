@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashomni.kernels.checks import check_device, check_dtype, check_shape, float_dtypes
 from flashomni.kernels.dispatch import register, select
+from flashomni.kernels.elementwise import sum_of_terms
 from flashomni.kernels.gemm_q import check_rows, tile_mask
 from flashomni.symbols import Grid, Symbols
 
@@ -235,9 +236,7 @@ def write_forecast(call: AttentionCall) -> None:
     if forecast is None or symbols is None:
         return
     start, rows = forecast.row_offset, forecast.terms[0].shape[1]
-    total = forecast.coefficients[0] * forecast.terms[0].float()
-    for weight, term in zip(forecast.coefficients[1:], forecast.terms[1:], strict=False):
-        total += weight * term.float()
+    total = sum_of_terms(forecast.terms, forecast.coefficients, None)
     out = call.out[:, start : start + rows]
     live = tile_mask(symbols, rows, start)[..., None]
     out.copy_(torch.where(live, out, total.to(out.dtype)))

@@ -111,10 +111,15 @@ def weighted_sum(
     kernels = _kernels(terms[0])
     if kernels is not None:
         return kernels.weighted_sum(terms, coefficients, base, dtype)
+    return sum_of_terms(terms, coefficients, base).to(dtype)
+
+
+def sum_of_terms(terms: Sequence[Tensor], coefficients: Tensor, base: Tensor | None) -> Tensor:
+    """The definition of :func:`weighted_sum`, in fp32, on every device."""
     total = torch.zeros((), device=coefficients.device) if base is None else base.float()
     for weight, term in zip(coefficients, terms, strict=False):
         total = total + weight * term.float()
-    return total.to(dtype)
+    return total
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

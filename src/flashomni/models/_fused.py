@@ -36,7 +36,7 @@ def adaptive_norm(norm: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
 
 
 def residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, norm: nn.Module, scale: Tensor, shift: Tensor
+    x: Tensor, y: Tensor, gate: Tensor, norm: Any, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``x + gate * y``, and the norm of that, modulated.
 
@@ -47,7 +47,7 @@ def residual_norm(
         norm: a LayerNorm without weights; any other module is called.
     """
     if _is_bare(norm):
-        return gated_residual_norm(x, y, gate, scale, shift, norm.eps)  # type: ignore[arg-type]
+        return gated_residual_norm(x, y, gate, scale, shift, norm.eps)
     x = gated_residual(x, y, gate)
     return x, norm(x) * (1 + scale[:, None]) + shift[:, None]
 

@@ -85,17 +85,17 @@ class FlashOmni(Policy):
             coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
             q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
             kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
-        if (
-            self.protect_text and self.tau_kv > 0
-        ):  # text rows visit everything: they carry the prompt
-            kv_bits = visit_rows(kv_bits, grid.text_q_mask(q.device), grid)
         return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)
 
     def _visited(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
         """S_s bits of all but the lightest key blocks of each row."""
-        if self.tau_kv > 0:
-            return heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks))
-        return grid.all_kv_bits(attention.device).expand(*attention.shape[:3], -1)
+        device = attention.device
+        if self.tau_kv == 0:
+            return grid.all_kv_bits(device).expand(*attention.shape[:3], -1)
+        kv_bits = heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks))
+        if self.protect_text:  # text rows visit everything: they carry the prompt
+            kv_bits = visit_rows(kv_bits, grid.text_q_mask(device), grid)
+        return kv_bits
 
     def _computed(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
         """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""

@@ -18,11 +18,10 @@ from flashomni.bench.e2e.methods import short, warm_up
 from flashomni.bench.e2e.models import Model
 from flashomni.bench.e2e.parts import IDLE, OTHER, PARTS, part_of
 from flashomni.bench.e2e.run import free, generate
-from flashomni.bench.e2e.stock import Stock, leftovers, tidy
-from flashomni.bench.table import triton_version
+from flashomni.bench.e2e.stock import Stock, check_restored
+from flashomni.bench.table import origin
 from flashomni.engine import Recipe, StepKind
 from flashomni.models import accelerate
-from flashomni.versions import commit, device_name
 
 WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")  # no kernels
 Interval = tuple[float, float]
@@ -79,9 +78,9 @@ def profile_recipe(recipe: Recipe, model: Model, backend: str | None = None) -> 
 
 def part_rows(model: Model, method: str, found: dict[str, Step], command: str) -> list[PartRow]:
     """A row for each part of each kind of step, parts that took nothing left out."""
-    about = (device_name(model.device), torch.__version__, triton_version(), commit(), command)
+    about = origin(model.device, command)
     return [
-        PartRow(model.name, method, kind, part, round(step.ms[part], 4), *about)
+        PartRow(model.name, method, kind, part, round(step.ms[part], 4), **about)
         for kind, step in found.items()
         for part in PARTS
         if step.ms.get(part, 0.0) > 0
@@ -129,10 +128,7 @@ def profile_all(
             changed(name, run())
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
-        tidy(model.pipe.transformer)
-        left = leftovers(model.pipe.transformer)
-        if left:
-            raise RuntimeError(f"{name} has left on the model: {'; '.join(left[:5])}")
+        check_restored(name, model.pipe.transformer)
     return missing
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from flashomni.bench.e2e.methods import Measure, Plan, Timing, merged, time_stock
 from flashomni.bench.e2e.models import Model
 from flashomni.bench.e2e.run import OnStep, free, silent
-from flashomni.bench.e2e.stock import Stock, leftovers, tidy
+from flashomni.bench.e2e.stock import Stock, check_restored
 
 Watch = Callable[[str], OnStep]
 
@@ -99,8 +99,5 @@ class Session:
             self.results.missing[name] = (
                 f"{type(error).__name__}: {text} ({where.name}, line {where.lineno})"
             )
-        tidy(self.model.pipe.transformer)
-        left = leftovers(self.model.pipe.transformer)
-        if left:
-            raise RuntimeError(f"{name} has left on the model: {'; '.join(left[:5])}")
+        check_restored(name, self.model.pipe.transformer)
         return timing

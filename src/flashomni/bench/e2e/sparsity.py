@@ -12,17 +12,15 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 
-from flashomni.bench.e2e.methods import attention_shares, grouped, short
+from flashomni.bench.e2e.methods import attention_shares, grouped, warm_up
 from flashomni.bench.e2e.models import Model
 from flashomni.bench.e2e.run import free, generate
-from flashomni.bench.table import triton_version
+from flashomni.bench.table import origin
 from flashomni.engine import Recipe
 from flashomni.models import accelerate
 from flashomni.policies import make_policy
-from flashomni.versions import commit, device_name
 
 MODES: dict[str, Callable[[float], tuple[float, float]]] = {
     "FC": lambda density: (density, 1.0),
@@ -109,9 +107,7 @@ def sweep(
 ) -> Iterator[SparsityRow]:
     """A row for each point, after a run that compiles."""
     free(model.device)
-    brief, steps = short(points[0].recipe)
-    with accelerate(model.pipe, brief, backend=backend):
-        generate(model, steps)
+    warm_up(points[0].recipe, model, backend)
     mode, full_ms = "", 0.0
     for point in points:
         if point.mode != mode:
@@ -158,9 +154,5 @@ def _measure(
         update_ms=round(ms["update"], 3),
         dispatch_ms=round(ms["dispatch"], 3),
         normalised=round(ms["dispatch"] / full_ms, 4),
-        gpu=device_name(model.device),
-        torch=torch.__version__,
-        triton=triton_version(),
-        commit=commit(),
-        command=command,
+        **origin(model.device, command),
     )

@@ -91,6 +91,18 @@ def make_stocks(names: list[str]) -> dict[str, Stock]:
     return {name: known[name] for name in dict.fromkeys(names)}
 
 
+def check_restored(name: str, model: nn.Module) -> None:
+    """Tidy a transformer after a method, and see that it is as it was built.
+
+    Raises:
+        RuntimeError: the method has left something on it.
+    """
+    tidy(model)
+    left = leftovers(model)
+    if left:
+        raise RuntimeError(f"{name} has left on the model: {'; '.join(left[:5])}")
+
+
 def tidy(model: nn.Module) -> None:
     """Remove what diffusers' caches leave when they are disabled: empty registries, own forwards.
 

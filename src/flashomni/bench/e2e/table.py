@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from flashomni.bench.e2e.methods import GENERATION, Timing
 from flashomni.bench.e2e.models import Model
 from flashomni.bench.e2e.session import Results
-from flashomni.bench.table import extended, read_rows, triton_version
+from flashomni.bench.table import extended, origin, read_rows
 from flashomni.engine.files import write_text
-from flashomni.versions import commit, device_name
+from flashomni.versions import device_name
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Row:
 
 def rows_of(results: Results, model: Model, steps: int, command: str) -> list[Row]:
     """A row for each kind of step and for the generation of each method, against each baseline."""
-    rows = []
+    rows, about = [], origin(model.device, command)
     for name, timing in (*results.baselines.items(), *results.methods.items()):
         times = {kind: statistics.median(calls) for kind, calls in timing.calls.items()}
         times[GENERATION] = timing.generation_s / steps
@@ -70,11 +69,7 @@ def rows_of(results: Results, model: Model, steps: int, command: str) -> list[Ro
                         baseline_s=round(other.generation_s, 3),
                         speedup=round(other.generation_s / timing.generation_s, 3),
                         peak_gib=_rounded(timing.peak_gib, 2),
-                        gpu=device_name(model.device),
-                        torch=torch.__version__,
-                        triton=triton_version(),
-                        commit=commit(),
-                        command=command,
+                        **about,
                     )
                 )
     return rows
