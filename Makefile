@@ -24,14 +24,14 @@ test: lint  ## format, lint, types, and every test that runs without a GPU
 interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest \
 		-k "portable or live_tiles or head_words or elementwise" \
-		tests/test_live_tiles.py tests/test_elementwise.py tests/test_portable.py \
-		tests/test_portable_symbols.py tests/test_attention.py tests/test_attention_forecast.py \
-		tests/test_gemm_q.py tests/test_gemm_o.py
+		tests/unit/test_live_tiles.py tests/unit/test_elementwise.py tests/unit/test_portable.py \
+		tests/unit/test_portable_symbols.py tests/unit/test_attention.py tests/unit/test_attention_forecast.py \
+		tests/unit/test_gemm_q.py tests/unit/test_gemm_o.py
 
 compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton, without a GPU
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)
-	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/test_compile_portable.py \
-		tests/test_compile_sm90.py tests/test_compile_sm90_gemm.py
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/unit/test_compile_portable.py \
+		tests/unit/test_compile_sm90.py tests/unit/test_compile_sm90_gemm.py
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -23,11 +23,11 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from flashomni import metrics, zoo
-from flashomni.engine.files import write_text
-from flashomni.evaluation import Campaign, Row, parse_method, summarise
-from flashomni.evaluation.table import IDENTICAL
-from flashomni.viz import save_figure
+from flashomni.lab import metrics, zoo
+from flashomni.lab.fidelity import Campaign, Row, parse_method, summarise
+from flashomni.lab.fidelity.table import IDENTICAL
+from flashomni.lab.viz import save_figure
+from flashomni.util.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "studies"

@@ -70,9 +70,9 @@ def generate(
         target = pick_device(device)
         with console.status(f"loading {model}"):
             quiet()
-            from flashomni import generate as work
-            from flashomni import zoo
-            from flashomni.versions import versions
+            from flashomni.lab import generation as work
+            from flashomni.lab import zoo
+            from flashomni.lab.versions import versions
 
             loaded = zoo.load(model, target, pick_dtype(dtype, target))
             generation = work.Generation(loaded, prompt, seed, steps)
@@ -89,7 +89,7 @@ def generate(
             dense = generation.dense(bar("dense")) if compare else None
             pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
 
-        from flashomni import report
+        from flashomni.lab import report
 
         if dense is None:
             path = report.save_picture(pixels, out / "accelerated")
@@ -144,10 +144,11 @@ def evaluate(
         target = pick_device(device)
         with console.status(f"loading {model}"):
             quiet()
-            from flashomni import evaluation, metrics, zoo
-            from flashomni.evaluation.methods import DEFAULTS
-            from flashomni.evaluation.page import write_page
-            from flashomni.evaluation.scorers import load_scorer
+            from flashomni.lab import fidelity as evaluation
+            from flashomni.lab import metrics, zoo
+            from flashomni.lab.fidelity.methods import DEFAULTS
+            from flashomni.lab.fidelity.page import write_page
+            from flashomni.lab.fidelity.scorers import load_scorer
 
             methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
             judge = None if scorer is None else load_scorer(scorer)
@@ -279,7 +280,7 @@ def doctor() -> None:
     """Versions, device, and which backend each op uses here, with the reasons of the others."""
     import torch
 
-    from flashomni.versions import versions
+    from flashomni.lab.versions import versions
 
     target = pick_device("auto")
     table = Table("what", "version", title="doctor")

@@ -24,11 +24,11 @@ from flashomni.cli._common import (
 if TYPE_CHECKING:
     import torch
 
-    from flashomni.bench.e2e import Book, Model, Plan, Results
-    from flashomni.bench.e2e.methods import Measure
-    from flashomni.bench.e2e.run import OnStep
-    from flashomni.bench.e2e.stock import Stock
     from flashomni.engine import Recipe
+    from flashomni.lab.e2e import Book, Model, Plan, Results
+    from flashomni.lab.e2e.methods import Measure
+    from flashomni.lab.e2e.run import OnStep
+    from flashomni.lab.e2e.stock import Stock
 
 
 class OpsByDefault(TyperGroup):
@@ -79,7 +79,7 @@ def bench_op(
 ) -> None:
     """Time an op against dense ones in the same process, after checking its result."""
     with plain_errors():
-        from flashomni import bench as work
+        from flashomni.lab import ops as work
 
         _check_plot(plot, csv)
         target = pick_device(device)
@@ -153,7 +153,7 @@ def bench_e2e(
     kind.
     """
     with plain_errors():
-        from flashomni.bench import e2e as work
+        from flashomni.lab import e2e as work
 
         _check_plot(plot, csv)
         target = pick_device(device)
@@ -200,7 +200,7 @@ def bench_sparsity(
     the policy topk; times are divided by our own dense steps. The first run compiles.
     """
     with plain_errors():
-        from flashomni.bench import e2e as work
+        from flashomni.lab import e2e as work
 
         _check_plot(plot, csv)
         target = pick_device(device)
@@ -228,13 +228,13 @@ def _check_plot(plot: Path | None, csv: Path | None) -> None:
 
 def _book(csv: Path | None, row: type) -> Book | None:
     """The file for the rows; it is looked at before anything is measured."""
-    from flashomni.bench.e2e import Book
+    from flashomni.lab.e2e import Book
 
     return None if csv is None else Book(csv, row)
 
 
 def _build(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
-    from flashomni.bench.e2e import build, weights_gib
+    from flashomni.lab.e2e import build, weights_gib
 
     with console.status(f"building {name}"):
         quiet()
@@ -253,7 +253,7 @@ def _time(
     plan: Plan,
     book: Book | None,
 ) -> None:
-    from flashomni.bench import e2e as work
+    from flashomni.lab import e2e as work
 
     with progress_bars() as progress:
 
@@ -280,7 +280,7 @@ def _profile(
     backend: str | None,
     book: Book | None,
 ) -> None:
-    from flashomni.bench import e2e as work
+    from flashomni.lab import e2e as work
 
     rows: list[work.PartRow] = []
     with progress_bars() as progress:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashomni.compat.packing import check_segments, num_bytes, unpack_rows
 from flashomni.kernels import sparse_gemm_o, sparse_gemm_q
-from flashomni.kernels.checks import check_device, check_dtype, check_shape, float_dtypes
+from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
 from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
 
 

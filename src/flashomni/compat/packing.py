@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashomni.kernels.checks import check_device, check_dtype
+from flashomni.kernels.common.checks import check_device, check_dtype
 from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes, unpack_bits
 
 INDEX_DTYPES = (torch.int32, torch.int64)

@@ -21,7 +21,7 @@ from flashomni.compat.packing import (
     num_bytes,
 )
 from flashomni.kernels import backends, refusals
-from flashomni.kernels.checks import float_dtypes
+from flashomni.kernels.common.checks import float_dtypes
 from flashomni.symbols import Grid, Symbols
 
 # Their kernels, by the generation of GPU that they are written for, and ours.

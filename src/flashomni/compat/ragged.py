@@ -28,8 +28,8 @@ from flashomni.compat.plan import (
     refuse_options,
 )
 from flashomni.kernels import sparse_attention
-from flashomni.kernels.checks import check_device, check_dtype, check_shape
-from flashomni.kernels.gemm_q import tile_mask
+from flashomni.kernels.common.checks import check_device, check_dtype, check_shape
+from flashomni.kernels.common.rows import tile_mask
 from flashomni.symbols import Symbols
 
 LOG2_E = math.log2(math.e)

@@ -5,7 +5,7 @@ from flashomni.engine.engine import Engine
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.recipe import Recipe, presets
-from flashomni.engine.schedule import Schedule, StepKind
+from flashomni.engine.schedules.interval import Schedule, StepKind
 from flashomni.engine.trace import Summary
 
 __all__ = [

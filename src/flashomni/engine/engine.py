@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashomni.engine.branch import Branch
 from flashomni.engine.clock import Clock, Tick
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.layer import LayerRun, StepPlan
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.schedule import StepKind
-from flashomni.engine.span import Streams
-from flashomni.engine.storage import Lane, Storage
+from flashomni.engine.schedules.interval import StepKind
+from flashomni.engine.state.branch import Branch
+from flashomni.engine.state.span import Streams
+from flashomni.engine.state.storage import Lane, Storage
 from flashomni.engine.trace import LayerRecord, StepRecord, Summary, Trace
 from flashomni.symbols import Grid
 

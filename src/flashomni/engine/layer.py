@@ -6,7 +6,7 @@ An adapter runs its block in its own order and leaves three things to the engine
     run.attend(q, k, v, ...)        attention over the live blocks
     run.project_o(o, to_out, ...)   output projection plus the forecast of cached heads
 
-A layer that is cached whole is not run at all (see :mod:`flashomni.engine.span`).
+A layer that is cached whole is not run at all (see :mod:`flashomni.engine.state.span`).
 
 Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_dim.
 """
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.cache import Fraction, History, LayerCache
 from flashomni.engine.linear import (
     is_hooked,
     linear_flops,
@@ -29,8 +28,9 @@ from flashomni.engine.linear import (
     why_not_plain,
 )
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.schedule import StepKind
-from flashomni.engine.storage import Kept, Storage
+from flashomni.engine.schedules.interval import StepKind
+from flashomni.engine.state.cache import Fraction, History, LayerCache
+from flashomni.engine.state.storage import Kept, Storage
 from flashomni.engine.trace import LayerRecord
 from flashomni.kernels import (
     Forecast,
@@ -39,8 +39,9 @@ from flashomni.kernels import (
     sparse_gemm_o,
     sparse_gemm_q,
 )
-from flashomni.kernels.elementwise import norm_rope_
-from flashomni.kernels.gemm_q import Rope, tile_mask
+from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.common.rows import tile_mask
+from flashomni.kernels.elementwise.op import norm_rope_
 from flashomni.symbols import Grid, Symbols
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashomni.engine.files import write_text
 from flashomni.engine.forecasts import forecasts
-from flashomni.engine.schedule import Schedule
-from flashomni.engine.settings import parse_settings
-from flashomni.engine.storage import DTYPES
+from flashomni.engine.schedules.interval import Schedule
+from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
+from flashomni.util.files import write_text
+from flashomni.util.settings import parse_settings
 
 FORMAT = 1
 PRESETS = Path(__file__).parent.parent / "recipes"

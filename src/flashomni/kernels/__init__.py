@@ -1,9 +1,9 @@
-"""The three ops. An unsuffixed file is an op's contract and definition, a suffix is a backend."""
+"""The ops, a folder each: ``op.py`` is the contract and the definition, other files backends."""
 
-from flashomni.kernels.attention import Forecast, sparse_attention
-from flashomni.kernels.dispatch import OPS, backends, refusals, registered, select
-from flashomni.kernels.gemm_o import gemm_o_update, sparse_gemm_o
-from flashomni.kernels.gemm_q import sparse_gemm_q
+from flashomni.dispatch import OPS, backends, refusals, registered, select
+from flashomni.kernels.attention.op import Forecast, sparse_attention
+from flashomni.kernels.gemm_o.op import gemm_o_update, sparse_gemm_o
+from flashomni.kernels.gemm_q.op import sparse_gemm_q
 
 __all__ = [
     "Forecast",

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from flashomni.engine import Engine, LayerRun
 from flashomni.engine.linear import join_tokens
-from flashomni.kernels.elementwise import gated_residual
-from flashomni.kernels.gemm_q import Rope
+from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Adapter, Site, adapter
-from flashomni.models._fused import adaptive_norm, residual_norm
-from flashomni.models._mmdit import (
+from flashomni.models.blocks.fused import adaptive_norm, residual_norm
+from flashomni.models.blocks.mmdit import (
     TEXT,
     VISION,
     added_stream,

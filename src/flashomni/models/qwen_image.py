@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Engine
-from flashomni.kernels.gemm_q import Rope
+from flashomni.kernels.common.rope import Rope
 from flashomni.models import Adapter, Site, adapter
-from flashomni.models._mmdit import (
+from flashomni.models.blocks.mmdit import (
     TEXT,
     VISION,
     added_stream,

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from flashomni.symbols import Grid, pack_bits, pool, row_bytes
+from flashomni.symbols import Grid, pack_bits, row_bytes
 
 
 def pooled_map(q: Tensor, k: Tensor, grid: Grid, center_k: bool = False) -> Tensor:
@@ -128,7 +128,32 @@ def _kernels(x: Tensor) -> ModuleType | None:
     if not x.is_cuda:
         return None
     try:
-        from flashomni.policies import _select_triton
+        from flashomni.symbols.choice import portable
     except ImportError:
         return None
-    return _select_triton
+    return portable
+
+
+def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
+    """Mean of the tokens of each block, over the tokens that exist.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        block: tokens per block.
+        length: optional int32 ``[B]``: tokens from there on are padding and are left out.
+
+    Returns:
+        fp32 ``[B, H, ceil(S / block), D]``; a block of padding alone is zero.
+    """
+    seqlen = x.shape[1]
+    num_blocks = -(-seqlen // block)
+    position = torch.arange(num_blocks * block, device=x.device).view(1, num_blocks, block)
+    limit = seqlen if length is None else length.view(-1, 1, 1)
+    valid = position < limit  # [1 | B, blocks, block]
+    count = valid.sum(-1).clamp(min=1)[..., None, None]  # [1 | B, blocks, 1, 1]
+    if length is not None:
+        x = x * valid.flatten(1)[:, :seqlen, None, None].to(x.dtype)
+    tail = num_blocks * block - seqlen
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x
+    total = x.unflatten(1, (num_blocks, block)).sum(2, dtype=torch.float32)
+    return (total / count).permute(0, 2, 1, 3)

@@ -1,0 +1,1 @@
+"""When to compute. One file a schedule."""

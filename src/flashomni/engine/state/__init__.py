@@ -1,0 +1,1 @@
+"""What is remembered between steps: caches, histories, spans, and how they are kept."""

@@ -1,0 +1,140 @@
+"""What one layer remembers between steps, in one branch (cond, uncond, ...) of a generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashomni.engine.state.storage import Kept, Storage
+from flashomni.kernels.elementwise.op import differences, weighted_sum
+from flashomni.symbols import Symbols
+
+
+class History:
+    """A value and its backward differences per step: F_0 .. F_order (TaylorSeer, 2503.06923).
+
+    Differences are exact only between values of one quantity; they are taken in fp32.
+
+    Args:
+        order: highest difference to give.
+        keep: how many terms to keep from one push to the next: ``order`` is enough to go on,
+            ``order + 1`` to evaluate a forecast from the history itself.
+        storage: how to keep them.
+    """
+
+    def __init__(self, order: int, keep: int, storage: Storage) -> None:
+        self.order, self.keep, self.storage = order, keep, storage
+        self._kept: list[Kept] = []
+        self._step: int | None = None
+        self._dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def push(self, value: Tensor, step: int, minus: Tensor | None = None) -> list[Tensor]:
+        """Add the value (less ``minus``) of ``step``; return the terms F_0 .. F_i known by now."""
+        steps = 0 if self._step is None else step - self._step
+        old = [kept.get() for kept in self._kept[: self.order]] if steps > 0 else []
+        terms = differences(value, minus, old, max(steps, 1))
+        self._step, self._dtype = step, value.dtype
+        while len(self._kept) < min(len(terms), self.keep):
+            self._kept.append(Kept(self.storage))
+        for kept, term in zip(self._kept, terms, strict=False):
+            kept.put(term)
+        return terms
+
+    def terms(self) -> list[Tensor]:
+        """The terms that are kept, on their device."""
+        return [kept.get() for kept in self._kept]
+
+    def predict(self, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
+        """``base + sum_i coefficients[i] * F_i``, of the terms that are kept."""
+        return weighted_sum(self.terms(), coefficients, base, self._dtype)
+
+    def prefetch(self) -> None:
+        """The terms are needed soon."""
+        for kept in self._kept:
+            kept.prefetch()
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for kept in self._kept for tensor in kept.tensors()]
+
+
+class Fraction:
+    """A number measured on the device that the host reads later, without waiting for it now.
+
+    The copy starts at once; the host reads it one interval later, when it is long complete.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._value = value
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
+@dataclass
+class LayerCache:
+    """State of one layer in one branch.
+
+    Attributes:
+        symbols: of the current interval.
+        history: of O, for the rows that the output projection sees.
+        bias_terms: ``[T, B, R, N]`` projected terms of the cached heads, of the forecast so far.
+        rows: token range of ``history`` in the sequence.
+        projected: whether the forecast happens after the output projection.
+        degraded: whether it is cached whole in this interval.
+        q_density: share of tiles that ``symbols`` computes, on the device.
+        kv_density: share of block pairs visited in them.
+        live_shares: share of computed (token, head) pairs by stream.
+        ops: what the layer recorded when it last ran: the FLOPs that a bypass saves.
+        fraction: computed fraction of S_c, as measured at the last Update.
+    """
+
+    symbols: Symbols | None = None
+    history: History | None = None
+    bias_terms: Kept | None = None
+    rows: tuple[int, int] = (0, 0)
+    projected: bool = True
+    degraded: bool = False
+    q_density: Tensor | float = 1.0
+    kv_density: Tensor | float = 1.0
+    live_shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    ops: list[tuple[str, int, Any]] = field(default_factory=list)
+    fraction: Fraction | None = None
+
+    def forget_heads(self) -> None:
+        """Drop what only per-head caching needs."""
+        self.history = self.bias_terms = None
+
+    def prefetch(self, stores: bool) -> None:
+        """The layer runs soon: bring back what it needs from the host.
+
+        Args:
+            stores: whether it adds to its history, or only dispatches.
+        """
+        if self.history is not None and (stores or not self.projected):
+            self.history.prefetch()
+        if self.bias_terms is not None and not stores:
+            self.bias_terms.prefetch()
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept, for accounting."""
+        kept = [] if self.history is None else list(self.history.tensors())
+        if self.bias_terms is not None:
+            kept += self.bias_terms.tensors()
+        if self.symbols is not None:
+            kept += [self.symbols.q_bits, self.symbols.kv_bits]
+        return kept

@@ -1,0 +1,108 @@
+"""Runs of layers that are cached whole: what a run adds to its streams is forecast, not computed.
+
+Layers that S_q caches whole often lie side by side. The model does nothing between two of them but
+hand on the streams, so the sum of what a run of them adds is all that the next computed layer can
+see: one forecast for each stream replaces the run, whatever its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from flashomni.engine.state.cache import History
+from flashomni.engine.state.storage import Storage
+
+Streams = tuple[Tensor, ...]
+
+
+@dataclass
+class Span:
+    """Layers ``start .. stop - 1``, cached whole.
+
+    Attributes:
+        before: streams at the entrance, while the step runs in which they are recorded.
+        after: streams at the exit, likewise.
+        histories: of what the run adds, for each stream.
+    """
+
+    start: int
+    stop: int
+    before: Streams
+    after: Streams
+    histories: list[History] = field(default_factory=list)
+
+
+class Spans:
+    """The spans of one branch: recorded in an Update step, replayed in Dispatch steps.
+
+    A span ends where a layer is computed, where the model itself changes a stream between two
+    blocks (a ControlNet's residual), and where a span of the interval before ended: differences
+    need the same quantity twice.
+
+    Args:
+        order: forecast order.
+        storage: how to keep the histories.
+    """
+
+    def __init__(self, order: int, storage: Storage) -> None:
+        self._order, self._storage = order, storage
+        self._current: list[Span] = []
+        self._new: list[Span] = []
+        self._open: Span | None = None
+
+    def replay(self, index: int, streams: Streams, coefficients: Tensor) -> Streams | None:
+        """The streams behind layer ``index``; ``None`` if it is not cached whole."""
+        span = self._at(index)
+        if span is None:
+            return None
+        if index > span.start:  # its first layer stood in for the whole span
+            return streams
+        pairs = zip(span.histories, streams, strict=True)
+        return tuple(history.predict(coefficients, stream) for history, stream in pairs)
+
+    def record(self, index: int, before: Streams, after: Streams, step: int) -> None:
+        """Layer ``index`` is cached whole from now on and led from ``before`` to ``after``."""
+        span = self._open
+        if span is not None and self._continues(span, index, before):
+            span.stop, span.after = index + 1, after
+            return
+        self.close(step)
+        self._open = Span(index, index + 1, before, after)
+
+    def _continues(self, span: Span, index: int, before: Streams) -> bool:
+        untouched = all(a is b for a, b in zip(span.after, before, strict=True))
+        return span.stop == index and untouched and self._at(index) is self._at(index - 1)
+
+    def close(self, step: int) -> None:
+        """The open span, if any, ended with the layer that was recorded last."""
+        span, self._open = self._open, None
+        if span is None:
+            return
+        old = self._at(span.start)
+        if old is not None and (old.start, old.stop) == (span.start, span.stop):
+            span.histories = old.histories
+        else:
+            keep = self._order + 1
+            span.histories = [History(self._order, keep, self._storage) for _ in span.before]
+        for history, before, after in zip(span.histories, span.before, span.after, strict=True):
+            history.push(after, step, minus=before)
+        span.before = span.after = ()
+        self._new.append(span)
+
+    def finish(self, step: int) -> None:
+        """The step that recorded is over: its spans are the current ones."""
+        self.close(step)
+        self._current, self._new = self._new, []
+
+    def clear(self) -> None:
+        self._current, self._new, self._open = [], [], None
+
+    def _at(self, index: int) -> Span | None:
+        return next((span for span in self._current if span.start <= index < span.stop), None)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept, for accounting."""
+        spans = self._current + self._new
+        return [t for span in spans for history in span.histories for t in history.tensors()]

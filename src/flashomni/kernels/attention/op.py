@@ -1,0 +1,269 @@
+"""Block-sparse attention: what it is, what it accepts, and its definition in torch.
+
+Letters in shapes: B batch, M seqlen_q, N seqlen_kv, H num_heads, Hkv key heads (Hkv divides H),
+D head_dim, Mb = ceil(M / block_m), Nb = ceil(N / block_n).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashomni.dispatch import register, select
+from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
+from flashomni.kernels.common.rows import check_rows, tile_mask
+from flashomni.kernels.elementwise.op import sum_of_terms
+from flashomni.symbols import Grid, Symbols
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What cached rows get instead of keeping their value: ``sum_t coefficients[t] * terms[t]``.
+
+    Args:
+        terms: T >= 1 tensors ``[B, R, H, D]`` of float32, float16 or bfloat16, any strides: O at
+            the last Update and its scaled differences (arXiv 2503.06923).
+        coefficients: fp32 ``[T]`` or longer, on the device: the weights at this step.
+        row_offset: position of the terms' first row in the sequence.
+    """
+
+    terms: Sequence[Tensor]
+    coefficients: Tensor
+    row_offset: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a backend gets. It writes ``out`` (and ``lse``) in place and returns nothing.
+
+    ``symbols`` is ``None`` for dense attention; then block sizes are of no meaning. With a
+    ``forecast`` there are symbols, and the cached rows that it covers are written as well.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor | None
+    symbols: Symbols | None
+    kv_len: Tensor | None
+    softmax_scale: float
+    forecast: Forecast | None = None
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    symbols: Symbols | None = None,
+    *,
+    out: Tensor | None = None,
+    softmax_scale: float | None = None,
+    kv_len: Tensor | None = None,
+    lse: Tensor | None = None,
+    forecast: Forecast | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention over the blocks that ``symbols`` marks as computed (arXiv 2509.25401, 3.3).
+
+    For each query block i of head h whose S_c bit is 1, over J = {keys of block j: S_s[i, j] = 1}::
+
+        out[b, i, h] = softmax(softmax_scale * q[b, i, h] @ k[b, J, h].T) @ v[b, J, h]
+
+    Rows of cached query blocks keep their value, in ``out`` and in ``lse``. With a ``forecast``
+    those of ``out`` that its terms cover get it, summed in fp32 and rounded once::
+
+        out[b, m, h] = sum_t coefficients[t] * terms[t][b, m - row_offset, h]
+
+    A computed row without any valid key is 0, its ``lse`` is -inf. Keys from ``kv_len[b]``
+    on do not exist.
+
+    Args:
+        q: ``[B, M, H, D]``, last dim contiguous.
+        k: ``[B, N, Hkv, D]``, dtype and device of ``q``; H must be a multiple of Hkv.
+        v: ``[B, N, Hkv, D]``, like ``k``.
+        symbols: which blocks to compute; ``None`` computes all of them.
+        out: ``[B, M, H, D]``, written in place; a new tensor with undefined cached rows if omitted.
+        softmax_scale: defaults to ``D ** -0.5``.
+        kv_len: int32 ``[B]``, valid keys of each batch item; defaults to that of the grid.
+        lse: optional fp32 ``[B, H, M]``, gets the natural log of each row's softmax sum.
+        forecast: what cached rows of ``out`` get, where they are read as they are (by an output
+            projection that has to be called as a module); needs ``symbols``.
+        backend: take exactly this one; by default the best that accepts the call.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or device.
+        NotImplementedError: no backend accepts; the message gives the reasons of each.
+    """
+    check_dtype("q", q, float_dtypes)
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, M, H, D], got {tuple(q.shape)}")
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k must be [{batch}, N, Hkv, {head_dim}], got {tuple(k.shape)}")
+    if k.shape[2] == 0 or num_heads % k.shape[2]:
+        raise ValueError(
+            f"k must have a number of heads that divides {num_heads}, got {k.shape[2]}"
+        )
+    check_shape("v", v, k.shape)
+    for name, tensor in (("k", k), ("v", v)):
+        check_dtype(name, tensor, (q.dtype,))
+        check_device(name, tensor, q.device)
+    if symbols is not None:
+        grid = symbols.grid
+        if (grid.seqlen_q, grid.seqlen_kv) != (seqlen_q, k.shape[1]):
+            raise ValueError(
+                f"symbols are for a {grid}, but q has {seqlen_q} and k has {k.shape[1]} tokens"
+            )
+        if (symbols.batch, symbols.num_heads) != (batch, num_heads):
+            raise ValueError(
+                f"symbols are for batch {symbols.batch} and {symbols.num_heads} heads, "
+                f"but q has batch {batch} and {num_heads} heads"
+            )
+        check_device("symbols", symbols.q_bits, q.device)
+        kv_len = grid.kv_len if kv_len is None else kv_len
+    if kv_len is not None:
+        check_shape("kv_len", kv_len, (batch,))
+        check_dtype("kv_len", kv_len, (torch.int32,))
+        check_device("kv_len", kv_len, q.device)
+    if out is None:
+        out = q.new_empty(q.shape)
+    else:
+        check_shape("out", out, q.shape)
+        check_dtype("out", out, (q.dtype,))
+        check_device("out", out, q.device)
+    if lse is not None:
+        check_shape("lse", lse, (batch, num_heads, seqlen_q))
+        check_dtype("lse", lse, (torch.float32,))
+        check_device("lse", lse, q.device)
+    if forecast is not None:
+        _check_forecast(forecast, q, symbols)
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    grid = Grid(seqlen_q, k.shape[1]) if symbols is None else symbols.grid
+    q_bits = None if symbols is None else symbols.q_bits
+    kv_bits = None if symbols is None else symbols.kv_bits
+    # Eager calls skip the torch.library hop: tens of microseconds a call.
+    call = _op if torch.compiler.is_compiling() else _run
+    call(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        q_bits,
+        kv_bits,
+        kv_len,
+        [] if forecast is None else list(forecast.terms),
+        None if forecast is None else forecast.coefficients,
+        0 if forecast is None else forecast.row_offset,
+        grid.block_m,
+        grid.block_n,
+        scale,
+        backend,
+    )
+    return out
+
+
+def _check_forecast(forecast: Forecast, q: Tensor, symbols: Symbols | None) -> None:
+    if symbols is None:
+        raise ValueError("forecast needs symbols: without them no tile is cached, got None")
+    if len(forecast.terms) == 0:
+        raise ValueError("forecast.terms must hold at least one tensor, got none")
+    batch, _, num_heads, head_dim = q.shape
+    first = forecast.terms[0]
+    rows = first.shape[1] if first.ndim == 4 else 0
+    for index, term in enumerate(forecast.terms):
+        name = f"forecast.terms[{index}]"
+        check_shape(name, term, (batch, rows, num_heads, head_dim))
+        check_dtype(name, term, float_dtypes)
+        check_device(name, term, q.device)
+    check_rows("forecast.terms", rows, forecast.row_offset, symbols, batch)
+    coefficients = forecast.coefficients
+    if coefficients.ndim != 1 or len(coefficients) < len(forecast.terms):
+        raise ValueError(
+            f"forecast.coefficients must be [T], T at least {len(forecast.terms)}, "
+            f"got {list(coefficients.shape)}"
+        )
+    check_dtype("forecast.coefficients", coefficients, (torch.float32,))
+    check_device("forecast.coefficients", coefficients, q.device)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    q_bits: Tensor | None,
+    kv_bits: Tensor | None,
+    kv_len: Tensor | None,
+    terms: list[Tensor],
+    coefficients: Tensor | None,
+    row_offset: int,
+    block_m: int,
+    block_n: int,
+    softmax_scale: float,
+    backend: str | None,
+) -> None:
+    symbols = None
+    if q_bits is not None and kv_bits is not None:
+        grid = Grid(q.shape[1], k.shape[1], block_m=block_m, block_n=block_n)
+        symbols = Symbols(q_bits, kv_bits, grid)
+    forecast = None if coefficients is None else Forecast(terms, coefficients, row_offset)
+    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast)
+    select("attention", call, backend).run(call)
+
+
+_op = torch.library.custom_op("flashomni::attention", _run, mutates_args={"out", "lse"})
+_op.register_fake(lambda *args: None)  # it only mutates `out` and `lse`: nothing to infer
+
+
+def write_forecast(call: AttentionCall) -> None:
+    """Write the cached rows of ``call.out`` that the forecast covers, with torch; if there is one.
+
+    Backends on a GPU have a kernel for it (``_forecast_tiles``), which leaves computed tiles out.
+    """
+    forecast, symbols = call.forecast, call.symbols
+    if forecast is None or symbols is None:
+        return
+    start, rows = forecast.row_offset, forecast.terms[0].shape[1]
+    total = sum_of_terms(forecast.terms, forecast.coefficients, None)
+    out = call.out[:, start : start + rows]
+    live = tile_mask(symbols, rows, start)[..., None]
+    out.copy_(torch.where(live, out, total.to(out.dtype)))
+
+
+@register("attention", "reference", rank=0)
+def _reference(call: AttentionCall) -> None:
+    """The definition: every score in fp32, masked."""
+    write_forecast(call)
+    batch, seqlen_q, num_heads, _ = call.q.shape
+    seqlen_kv, groups = call.k.shape[1], num_heads // call.k.shape[2]
+    k, v = (x.float().repeat_interleave(groups, dim=2) for x in (call.k, call.v))
+    keep = torch.ones(batch, num_heads, seqlen_q, seqlen_kv, dtype=torch.bool, device=k.device)
+    keep_row = keep[..., 0]  # [B, H, M]
+    if call.symbols is not None:
+        grid = call.symbols.grid
+        keep_row = call.symbols.q_mask().repeat_interleave(grid.block_m, -1)[..., :seqlen_q]
+        keep = call.symbols.kv_mask().repeat_interleave(grid.block_m, -2)
+        keep = keep.repeat_interleave(grid.block_n, -1)[..., :seqlen_q, :seqlen_kv]
+    if call.kv_len is not None:
+        position = torch.arange(seqlen_kv, device=k.device)
+        keep = keep & (position < call.kv_len[:, None, None, None])
+    score = torch.einsum("bmhd,bnhd->bhmn", call.q.float(), k) * call.softmax_scale
+    score = score.masked_fill(~keep, -torch.inf)
+    lse = score.logsumexp(-1)  # [B, H, M], -inf for an empty row
+    prob = (score - lse[..., None]).exp().masked_fill(~keep, 0.0)
+    new = torch.einsum("bhmn,bnhd->bmhd", prob, v).to(call.out.dtype)
+    call.out.copy_(torch.where(keep_row.mT[..., None], new, call.out))
+    if call.lse is not None:
+        call.lse.copy_(torch.where(keep_row, lse, call.lse))

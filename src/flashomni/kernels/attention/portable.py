@@ -1,0 +1,229 @@
+"""Block-sparse attention in plain Triton: a loop over the visited key blocks of each query tile.
+
+A short launch turns each row of S_s into a list of block numbers, cut off at ``kv_len``, and folds
+S_c into the length of the list. Then one program runs for each query tile and head. The number of
+the next block is read one step ahead, so that its latency hides behind a tile. Only the last tile
+can be ragged: all others are computed without a mask.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashomni.dispatch import register
+from flashomni.kernels.attention._forecast_tiles import write_forecast
+from flashomni.kernels.attention.op import AttentionCall
+from flashomni.kernels.common import portable
+from flashomni.kernels.common.portable_configs import ATTENTION, Config
+from flashomni.symbols import Symbols
+
+CACHED = tl.constexpr(-1)  # length of the list of a query block that is not computed
+
+
+@triton.jit(do_not_specialize=["seqlen_kv", "num_kv_blocks"])
+def list_kernel(
+    q_bits, kv_bits, kv_len, blocks, counts, q_stride_b, q_stride_h, q_stride_w, kv_stride_b,
+    kv_stride_h, kv_stride_m, kv_stride_w, seqlen_kv, num_kv_blocks, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The visited key blocks of one (batch item, head, query block), ascending, and how many."""
+    i, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_q_blocks, num_heads = tl.num_programs(0), tl.num_programs(1)
+    row = ((b * num_heads + h) * num_q_blocks + i).to(tl.int64)
+    q_byte = tl.load(q_bits + b.to(tl.int64) * q_stride_b + h * q_stride_h + i // 8 * q_stride_w)
+    if (q_byte.to(tl.int32) >> (i % 8)) & 1 == 0:
+        tl.store(counts + row, CACHED)
+        return
+    column = tl.arange(0, COLUMNS)
+    exists = column * BLOCK_N < _num_keys(kv_len, b, seqlen_kv)  # the block holds a valid key
+    at = b.to(tl.int64) * kv_stride_b + h.to(tl.int64) * kv_stride_h + i.to(tl.int64) * kv_stride_m
+    byte = tl.load(kv_bits + at + column // 8 * kv_stride_w, mask=exists, other=0)
+    bit = (byte.to(tl.int32) >> (column % 8)) & 1
+    place = tl.cumsum(bit, 0) - bit
+    tl.store(blocks + row * num_kv_blocks + place, column, mask=bit != 0)
+    tl.store(counts + row, tl.sum(bit, 0))
+
+
+@triton.jit
+def _num_keys(kv_len, b, seqlen_kv):
+    keys = seqlen_kv
+    if kv_len is not None:
+        keys = tl.maximum(tl.minimum(tl.load(kv_len + b), seqlen_kv), 0)
+    return keys
+
+
+@triton.jit
+def _load_keys(x, start, stride_n, keys, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+               PADDED_DIM: tl.constexpr, IS_LAST: tl.constexpr):  # fmt: skip
+    """Rows ``[start, start + TILE_N)`` of k or v; zero where there is no key or no dim."""
+    row = tl.arange(0, TILE_N)
+    dim = tl.arange(0, PADDED_DIM)
+    pointers = x + tl.cast(start, tl.int64) * stride_n + row[:, None] * stride_n + dim[None, :]
+    if IS_LAST:
+        return tl.load(pointers, (start + row < keys)[:, None] & (dim < HEAD_DIM)[None, :], 0.0)
+    if HEAD_DIM == PADDED_DIM:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _visit(
+    acc, row_sum, row_max, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
+    TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one tile of keys; ``scale`` and ``row_max`` are in powers of two."""
+    key = _load_keys(k, start, k_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
+    score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+    if IS_LAST:
+        score = tl.where((start + tl.arange(0, TILE_N) < keys)[None, :], score, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
+    prob = tl.exp2(score * scale - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(prob, 1)
+    acc = acc * shrink[:, None]
+    value = _load_keys(v, start, v_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
+    acc = tl.dot(prob.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_kv", "num_q_blocks", "num_kv_blocks"])
+def attention_kernel(
+    q, k, v, out, lse, blocks, counts, kv_len, q_stride_b, q_stride_m, q_stride_h, k_stride_b,
+    k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h, out_stride_b, out_stride_m,
+    out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, seqlen_q, seqlen_kv, num_q_blocks,
+    num_kv_blocks, scale, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: TILE_M tokens, which lie in one query block."""
+    SPLIT: tl.constexpr = BLOCK_N // TILE_N
+    place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # From both ends inwards: text sits at one of them, and its rows visit most and start early.
+    tile = tl.where(place % 2 == 0, place // 2, tl.num_programs(0) - 1 - place // 2)
+    keys = _num_keys(kv_len, b, seqlen_kv)
+    count = tl.cdiv(keys, BLOCK_N)
+    if counts is not None:
+        row = (b * tl.num_programs(1) + h) * num_q_blocks + tile * TILE_M // BLOCK_M
+        count = tl.load(counts + row)
+        blocks += row * num_kv_blocks
+        if count == CACHED:
+            return
+
+    token = tile * TILE_M + tl.arange(0, TILE_M)
+    dim = tl.arange(0, PADDED_DIM)
+    inside = (token < seqlen_q)[:, None] & (dim < HEAD_DIM)[None, :]
+    q += b * q_stride_b + h.to(tl.int64) * q_stride_h
+    k += b * k_stride_b + (h // GROUPS).to(tl.int64) * k_stride_h
+    v += b * v_stride_b + (h // GROUPS).to(tl.int64) * v_stride_h
+    query = tl.load(q + token.to(tl.int64)[:, None] * q_stride_m + dim[None, :], inside, 0.0)
+    # A row's maximum is that of its scaled scores only if the scale is not negative.
+    query = (query.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(query.dtype)
+    scale = tl.maximum(tl.abs(scale), 1e-30)  # times -inf, zero would be NaN
+
+    last = count - 1
+    if counts is not None:
+        last = tl.load(blocks + last, mask=count > 0, other=0).to(tl.int32)
+    in_last = tl.minimum(keys - last * BLOCK_N, BLOCK_N)
+    full_tiles = tl.where(count > 0, (count - 1) * SPLIT + in_last // TILE_N, 0)
+
+    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    row_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    block = 0
+    if counts is not None:
+        block = tl.load(blocks, mask=count > 0, other=0).to(tl.int32)
+    for t in range(full_tiles):
+        start = t * TILE_N
+        if counts is not None:
+            start = block * BLOCK_N + t % SPLIT * TILE_N
+            block = tl.load(blocks + tl.minimum((t + 1) // SPLIT, count - 1)).to(tl.int32)
+        acc, row_sum, row_max = _visit(
+            acc, row_sum, row_max, query, k, v, start, k_stride_n, v_stride_n, keys, scale,
+            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False,
+        )  # fmt: skip
+    if (count > 0) & (in_last % TILE_N > 0):
+        start = last * BLOCK_N + in_last // TILE_N * TILE_N
+        acc, row_sum, row_max = _visit(
+            acc, row_sum, row_max, query, k, v, start, k_stride_n, v_stride_n, keys, scale, TILE_N,
+            HEAD_DIM, PADDED_DIM, PRECISION, True,
+        )  # fmt: skip
+
+    is_empty = row_sum == 0
+    result = acc / tl.where(is_empty, 1.0, row_sum)[:, None]
+    out += b * out_stride_b + h.to(tl.int64) * out_stride_h
+    at = token.to(tl.int64)[:, None] * out_stride_m + dim[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+    if lse is not None:
+        ln_2: tl.constexpr = 0.6931471805599453
+        value = (row_max + tl.log2(tl.where(is_empty, 1.0, row_sum))) * ln_2
+        at = b * lse_stride_b + h.to(tl.int64) * lse_stride_h + token.to(tl.int64) * lse_stride_m
+        tl.store(lse + at, value, mask=token < seqlen_q)
+
+
+def key_block_lists(symbols: Symbols, kv_len: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the kernel walks over.
+
+    Returns:
+        ``blocks`` int16 or int32 ``[B, H, Mb, Nb]``: the visited key blocks of each query block
+        that hold a valid key, ascending; undefined behind them. ``counts`` int32 ``[B, H,
+        Mb]``: their number, -1 for a cached query block.
+    """
+    grid, bits = symbols.grid, symbols.kv_bits
+    rows, columns = grid.num_q_blocks, grid.num_kv_blocks
+    dtype = torch.int16 if columns < 2**15 else torch.int32
+    shape = (symbols.batch, symbols.num_heads, rows)
+    blocks = torch.empty(*shape, columns, dtype=dtype, device=bits.device)
+    counts = torch.empty(shape, dtype=torch.int32, device=bits.device)
+    width = max(16, triton.next_power_of_2(columns))
+    list_kernel[(rows, symbols.num_heads, symbols.batch)](
+        symbols.q_bits, bits, kv_len, blocks, counts, *symbols.q_bits.stride(), *bits.stride(),
+        grid.seqlen_kv, columns, BLOCK_N=grid.block_n, COLUMNS=width,
+        num_warps=min(max(width // 512, 1), 16),
+    )  # fmt: skip
+    return blocks, counts
+
+
+def launch(call: AttentionCall, config: Config) -> None:
+    """Run with this configuration; tiles are cut down to divide the blocks."""
+    write_forecast(call)
+    q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    block_m, block_n = config.tile_m, config.tile_n
+    blocks = counts = None
+    if symbols is not None:
+        block_m, block_n = symbols.grid.block_m, symbols.grid.block_n
+        blocks, counts = key_block_lists(symbols, call.kv_len)
+    tile_m = portable.dividing(config.tile_m, block_m)
+    attention_kernel[(triton.cdiv(seqlen_q, tile_m), num_heads, batch)](
+        q, k, v, out, lse, blocks, counts, call.kv_len, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *out.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()),
+        seqlen_q, k.shape[1], triton.cdiv(seqlen_q, block_m), triton.cdiv(k.shape[1], block_n),
+        call.softmax_scale * math.log2(math.e), GROUPS=num_heads // k.shape[2], HEAD_DIM=head_dim,
+        PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
+        TILE_N=portable.dividing(config.tile_n, block_n), PRECISION=portable.precision(q.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _refuses(call: AttentionCall) -> list[str]:
+    return (
+        portable.refuse_device(call.q)
+        + portable.refuse_head_dim(call.q.shape[3])
+        + portable.refuse_strides(q=call.q, k=call.k, v=call.v, out=call.out)
+    )
+
+
+@register(
+    "attention", "portable", rank=portable.RANK, refuses=_refuses, available=portable.available
+)
+def run(call: AttentionCall) -> None:
+    if not call.q.numel():
+        return
+    with torch.cuda.device_of(call.q):
+        launch(call, portable.config(ATTENTION, call.q, call.q.shape[3]))

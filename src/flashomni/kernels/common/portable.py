@@ -1,0 +1,94 @@
+"""What the portable Triton backends share: where they run, what they refuse, how they tile.
+
+Plain Triton, no instruction of one vendor or generation: NVIDIA from sm_80 on and what else Triton
+compiles for. With ``TRITON_INTERPRET=1`` the same kernels run, slowly, in Triton's interpreter on
+the CPU; then they come below every real backend and run only if asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashomni.kernels.common.portable_configs import GENERIC, Config, Table
+
+INTERPRETED = triton.knobs.runtime.interpret
+RANK = 5 if INTERPRETED else 30
+MAX_HEAD_DIM = 256
+
+
+def available() -> list[str]:
+    """Why this machine cannot run Triton kernels; empty if it can."""
+    if INTERPRETED:
+        return []
+    if not torch.cuda.is_available():
+        return ["no GPU (TRITON_INTERPRET=1 runs it slowly on the CPU)"]
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        major, minor = capability
+        return [f"needs compute capability 8.0 or newer, this device has {major}.{minor}"]
+    return []
+
+
+def refuse_device(tensor: Tensor) -> list[str]:
+    runs_on, got = "cpu" if INTERPRETED else "cuda", tensor.device.type
+    if got != runs_on:
+        return [f"tensors are on {got}, this backend is for {runs_on}"]
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        return ["Triton's interpreter cannot multiply bfloat16"]
+    return []
+
+
+def refuse_head_dim(head_dim: int) -> list[str]:
+    if head_dim <= MAX_HEAD_DIM:
+        return []
+    return [f"head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}"]
+
+
+def refuse_strides(**tensors: Tensor | None) -> list[str]:
+    """Kernels step over the last dim by one element."""
+    return [
+        f"{name}: the last dim must be contiguous, got stride {tensor.stride(-1)}"
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1
+    ]
+
+
+def config(table: Table, tensor: Tensor, head_dim: int) -> Config:
+    """The entry for this device, head_dim (padded to a power of two) and size of the elements."""
+    arch = GENERIC if INTERPRETED else _arch(tensor.device)
+    key = (padded(head_dim), tensor.element_size())
+    return table.get((arch, *key)) or table[(GENERIC, *key)]
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def padded(head_dim: int) -> int:
+    """The tile dim that holds ``head_dim``: a power of two, as Triton wants it."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def dividing(tile: int, block: int) -> int:
+    """The largest power of two up to ``tile`` that divides ``block``."""
+    return min(tile, block & -block)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products are IEEE: tf32 has an error far above that of torch's fp32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def bounded(index, count):
+    """``index`` moved into ``[0, count)``: a load needs no mask where the result is not stored."""
+    return tl.maximum(tl.minimum(index, count - 1), 0)

@@ -1,0 +1,1 @@
+"""What lies between the products: norms, modulation, gates, RoPE, forecasts."""

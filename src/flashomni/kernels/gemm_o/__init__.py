@@ -1,0 +1,1 @@
+"""Output projection of the live heads, plus the forecast of the cached ones."""

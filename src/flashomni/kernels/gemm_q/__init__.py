@@ -1,0 +1,1 @@
+"""Projection of the computed (query block, head) tiles."""

@@ -1,0 +1,1 @@
+"""Generating, comparing, measuring: what serving does not import (extra ``lab``)."""

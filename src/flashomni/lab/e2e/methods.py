@@ -1,0 +1,247 @@
+"""What is compared: our recipes and other people's caches, each on the same pipeline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from flashomni.engine import Recipe, Summary
+from flashomni.engine.schedules.interval import Schedule
+from flashomni.lab.e2e.models import Model
+from flashomni.lab.e2e.run import Generation, OnStep, generate, silent
+from flashomni.lab.e2e.stock import Stock
+from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
+from flashomni.models import accelerate
+
+GENERATION = "generation"
+ALIKE = 1.2  # steps of a peer whose times differ by less than this factor are of one kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to run.
+
+    Args:
+        steps: of a complete generation.
+        stock_steps: of a run where all steps are alike; its first does not count.
+        whole: run complete generations also where steps are alike (never of stock methods).
+        backend: kernel backend of recipes.
+    """
+
+    steps: int = 50
+    stock_steps: int = 4
+    whole: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 4:
+            raise ValueError(f"steps must be at least 4, got {self.steps}")
+        if not 2 <= self.stock_steps <= self.steps:
+            raise ValueError(
+                f"stock-steps must be from 2 to steps ({self.steps}), got {self.stock_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one method took.
+
+    Args:
+        calls: kind of step -> seconds of each call of the transformer that counts.
+        generation_s: seconds of a complete generation.
+        estimated: whether that is steps times medians, not the clock's.
+        densities: kind of step, or ``generation`` -> computed share of (query, key) pairs of
+            attention, mean over layers; a layer that was cached whole counts 0. Empty where the
+            method does not say.
+        flops_skipped: share of the transformer blocks' FLOPs; ``None`` where it does not say.
+        peak_gib: see ``Generation``.
+        host_gib: pinned host memory of the caches.
+        runs: medians of the stock runs in order: how far the machine drifts.
+    """
+
+    calls: dict[str, list[float]]
+    generation_s: float
+    estimated: bool = False
+    densities: dict[str, float] | None = None
+    flops_skipped: float | None = None
+    peak_gib: float | None = None
+    host_gib: float = 0.0
+    runs: tuple[float, ...] = ()
+
+
+Measure = Callable[[Model, Plan, OnStep], Timing]
+
+
+def parse_method(text: str) -> tuple[str, Measure]:
+    """Name and measurement of a recipe or a peer as users write it.
+
+    Raises:
+        ValueError: it is neither.
+        NotImplementedError: a peer that is not installed.
+    """
+    if text.partition(":")[0] in PEERS:
+        return text, partial(time_peer, make_peer(text))
+    name, recipe = parse_recipe(text)
+    return name, partial(time_recipe, recipe)
+
+
+def parse_recipe(text: str) -> tuple[str, Recipe]:
+    """A recipe as users write it, and what tables call it: what was typed, or the file's own name.
+
+    Raises:
+        ValueError: it is none.
+    """
+    recipe = Recipe.of(text)
+    return (recipe.name if text.endswith(".json") else text), recipe
+
+
+# ---------------------------------------------------------------- stock
+
+
+def time_stock(stock: Stock, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
+    """A few steps of the real pipeline, after one that compiles; the first does not count."""
+    with stock.attached(model.pipe.transformer):
+        generate(model, 1)
+        run = generate(model, plan.stock_steps, on_step)
+    calls = run.calls[1:]
+    middle = statistics.median(calls)
+    return Timing(
+        {"full": calls},
+        plan.steps * middle,
+        estimated=True,
+        densities={"full": 1.0, GENERATION: 1.0},
+        flops_skipped=0.0,
+        peak_gib=run.peak_gib,
+        runs=(middle,),
+    )
+
+
+def merged(first: Timing, second: Timing, steps: int) -> Timing:
+    """Two runs of the same stock method, as one."""
+    calls = first.calls["full"] + second.calls["full"]
+    peaks = [x.peak_gib for x in (first, second) if x.peak_gib is not None]
+    return Timing(
+        {"full": calls},
+        steps * statistics.median(calls),
+        estimated=True,
+        densities=first.densities,
+        flops_skipped=0.0,
+        peak_gib=max(peaks, default=None),
+        runs=first.runs + second.runs,
+    )
+
+
+# ---------------------------------------------------------------- ours
+
+
+def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
+    """One complete generation, after a short one that compiles every kernel.
+
+    Where all steps do the same (policy ``dense``) a few steps of each kind stand for all.
+    """
+    warm_up(recipe, model, plan.backend)
+    alike = recipe.policy.name == "dense" and not plan.whole
+    count = few_steps(recipe.schedule, plan) if alike else plan.steps
+    with accelerate(model.pipe, recipe, backend=plan.backend) as engine:
+        run = generate(model, count, on_step)
+        summary = engine.report()
+    kinds = [step["kind"] for step in summary.steps]
+    calls = grouped(kinds, run.calls, skip_first=alike)
+    seconds, planned = run.seconds, kinds
+    if alike:
+        planned = [recipe.schedule.kind(i, plan.steps).value for i in range(plan.steps)]
+        seconds = sum(statistics.median(calls[kind]) for kind in planned)
+    return Timing(
+        calls,
+        seconds,
+        estimated=alike,
+        densities=attention_shares(summary, planned),
+        flops_skipped=summary.flops_skipped,
+        peak_gib=run.peak_gib,
+        host_gib=summary.cache_bytes_host / 2**30,
+    )
+
+
+def short(recipe: Recipe) -> tuple[Recipe, int]:
+    """The recipe with as few steps as show all it does, and how many: every kind of step twice.
+
+    The warm-up is as long as the forecasts need, the interval is 2; policy, orders and storage,
+    which decide what kernels run, are the recipe's own.
+    """
+    first = max(recipe.order, recipe.layer_order)
+    steps = first + 5
+    warmup = (first + 0.5) / steps  # ceil of it x steps is the first Update's index + 1
+    return recipe.replace(interval=2, warmup=warmup), steps
+
+
+def warm_up(recipe: Recipe, model: Model, backend: str | None) -> None:
+    """Compile what the recipe runs, and let the allocators grow. Nobody counts this."""
+    brief, steps = short(recipe)
+    with accelerate(model.pipe, brief, backend=backend):
+        generate(model, steps)
+    if recipe.degrade_below > 0:  # which layers are cached whole may differ in the long run
+        with accelerate(model.pipe, brief.replace(degrade_below=0.0), backend=backend):
+            generate(model, steps, stop_after=steps - 3)  # one Update, one Dispatch step
+
+
+def few_steps(schedule: Schedule, plan: Plan) -> int:
+    """Fewest steps, ``stock_steps`` or more, that have each kind of a whole run after the first."""
+    wanted = {schedule.kind(i, plan.steps) for i in range(plan.steps)}
+    for steps in range(plan.stock_steps, plan.steps):
+        if wanted <= {schedule.kind(i, steps) for i in range(1, steps)}:
+            return steps
+    return plan.steps
+
+
+def attention_shares(summary: Summary, planned: list[str]) -> dict[str, float]:
+    """Computed share of (query, key) pairs: of each kind of step, and of the planned generation."""
+    shares: dict[str, list[float]] = {}
+    for step in summary.steps:
+        pairs = zip(step["q_density"], step["kv_density"], strict=True)
+        shares.setdefault(step["kind"], []).append(statistics.fmean(q * kv for q, kv in pairs))
+    means = {kind: statistics.fmean(values) for kind, values in shares.items()}
+    return {**means, GENERATION: statistics.fmean(means[kind] for kind in planned)}
+
+
+def grouped(
+    kinds: list[str], calls: list[float], skip_first: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of the calls by their kind; the first call may not count."""
+    found: dict[str, list[float]] = {}
+    for kind, seconds in list(zip(kinds, calls, strict=True))[skip_first:]:
+        found.setdefault(kind, []).append(seconds)
+    return found
+
+
+# ---------------------------------------------------------------- peers
+
+
+def time_peer(peer: Peer, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
+    """One complete generation as the peer ships, after a few steps that nobody counts."""
+
+    def once() -> Any:
+        return generate(model, plan.steps)
+
+    peer.prepare(model.pipe, plan.steps, once)
+    with peer.attached(model.pipe, plan.steps):
+        generate(model, plan.steps, stop_after=plan.stock_steps)
+    with peer.attached(model.pipe, plan.steps):
+        run: Generation = generate(model, plan.steps, on_step)
+    calls = grouped(slow_and_fast(run.calls), run.calls)
+    return Timing(calls, run.seconds, peak_gib=run.peak_gib)
+
+
+def slow_and_fast(calls: list[float]) -> list[str]:
+    """A peer does not say what it did in a step: its slow steps and its fast ones.
+
+    They are told apart halfway, in ratio, between the slowest and the fastest; where these differ
+    little, all are ``step``.
+    """
+    low, high = min(calls), max(calls)
+    if high < ALIKE * low:
+        return ["step"] * len(calls)
+    return ["slow" if seconds > math.sqrt(low * high) else "fast" for seconds in calls]

@@ -1,0 +1,122 @@
+"""One generation with clocks: seconds of the whole and of each call of the transformer."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashomni.engine.trace import Stopwatch
+from flashomni.lab.e2e.models import Model
+
+OnStep = Callable[[int, int], None]
+
+
+def silent(step: int, steps: int) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call of a pipeline took.
+
+    Args:
+        seconds: wall time of the call, from an idle device to an idle device.
+        calls: seconds of each call of the transformer, by CUDA events on a GPU.
+        peak_gib: most memory that torch held on the GPU, weights included; ``None`` on a CPU.
+    """
+
+    seconds: float
+    calls: list[float]
+    peak_gib: float | None
+
+
+def generate(
+    model: Model, steps: int, on_step: OnStep = silent, stop_after: int | None = None
+) -> Generation:
+    """Call the pipeline once.
+
+    Args:
+        model: what to call, with whatever is attached to it.
+        steps: denoising steps that the scheduler plans.
+        on_step: told ``(steps done, steps)`` after each.
+        stop_after: leave out the steps after this many.
+
+    Raises:
+        RuntimeError: the latents are not finite: nothing that was timed counts.
+    """
+    count = steps if stop_after is None else min(stop_after, steps)
+
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, count)
+        if step + 1 == count:
+            pipe._interrupt = True
+        return kwargs
+
+    gc.collect()
+    _wait(model.device)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    with clocked(model) as watches:
+        start = time.perf_counter()
+        latents = model.pipe(
+            **model.call,
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(model.seed),
+            callback_on_step_end=callback,
+        )[0]
+        _wait(model.device)
+        seconds = time.perf_counter() - start
+    calls = [watch.seconds() for watch in watches]
+    peak = peak_gib(model.device)
+    if not bool(torch.isfinite(latents).all()):
+        raise RuntimeError("the latents are not finite")
+    return Generation(seconds, calls, peak)
+
+
+@contextmanager
+def clocked(model: Model) -> Iterator[list[Stopwatch]]:
+    """A stopwatch for each call of the transformer, outside of every other hook on it."""
+    watches: list[Stopwatch] = []
+    transformer = model.pipe.transformer
+    handles = [
+        transformer.register_forward_pre_hook(
+            lambda *_: watches.append(Stopwatch(model.device)), prepend=True
+        ),
+        transformer.register_forward_hook(lambda *_: watches[-1].stop()),
+    ]
+    try:
+        yield watches
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def free(device: torch.device) -> None:
+    """Give back what earlier methods left to torch's allocator."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory since it was last reset, in GiB; ``None`` on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def weights_gib(model: Model) -> float:
+    """Memory of the transformer's weights, in GiB."""
+    parameters = model.pipe.transformer.parameters()
+    return sum(x.numel() * x.element_size() for x in parameters) / 2**30
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,141 @@
+"""What an evaluation looks like: fidelity against time, a sheet of pictures, one HTML page."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from flashomni.lab import metrics
+from flashomni.lab.fidelity.campaign import Campaign, Case
+from flashomni.lab.fidelity.methods import DENSE, FAMILIES, parse_method
+from flashomni.lab.fidelity.table import IDENTICAL, Row
+from flashomni.lab.viz import data_uri, save_figure
+from flashomni.util.files import write_text
+
+TEMPLATE = Path(__file__).parent.parent / "templates" / "evaluation.html"
+COLOURS = dict(zip(FAMILIES, ("#2563eb", "#0d9488", "#6b7280", "#d97706"), strict=True))
+MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "^"), strict=True))
+COLUMNS = {
+    "recipe": "method", "seconds": "seconds", "speedup": "speed-up", "psnr_db": "PSNR, dB",
+    "worst_psnr_db": "worst", "ssim": "SSIM", "lpips": "LPIPS", "temporal_db": "temporal, dB",
+    "caption_score": "caption", "flops_skipped": "FLOPs skipped", "generations": "pictures",
+}  # fmt: skip
+SHEET_ROWS, SHEET_COLUMNS = 4, 8
+
+
+def pareto(rows: Sequence[Row], x: str = "speedup", label: str = "measured speed-up") -> Figure:
+    """PSNR against ``x``; the line joins what nothing else beats in both."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axis = figure.subplots()
+    points = [row for row in rows if row.psnr_db != IDENTICAL]
+    for family in FAMILIES:
+        mine = [row for row in points if row.family == family]
+        if mine:
+            axis.scatter(
+                [getattr(row, x) for row in mine],
+                [float(row.psnr_db) for row in mine],
+                s=170 if family == "presets" else 55,
+                color=COLOURS[family],
+                marker=MARKERS[family],
+                label=family,
+                zorder=3,
+            )
+    for row in points:
+        axis.annotate(
+            row.recipe,
+            (getattr(row, x), float(row.psnr_db)),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=COLOURS[row.family],
+        )
+    front = frontier(points, x)
+    axis.plot(
+        [getattr(row, x) for row in front],
+        [float(row.psnr_db) for row in front],
+        color="black",
+        linewidth=0.8,
+        alpha=0.5,
+        zorder=1,
+    )
+    axis.set_xlabel(label)
+    axis.set_ylabel("PSNR against the stock pipeline, dB (mean)")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def frontier(rows: Sequence[Row], x: str) -> list[Row]:
+    """Rows that no other row beats in both ``x`` and PSNR, by ``x``."""
+    best, chosen = float("-inf"), []
+    for row in sorted(rows, key=lambda row: (-getattr(row, x), -float(row.psnr_db))):
+        if float(row.psnr_db) > best:
+            best = float(row.psnr_db)
+            chosen.append(row)
+    return chosen[::-1]
+
+
+def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
+    """The stock pipeline's pictures and each method's, for a few prompts."""
+    decibels = {(r.method, r.prompt, r.seed): r.psnr_db for r in campaign.results()}
+    seed = campaign.seeds[0]
+    methods = [parse_method(DENSE), *campaign.methods][: SHEET_COLUMNS * 4]
+    # One line of methods has room for more prompts than several.
+    prompts = campaign.prompts[: SHEET_ROWS if len(methods) <= SHEET_COLUMNS else 2]
+    width = min(len(methods), SHEET_COLUMNS)
+    lines = -(-len(methods) // width) * len(prompts)
+    figure = Figure(figsize=(1.75 * width, 1.95 * lines), layout="constrained")
+    axes = figure.subplots(lines, width, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for column, method in enumerate(methods):
+        for line, prompt in enumerate(prompts):
+            path = campaign.picture(Case(method, prompt, seed))
+            if not path.exists():
+                continue
+            axis = axes[column // width * len(prompts) + line][column % width]
+            axis.imshow(Image.open(path))
+            decibel = decibels.get((method.name, prompt, seed))
+            value = "" if decibel is None else f"\n{decibel:.1f} dB"
+            axis.set_title(f"{textwrap.fill(method.name, 30)}{value}", fontsize=6)
+    return figure
+
+
+def write_page(campaign: Campaign, rows: Sequence[Row], folder: str | Path, command: str) -> Path:
+    """Write ``pareto.png``, ``sheet.png`` and, last, ``index.html``; return its path."""
+    folder = Path(folder)
+    pictures = {
+        "pareto": save_figure(pareto(rows), folder / "pareto.png"),
+        "sheet": save_figure(sheet(campaign, rows), folder / "sheet.png"),
+    }
+    why = metrics.why_no_lpips()
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        {name: data_uri(path) for name, path in pictures.items()},
+        title=html.escape(f"{campaign.model}, {rows[0].device}"),
+        head="".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values()),
+        rows="".join(_table_row(row) for row in rows),
+        notes="" if why is None else f"<p>LPIPS was not measured: {html.escape(why)}.</p>",
+        prompts="".join(f"<li>{html.escape(prompt)}</li>" for prompt in campaign.prompts),
+        seeds=html.escape(" ".join(map(str, campaign.seeds))),
+        versions=html.escape(f"torch {rows[0].torch}, diffusers {rows[0].diffusers}"),
+        commit=html.escape(rows[0].commit),
+        command=html.escape(command),
+    )
+    return write_text(folder / "index.html", page)
+
+
+def _table_row(row: Row) -> str:
+    def show(name: str) -> str:
+        value = getattr(row, name)
+        if name in ("flops_skipped", "caption_score") and value != "":
+            return f"{value:.1%}"
+        return f"{value:.2f}x" if name == "speedup" else str(value)
+
+    return "<tr>" + "".join(f"<td>{html.escape(show(name))}</td>" for name in COLUMNS) + "</tr>"

@@ -1,0 +1,206 @@
+"""Other people's accelerations, as they ship: diffusers' own caches, and cache-dit.
+
+A peer is a class with its settings; they go to the peer's own configuration, which knows what is
+allowed. Nothing here tunes or repairs a peer.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from flashomni.util.settings import parse_settings
+
+
+class Peer:
+    """An acceleration that is not ours.
+
+    Args:
+        settings: of the peer's configuration.
+
+    Raises:
+        NotImplementedError: the library that has it is not installed, or is too old.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def prepare(self, pipe: Any, num_steps: int, run: Callable[[], None]) -> None:
+        """Learn what the peer needs to know of the model; ``run()`` is one generation."""
+
+    @contextmanager
+    def attached(self, pipe: Any, num_steps: int) -> Iterator[None]:
+        """Put it on the pipeline for one generation, and take it off whatever happens.
+
+        Raises:
+            ValueError: a setting that the peer does not take.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement attached")
+        yield
+
+
+PEERS: dict[str, type[Peer]] = {}
+
+
+def peer(name: str) -> Callable[[type[Peer]], type[Peer]]:
+    """Register a class under the name that users write."""
+
+    def keep(cls: type[Peer]) -> type[Peer]:
+        PEERS[name] = cls
+        return cls
+
+    return keep
+
+
+def make_peer(text: str) -> Peer:
+    """A peer by name, with settings: ``diffusers.first_block:threshold=.1``.
+
+    Raises:
+        ValueError: no such peer.
+        NotImplementedError: it cannot run here.
+    """
+    name, settings = parse_settings(text)
+    if name not in PEERS:
+        raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")
+    return PEERS[name](settings)
+
+
+class _DiffusersCache(Peer):
+    """A configuration class of diffusers, given to ``enable_cache``."""
+
+    config: str
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        import diffusers
+
+        self._build = getattr(diffusers, self.config, None)
+        if self._build is None:
+            raise NotImplementedError(f"diffusers {diffusers.__version__} has no {self.config}")
+
+    def extra(self, pipe: Any, num_steps: int) -> dict[str, Any]:
+        """Settings that follow from the pipeline."""
+        return {}
+
+    @contextmanager
+    def attached(self, pipe: Any, num_steps: int) -> Iterator[None]:
+        with self._enabled(pipe, {**self.extra(pipe, num_steps), **self.settings}):
+            yield
+
+    @contextmanager
+    def _enabled(self, pipe: Any, settings: dict[str, Any]) -> Iterator[None]:
+        assert self._build is not None
+        try:
+            config = self._build(**settings)
+        except TypeError as error:
+            raise ValueError(f"{self.config}: {error}") from error
+        pipe.transformer.enable_cache(config)
+        try:
+            yield
+        finally:
+            pipe.transformer.disable_cache()
+
+
+@peer("diffusers.taylorseer")
+class TaylorSeer(_DiffusersCache):
+    """TaylorSeer (arXiv 2503.06923); ``cache_interval``, ``max_order``, ...
+
+    Factors are kept in the model's dtype: diffusers' default, bfloat16, would add a rounding that
+    nobody chooses who runs in fp32.
+    """
+
+    config = "TaylorSeerCacheConfig"
+
+    def extra(self, pipe: Any, num_steps: int) -> dict[str, Any]:
+        return {"taylor_factors_dtype": pipe.transformer.dtype}
+
+
+@peer("diffusers.first_block")
+class FirstBlock(_DiffusersCache):
+    """Recompute when the first block's residual has moved by ``threshold``."""
+
+    config = "FirstBlockCacheConfig"
+
+
+@peer("diffusers.pab")
+class PyramidAttentionBroadcast(_DiffusersCache):
+    """Reuse attention outputs (arXiv 2408.12588); ``spatial_attention_block_skip_range``, ..."""
+
+    config = "PyramidAttentionBroadcastConfig"
+
+    def extra(self, pipe: Any, num_steps: int) -> dict[str, Any]:
+        return {
+            "spatial_attention_block_skip_range": 2,
+            "current_timestep_callback": lambda: pipe.current_timestep,
+        }
+
+
+@peer("diffusers.mag")
+class Mag(_DiffusersCache):
+    """MagCache (arXiv 2506.09045); ``threshold``, ``max_skip_steps``, ``retention_ratio``.
+
+    Its magnitude ratios are measured on the model by its own calibration run.
+    """
+
+    config = "MagCacheConfig"
+    _ratios: list[float] | None = None
+
+    def prepare(self, pipe: Any, num_steps: int, run: Callable[[], None]) -> None:
+        printed = io.StringIO()  # the calibration hands its result over in print
+        settings = {"calibrate": True, "num_inference_steps": num_steps}
+        with redirect_stdout(printed), self._enabled(pipe, settings):
+            run()
+        lists = [line for line in printed.getvalue().splitlines() if line.startswith("[")]
+        lists = [line for line in lists if not line.startswith("[MagCache]")]
+        if not lists:
+            raise RuntimeError("diffusers' MagCache calibration printed no ratios")
+        self._ratios = json.loads(lists[-1])
+
+    def extra(self, pipe: Any, num_steps: int) -> dict[str, Any]:
+        if self._ratios is None:
+            raise RuntimeError("MagCache must be prepared before it is attached")
+        return {"num_inference_steps": num_steps, "mag_ratios": self._ratios}
+
+
+@peer("cache-dit")
+class CacheDiT(Peer):
+    """DBCache of cache-dit; fields of ``DBCacheConfig``, and ``taylorseer_order`` for its forecast.
+
+    ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... It patches the
+    transformer for good, so it gets a copy of it that shares the weights.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        try:
+            self._library = importlib.import_module("cache_dit")
+        except ImportError as error:
+            raise NotImplementedError(f"cache-dit cannot be imported: {error}") from error
+
+    @contextmanager
+    def attached(self, pipe: Any, num_steps: int) -> Iterator[None]:
+        library, settings = self._library, dict(self.settings)
+        order = settings.pop("taylorseer_order", None)
+        calibrator = None
+        if order is not None:
+            calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order)
+        try:
+            config = library.DBCacheConfig(num_inference_steps=num_steps, **settings)
+        except TypeError as error:
+            raise ValueError(f"DBCacheConfig: {error}") from error
+        stock = pipe.transformer
+        shared = {id(x): x for x in (*stock.parameters(), *stock.buffers())}
+        pipe.transformer = copy.deepcopy(stock, shared)
+        try:
+            library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+            try:
+                yield
+            finally:
+                library.disable_cache(pipe)
+        finally:
+            pipe.transformer = stock

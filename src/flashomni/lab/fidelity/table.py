@@ -1,0 +1,147 @@
+"""From results to one row a method, and to the CSV that documents quote."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from flashomni.lab.fidelity.campaign import Result
+from flashomni.util.files import write_text
+
+IDENTICAL = "identical"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one model: medians of times, means of fidelity. Empty where not measured.
+
+    ``psnr_db`` is the mean over generations, ``worst_psnr_db`` the lowest, both ``identical`` where
+    every picture is; ``caption_score`` the share of right statements, ``dense_caption_score`` that
+    of the stock pipeline's pictures; ``temporal_db`` the PSNR of changes from frame to frame.
+    """
+
+    model: str
+    recipe: str
+    device: str
+    seconds: float
+    speedup: float
+    psnr_db: float | str
+    ssim: float
+    lpips: float | str
+    caption_score: float | str
+    flops_skipped: float
+    seeds: str
+    commit: str
+    family: str
+    steps: int
+    generations: int
+    dense_seconds: float
+    worst_psnr_db: float | str
+    temporal_db: float | str
+    dense_caption_score: float | str
+    torch: str
+    diffusers: str
+    command: str
+
+
+def summarise(model: str, results: Sequence[Result], command: str) -> list[Row]:
+    """One row a method, in the order in which methods appear, the stock pipeline first."""
+    if not results:
+        return []
+    names = list(dict.fromkeys(result.method for result in results))
+    groups = {name: [r for r in results if r.method == name] for name in names}
+    rows = [_row(model, group, command) for group in groups.values()]
+    return [_dense_row(rows[0], results), *rows]
+
+
+def _row(model: str, group: list[Result], command: str) -> Row:
+    first = group[0]
+    seeds = sorted({result.seed for result in group})
+    return Row(
+        model=model,
+        recipe=first.method,
+        device=first.versions["device"],
+        seconds=round(statistics.median(r.seconds for r in group), 3),
+        speedup=round(statistics.median(r.speedup for r in group), 3),
+        psnr_db=_decibel([r.psnr_db for r in group], statistics.fmean),
+        ssim=round(statistics.fmean(r.ssim for r in group), 5),
+        lpips=_mean([r.lpips for r in group if r.lpips is not None]),
+        caption_score=_share([r.caption for r in group if r.caption is not None]),
+        flops_skipped=round(statistics.fmean(r.flops_skipped for r in group), 4),
+        seeds=" ".join(map(str, seeds)),
+        commit=first.versions["commit"],
+        family=first.family,
+        steps=first.steps,
+        generations=len(group),
+        dense_seconds=round(statistics.median(r.dense_seconds for r in group), 3),
+        worst_psnr_db=_decibel([r.psnr_db for r in group], min),
+        temporal_db=_mean([r.temporal_db for r in group if r.temporal_db is not None]),
+        dense_caption_score=_share([r.dense_caption for r in group if r.dense_caption is not None]),
+        torch=first.versions["torch"],
+        diffusers=first.versions["diffusers"],
+        command=command,
+    )
+
+
+def _dense_row(like: Row, results: Sequence[Result]) -> Row:
+    """The stock pipeline, from the runs that bracket the others."""
+    return Row(
+        **{
+            **asdict(like),
+            "recipe": "dense",
+            "family": "stock",
+            "seconds": round(statistics.median(r.dense_seconds for r in results), 3),
+            "dense_seconds": round(statistics.median(r.dense_seconds for r in results), 3),
+            "speedup": 1.0,
+            "psnr_db": IDENTICAL,
+            "worst_psnr_db": IDENTICAL,
+            "ssim": 1.0,
+            "lpips": 0.0 if like.lpips != "" else "",
+            "temporal_db": "",
+            "caption_score": like.dense_caption_score,
+            "flops_skipped": 0.0,
+            "steps": max(r.steps for r in results),
+        }
+    )
+
+
+def _decibel(values: list[float | None], combine) -> float | str:
+    """Mean or minimum of PSNRs; identical pictures (``None``) count only if all are."""
+    finite = [value for value in values if value is not None]
+    return round(combine(finite), 2) if finite else IDENTICAL
+
+
+def _mean(values: list[float]) -> float | str:
+    return round(statistics.fmean(values), 4) if values else ""
+
+
+def _share(pairs: list[tuple[int, int]]) -> float | str:
+    total = sum(count for _, count in pairs)
+    return round(sum(right for right, _ in pairs) / total, 4) if total else ""
+
+
+def save_rows(rows: list[Row], path: str | Path) -> None:
+    """Write rows to a CSV; older rows of the same model, method and device are replaced.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path = Path(path)
+    names = [column.name for column in fields(Row)]
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != names:
+                raise ValueError(f"{path} must have the columns {', '.join(names)}")
+            new = {(row.model, row.recipe, row.device) for row in rows}
+            kept = [r for r in reader if (r["model"], r["recipe"], r["device"]) not in new]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*kept, *(asdict(row) for row in rows)])
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,104 @@
+"""Generate with and without acceleration, and compare: what the command line and the demo do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashomni.engine import Recipe, Summary
+from flashomni.engine.trace import Stopwatch
+from flashomni.lab.zoo import Loaded
+from flashomni.models import accelerate
+
+OnStep = Callable[[int, int], None]
+
+
+def frames(output: Any) -> Tensor:
+    """A pipeline's ``pt`` output as fp32 ``[F, 3, H, W]`` in [0, 1]; F = 1 for a picture."""
+    pixels = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+    return pixels.detach().float().clamp(0, 1).cpu()
+
+
+class Generation:
+    """A pipeline with fixed inputs, to run with and without acceleration.
+
+    Args:
+        loaded: the pipeline and its call.
+        prompt: what to generate.
+        seed: of the initial noise.
+        steps: overrides the number of denoising steps.
+    """
+
+    def __init__(
+        self, loaded: Loaded, prompt: str | None, seed: int, steps: int | None = None
+    ) -> None:
+        self.pipe, self.seed = loaded.pipe, seed
+        self.prompt = loaded.prompt if prompt is None else prompt
+        self.call = dict(loaded.call)
+        if steps is not None:
+            self.call["num_inference_steps"] = steps
+        self.pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.call.get("num_inference_steps", 50))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.pipe._execution_device)
+
+    def run(self, on_step: OnStep) -> tuple[Tensor, float]:
+        """Run the pipeline once; return its frames and the seconds it took, all included."""
+
+        def callback(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+            on_step(step + 1, getattr(pipe, "_num_timesteps", None) or self.num_steps)
+            return kwargs
+
+        self._wait()
+        start = time.perf_counter()
+        output = self.pipe(
+            self.prompt,
+            **self.call,
+            generator=torch.Generator("cpu").manual_seed(self.seed),
+            output_type="pt",
+            callback_on_step_end=callback,
+        )
+        self._wait()
+        return frames(output), time.perf_counter() - start
+
+    def warm_up(self) -> None:
+        """One step that nobody counts: thread pools, kernels and memory come up."""
+        call = {**self.call, "num_inference_steps": 1}
+        self.pipe(self.prompt, **call, output_type="latent")
+
+    def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
+        """The stock pipeline: frames, seconds, seconds of each call of the transformer."""
+        watches: list[Stopwatch] = []
+        device, model = self.device, self.pipe.transformer
+        handles = [
+            model.register_forward_pre_hook(lambda *_: watches.append(Stopwatch(device))),
+            model.register_forward_hook(lambda *_: watches[-1].stop()),
+        ]
+        try:
+            pixels, seconds = self.run(on_step)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return pixels, seconds, [watch.seconds() for watch in watches]
+
+    def accelerated(
+        self, recipe: Recipe | str | Path, on_step: OnStep, backend: str | None = None
+    ) -> tuple[Tensor, float, Summary]:
+        """The same pipeline under a recipe: frames, seconds, what was skipped."""
+        with accelerate(self.pipe, recipe, backend=backend) as engine:
+            pixels, seconds = self.run(on_step)
+            return pixels, seconds, engine.report()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()

@@ -1,0 +1,177 @@
+"""Measurements as rows, and rows as a CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from flashomni.lab.ops.problems import PROBLEMS, Problem, Request
+from flashomni.lab.ops.shapes import SHAPES
+from flashomni.lab.ops.timing import interleaved
+from flashomni.lab.versions import commit, device_name
+from flashomni.util.files import write_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement against one baseline.
+
+    ``ratio`` is baseline_ms / ms; ``ideal`` what it would be if time fell with the work.
+    """
+
+    op: str
+    shape: str
+    seqlen: int
+    density: float
+    backend: str
+    ms: float
+    baseline: str
+    baseline_ms: float
+    ratio: float
+    ideal: float
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    command: str
+
+    @property
+    def of_ideal(self) -> float:
+        return self.ratio / self.ideal
+
+
+def measure(
+    op: str,
+    shape: str,
+    densities: list[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    command: str,
+    backend: str | None = None,
+) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """``(a row for each baseline, baselines that are missing and why)`` of each density.
+
+    Raises:
+        ValueError: unknown op or shape.
+        RuntimeError: the op's result is wrong; then nothing is timed.
+    """
+    if op not in PROBLEMS:
+        raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    # Freeing a block this large once lets the C allocator keep such blocks, not return them
+    # to the system at every call, as in a process that has run a model. Both sides gain.
+    torch.ones(24 * 2**20, dtype=torch.uint8)
+    for density in densities:
+        torch.manual_seed(0)
+        problem = PROBLEMS[op](Request(SHAPES[shape], density, device, dtype, backend))
+        _check(problem, dtype)
+        others = {name: baseline.run for name, baseline in problem.baselines.items()}
+        ms = interleaved({"ours": problem.ours, **others}, device, rounds, problem.sets)
+        yield (
+            [
+                Row(
+                    op=op,
+                    shape=shape,
+                    seqlen=SHAPES[shape].seqlen,
+                    density=problem.density,
+                    backend=problem.backend,
+                    ms=round(ms["ours"], 4),
+                    baseline=name,
+                    baseline_ms=round(ms[name], 4),
+                    ratio=round(ms[name] / ms["ours"], 3),
+                    ideal=round(baseline.ideal, 3),
+                    **origin(device, command),
+                )
+                for name, baseline in problem.baselines.items()
+            ],
+            problem.missing,
+        )
+
+
+def _check(problem: Problem, dtype: torch.dtype) -> None:
+    """Compare with the fp32 definition before anything is timed."""
+    if problem.check is None:
+        return
+    error, limit = problem.check(), 1e-5 if dtype == torch.float32 else 1e-2
+    if not error <= limit:
+        raise RuntimeError(f"relative error {error:.2e} is above {limit:.0e}: nothing is timed")
+
+
+def origin(device: torch.device, command: str) -> dict[str, Any]:
+    """The last columns of every row: GPU, versions, commit, command."""
+    return {
+        "gpu": device_name(device),
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def tabulate(rows: list[Row]) -> Table:
+    """Rows of one op and shape, for the eye."""
+    first = rows[0]
+    columns = ("density", "ms", "baseline", "its ms", "speed-up", "of linear")
+    title = f"{first.op}, {first.shape}, backend {first.backend}, {first.gpu}"
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(
+            f"{row.density:.3f}",
+            f"{row.ms:.3f}",
+            row.baseline,
+            f"{row.baseline_ms:.3f}",
+            f"{row.ratio:.3f}x",
+            f"{row.of_ideal:.3f}",
+        )
+    return table
+
+
+def save(rows: Sequence[Any], path: Path) -> None:
+    """Append rows (dataclasses of one kind) to a CSV, with a header if it is new.
+
+    The file appears whole or not at all.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    write_text(path, extended(rows, read_rows(path, type(rows[0]))))
+
+
+def read_rows(path: Path, row: type) -> str:
+    """Text of a CSV of such rows; empty where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    names = [column.name for column in fields(row)]
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if old and old.splitlines()[0] != ",".join(names):
+        raise ValueError(f"csv: {path} has other columns; allowed are {', '.join(names)}")
+    return old
+
+
+def extended(rows: Sequence[Any], old: str) -> str:
+    """``old``, the text of a CSV or nothing, with rows after it; ``None`` is an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(asdict(rows[0])), lineterminator="\n")
+    if not old:
+        writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return old + buffer.getvalue()

@@ -1,0 +1,322 @@
+"""Pipelines to run: the bundled small ones, any local diffusers folder, any id on the Hub.
+
+A folder may hold a ``flashomni.json`` with a default ``prompt`` and the ``call``: the arguments
+that the pipeline is meant to be called with. Where a bundled folder is missing, a small pipeline
+with random weights is built in its place, out of stock classes and without any download.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED = ("tiny-image", "tiny-video")
+PROMPT = "a large red striped circle left of a small blue square on a green checker floor"
+WORDS = (
+    "a an and the of on in to with left right above below behind front near moving from "
+    "large small red green blue yellow white black orange purple "
+    "circle square triangle ring star cross "
+    "striped dotted plain checker floor wall light dark cat holding sign"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline and how to call it.
+
+    Args:
+        pipe: a diffusers pipeline.
+        prompt: a prompt that suits it.
+        call: arguments of the call besides prompt, generator and output type.
+        trained: whether its weights are trained (random weights make noise, at the same speed).
+        prompts: more prompts that suit it, for an evaluation.
+    """
+
+    pipe: Any
+    prompt: str = PROMPT
+    call: dict[str, Any] = field(default_factory=dict)
+    trained: bool = True
+    prompts: tuple[str, ...] = (PROMPT,)
+
+
+def load(
+    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Loaded:
+    """Load a pipeline by name, folder or Hub id.
+
+    Args:
+        model: ``tiny-image``, ``tiny-video``, a local diffusers folder, or a Hub id ``org/name``.
+        device: where to put it.
+        dtype: of its weights.
+
+    Raises:
+        ValueError: it is none of these, or cannot be loaded.
+    """
+    folder = Path(model)
+    if str(model) in BUNDLED:
+        folder = ASSETS / str(model)
+        if not (folder / "model_index.json").exists():
+            loaded = random_pipeline(str(model))
+            loaded.pipe.to(device)
+            if dtype != torch.float32:
+                loaded.pipe.to(dtype=dtype)
+            return loaded
+    is_folder = (folder / "model_index.json").exists()
+    if not is_folder and (folder.exists() or str(model).count("/") != 1):
+        raise ValueError(
+            f"model must be {', '.join(BUNDLED)}, a diffusers folder (with model_index.json) or a "
+            f"Hub id like org/name, got {str(model)!r}"
+        )
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # the caller shows that it is loading
+    source = folder if is_folder else str(model)
+    try:
+        with warnings.catch_warnings():
+            # newer diffusers say `dtype`, older ones know only `torch_dtype`
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, local_files_only=is_folder
+            )
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error
+    pipe.to(device)
+    note = read_note(folder) if is_folder else {}
+    prompt = note.get("prompt", PROMPT)
+    prompts = tuple(note.get("prompts", [prompt]))
+    return Loaded(pipe, prompt, dict(note.get("call", {})), prompts=prompts)
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """The ``flashomni.json`` of a folder; empty where there is none.
+
+    Raises:
+        ValueError: it is not a JSON object with ``prompt`` a string, ``prompts`` a list of strings
+            and ``call`` an object.
+    """
+    path = folder / "flashomni.json"
+    if not path.exists():
+        return {}
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    right = isinstance(note, dict) and isinstance(note.get("prompt", ""), str)
+    prompts = note.get("prompts", [PROMPT]) if right else []
+    right = right and isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not right or not prompts or not isinstance(note.get("call", {}), dict):
+        raise ValueError(
+            f'{path} must be {{"prompt": string, "prompts": [string], "call": object}}'
+        )
+    return note
+
+
+def random_pipeline(name: str, seed: int = 0, **size: Any) -> Loaded:
+    """A bundled pipeline's stand-in with random weights.
+
+    Args:
+        name: ``tiny-image`` (FluxPipeline) or ``tiny-video`` (HunyuanVideoPipeline).
+        seed: of the weights.
+        size: ``heads``, ``head_dim``, ``dual``, ``single``: layers and width of the transformer.
+    """
+    if name not in BUNDLED:
+        raise ValueError(f"name must be one of {', '.join(BUNDLED)}, got {name!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loaded = (_flux if name == "tiny-image" else _hunyuan)(**size)
+    for part in loaded.pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # built from a config, a module is in training mode
+    return loaded
+
+
+def _tokenizer(max_length: int) -> Any:
+    """A word-level tokenizer: pads on the right, ends with ``</s>``."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(special + sorted(set(WORDS.split())))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+        padding_side="right",  # set later as an attribute it would not be saved
+    )
+
+
+def _rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """Three even axes that sum to head_dim, the first the smallest."""
+    first = max(head_dim // 16 * 2, 2)
+    second = (head_dim - first) // 4 * 2
+    return first, second, head_dim - first - second
+
+
+def _clip(tokenizer: Any, width: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=width,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _flux(heads: int = 4, head_dim: int = 64, dual: int = 2, single: int = 4) -> Loaded:
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer, tokenizer_2 = _tokenizer(77), _tokenizer(64)
+    t5 = T5Config(
+        vocab_size=len(tokenizer_2),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        tie_word_embeddings=False,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=dual,
+        num_single_layers=single,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=_rope_axes(head_dim),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=_clip(tokenizer, 32),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        image_encoder=None,
+        feature_extractor=None,
+    )
+    call = {
+        "height": 256,
+        "width": 256,
+        "num_inference_steps": 28,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 64,
+    }
+    return Loaded(pipe, call=call, trained=False)
+
+
+def _hunyuan(heads: int = 4, head_dim: int = 64, dual: int = 2, single: int = 4) -> Loaded:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import LlamaConfig, LlamaModel
+
+    tokenizer, tokenizer_2 = _tokenizer(256), _tokenizer(77)
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,  # the pipeline reads hidden_states[-3]
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        num_layers=dual,
+        num_single_layers=single,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=_rope_axes(head_dim),
+    )
+    pipe = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_clip(tokenizer_2, 32),
+        tokenizer_2=tokenizer_2,
+    )
+    call = {
+        "height": 128,
+        "width": 128,
+        "num_frames": 61,
+        "num_inference_steps": 28,
+        "guidance_scale": 6.0,
+        "max_sequence_length": 64,
+        "prompt_template": {"template": "{}", "crop_start": 0},
+    }
+    return Loaded(pipe, call=call, trained=False)

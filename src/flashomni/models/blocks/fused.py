@@ -1,0 +1,87 @@
+"""What blocks do around attention, in few passes: modulation, residual, MLP, projections in place.
+
+A module is taken apart only where it is exactly what it seems: of the known class, plain, unhooked.
+Every other module is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.linear import is_hooked, plain_weights
+from flashomni.kernels.elementwise.op import gated_residual, gated_residual_norm, modulated_norm
+
+ADAPTIVE = ("AdaLayerNormZero", "AdaLayerNormZeroSingle")
+
+
+def adaptive_norm(norm: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+    """``norm(x, emb=emb)`` for diffusers' AdaLayerNormZero and AdaLayerNormZeroSingle.
+
+    Args:
+        norm: makes shift, scale and gates of ``emb``.
+        x: ``[B, R, K]``.
+        emb: ``[B, K]``.
+
+    Returns:
+        The modulated norm of ``x``, then gate, and shift, scale and gate of the MLP if there are.
+    """
+    known = type(norm).__name__ in ADAPTIVE and getattr(norm, "emb", None) is None
+    if not known or is_hooked(norm) or not _is_bare(norm.norm) or emb.ndim != 2:
+        return norm(x, emb=emb)
+    parts = norm.linear(norm.silu(emb)).chunk(norm.linear.out_features // x.shape[-1], dim=1)
+    return modulated_norm(x, parts[1], parts[0], norm.norm.eps), *parts[2:]
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, norm: Any, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``x + gate * y``, and the norm of that, modulated.
+
+    Args:
+        x: ``[B, R, K]``.
+        y: ``[B, R, K]``.
+        gate: ``[B, K]``, like ``scale`` and ``shift``.
+        norm: a LayerNorm without weights; any other module is called.
+    """
+    if _is_bare(norm):
+        return gated_residual_norm(x, y, gate, scale, shift, norm.eps)
+    x = gated_residual(x, y, gate)
+    return x, norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _is_bare(norm: Any) -> bool:
+    """Whether a norm is a LayerNorm over the last dim without weights and without hooks."""
+    bare = type(norm) is nn.LayerNorm and norm.weight is None and norm.bias is None
+    return bare and len(norm.normalized_shape) == 1 and not is_hooked(norm)
+
+
+def mlp(module: Any, x: Tensor) -> Tensor:
+    """``module(x)`` for diffusers' FeedForward.
+
+    Args:
+        module: a FeedForward.
+        x: ``[B, R, K]``.
+    """
+    net = getattr(module, "net", None)
+    if type(module).__name__ != "FeedForward" or net is None or is_hooked(module):
+        return module(x)
+    first, *rest = net
+    is_tanh = type(first).__name__ == "GELU" and getattr(first, "approximate", "") == "tanh"
+    if not is_tanh or is_hooked(first):
+        return module(x)
+    x = gelu_linear(first.proj, x)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
+def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """``gelu(linear(x))``, tanh form; on a GPU the product applies it before it is written."""
+    weights = plain_weights(linear, x) if x.is_cuda else None
+    if weights is None or weights.bias is None:
+        return nn.functional.gelu(linear(x), approximate="tanh")
+    out = torch._addmm_activation(weights.bias, x.flatten(0, 1), weights.weight.t(), use_gelu=True)
+    return out.unflatten(0, x.shape[:2])

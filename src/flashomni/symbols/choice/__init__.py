@@ -1,0 +1,1 @@
+"""Choosing bits from masses: definitions in torch, and kernels beside them."""

@@ -1,0 +1,1 @@
+"""Files, settings: what has nothing to do with diffusion."""

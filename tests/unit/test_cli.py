@@ -1,0 +1,145 @@
+"""The command line as a user types it."""
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flashomni.cli import app
+from flashomni.lab import zoo
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A saved pipeline that generates in a moment."""
+    loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
+    folder = tmp_path / "model"
+    loaded.pipe.save_pretrained(folder)
+    call = {**loaded.call, "height": 64, "width": 64, "num_inference_steps": 6}
+    note = {"prompt": "a <b>ring</b>", "call": call}
+    (folder / "flashomni.json").write_text(json.dumps(note))
+    return folder
+
+
+def run(*arguments):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "lossless", "fora"])
+def test_generate_compare_writes_a_report(model, tmp_path, recipe):
+    """Report, pictures and the keys that other programs read."""
+    out = tmp_path / "out"
+    done = run("generate", "--model", model, "--recipe", recipe, "--compare", "--out", out)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "report.json").read_text())
+    keys = {
+        "model", "recipe", "seconds_dense", "seconds_accelerated", "speedup", "psnr_db", "ssim",
+        "max_abs_diff", "flops_skipped", "cache_bytes", "steps",
+    }  # fmt: skip
+    assert keys <= set(report)
+    assert len(report["steps"]) == 6 and report["recipe"]["name"] == recipe
+    assert (out / "report.html").exists()
+    if recipe == "lossless":
+        assert report["max_abs_diff"] <= 1e-4
+
+
+def test_generate_alone_writes_a_picture(model, tmp_path):
+    """Without --compare: one picture and the summary."""
+    done = run("generate", "a star", "--model", model, "--out", tmp_path / "out", "--steps", 3)
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "out").glob("accelerated.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--recipe", "ludicrous"), "recipe must be a preset"),
+        (("generate", "--model", "nothing"), "model must be tiny-image"),
+        (("generate", "--device", "abacus"), "device must be auto, cpu or cuda"),
+        (("generate", "--dtype", "int3"), "dtype must be auto, float32"),
+        (("generate", "--backend", "abacus"), "backend must be one of"),
+        (("bench", "sorting"), "op must be one of attention, attention_cached"),
+        (("bench", "--shape", "round"), "shape must be one of cpu-4096"),
+        (("bench", "--density", "0"), "density must be above 0"),
+        (("show", "recipe", "ludicrous"), "recipe must be a preset"),
+        (("show", "policies", "ludicrous"), "policy must be one of"),
+        (("show", "backends", "ludicrous"), "op must be one of"),
+        (("show", "models", "ludicrous"), "model must be one of"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message):
+    """Exit code 2 and what is allowed; no traceback."""
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output.replace("\n", " ") and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("topic", ["recipe", "policies", "backends", "models"])
+def test_show(topic):
+    """Each topic prints a table."""
+    done = run("show", topic)
+    assert done.exit_code == 0, done.output
+    expected = {
+        "recipe": "lossless", "policies": "taylorseer", "backends": "gemm_o_update",
+        "models": "FluxTransformer2DModel",
+    }  # fmt: skip
+    assert expected[topic] in done.output
+
+
+def test_show_recipe_prints_json():
+    """What it prints can be saved and used as a recipe."""
+    done = run("show", "recipe", "balanced")
+    assert json.loads(done.output)["policy"]["name"] == "flashomni"
+
+
+def test_doctor_names_versions_and_backends():
+    """Versions, device, and every op with its backends."""
+    done = run("doctor")
+    assert done.exit_code == 0
+    for word in ("torch", "diffusers", "gemm_q", "reference"):
+        assert word in done.output
+
+
+def test_bench_appends_rows(tmp_path, monkeypatch):
+    """A row a density and baseline, with versions and commit; appended to what is there; drawn."""
+    from flashomni.lab import ops as bench
+
+    monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
+    csv = tmp_path / "rows.csv"
+    ops = sorted(bench.PROBLEMS)
+    for op in ops:
+        done = run("bench", op, "--device", "cpu", "--density", 0.5, "--rounds", 1, "--csv", csv)
+        assert done.exit_code == 0, done.output
+    lines = csv.read_text().splitlines()
+    columns = (
+        "op,shape,seqlen,density,backend,ms,baseline,baseline_ms,ratio,ideal,gpu,torch,triton,"
+    )
+    assert lines[0] == columns + "commit,command"
+    assert [line.split(",")[0] for line in lines[1:]] == ops
+    plot = tmp_path / "plots" / "rows.png"
+    again = ("bench", "gemm_q", "--device", "cpu", "--density", 0.5, "--rounds", 1)
+    assert run(*again, "--csv", csv, "--plot", plot).exit_code == 0 and plot.stat().st_size > 0
+    csv.write_text("other,columns\n1,2\n")
+    done = run(*again, "--csv", csv)
+    assert done.exit_code == 2 and "has other columns" in done.output
+    assert csv.read_text() == "other,columns\n1,2\n"
+    done = run(*again, "--plot", plot)
+    assert done.exit_code == 2 and "plot needs csv" in done.output
+
+
+def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):
+    """Correctness first: a backend that is wrong is not timed."""
+    from flashomni.lab import ops as bench
+
+    monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
+    problem = bench.PROBLEMS["attention"]
+
+    def broken(request):
+        return dataclasses.replace(problem(request), check=lambda: 0.5)
+
+    monkeypatch.setitem(bench.PROBLEMS, "attention", broken)
+    done = run("bench", "attention", "--device", "cpu", "--density", 0.5)
+    assert done.exit_code == 1 and "nothing is timed" in str(done.exception)

@@ -1,0 +1,125 @@
+"""The Hopper attention kernel, compiled without a GPU: no spill, no serialised wgmma, no race."""
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+    pytest.skip("the kernel needs Triton 3.6", allow_module_level=True)
+
+from compile_sm90 import SHARED_MEMORY, TOOLS, build, tensor_descriptor, writes_in_flight  # noqa: E402
+
+from flashomni.kernels.attention.sm90 import (  # noqa: E402
+    LISTED,
+    ROWS,
+    TILE_M,
+    attention_kernel,
+    choose_config,
+)
+from flashomni.kernels.common.hopper import MOVES_OPERANDS  # noqa: E402
+
+POINTERS = {"lse_ptr": "*fp32", "q_bits": "*u8", "kv_bits": "*i32", "kv_len_ptr": "*i32",
+            "order": "*i32"}  # fmt: skip
+FULL = {"IS_SPARSE": True, "IS_RAGGED": True, "HAS_KV_LEN": True, "HAS_LSE": True}
+# (dtype, head_dim, block_n, what the call has)
+CASES = {
+    "dense": ("bf16", 128, 128, {}),
+    "dense ragged": ("bf16", 128, 128, {"IS_RAGGED": True}),
+    "sparse": ("bf16", 128, 128, {"IS_SPARSE": True}),
+    "sparse ragged": ("bf16", 128, 128, {"IS_SPARSE": True, "IS_RAGGED": True}),
+    "sparse with everything": ("bf16", 128, 128, FULL),
+    "more than 131k keys": ("bf16", 128, 128, {**FULL, "MAX_WORDS": 64}),
+    "fp16": ("fp16", 128, 128, {"IS_SPARSE": True}),
+    "head_dim 64": ("bf16", 64, 128, FULL),
+    "head_dim 256": ("bf16", 256, 128, FULL),
+    "block_n 64": ("bf16", 128, 64, FULL),
+}
+
+
+def compiled(dtype, head_dim, block_n, flags):
+    config = choose_config(head_dim, block_n)
+    block = (1, 1, TILE_M, config.head_dim)
+    kv_block = (1, 1, config.tile_n, config.head_dim)
+    o_block = (1, 1, ROWS.value, min(config.head_dim, 128))
+    constants = {
+        "PER_BLOCK": block_n // config.tile_n,
+        "MAX_WORDS": 32,
+        "LISTED": LISTED,
+        "K_STAGES": config.k_stages,
+        "V_STAGES": config.v_stages,
+        "Q_IN_REGISTERS": config.q_in_registers,
+        "CONSUMER_REGISTERS": config.registers[0],
+        "PRODUCER_REGISTERS": config.registers[1],
+        **dict.fromkeys(FULL, False),
+        **flags,
+    }
+    absent = {
+        "lse_ptr": "HAS_LSE", "kv_len_ptr": "HAS_KV_LEN",
+        "q_bits": "IS_SPARSE", "kv_bits": "IS_SPARSE", "order": "IS_SPARSE",
+    }  # fmt: skip
+    constants |= {name: None for name, flag in absent.items() if not constants[flag]}
+    types = {
+        "q_desc": tensor_descriptor(dtype, block),
+        "k_desc": tensor_descriptor(dtype, kv_block),
+        "v_desc": tensor_descriptor(dtype, kv_block),
+        "o_desc": tensor_descriptor(dtype, o_block),
+        "scale_log2": "fp32",
+        **{name: kind for name, kind in POINTERS.items() if name not in constants},
+    }
+    return build(attention_kernel, types, constants)
+
+
+# Bytes that Triton 3.6 stores and loads again, outside of the loops over visits: one register
+# before the first visit of a program, and what 256 columns of output leave no room for.
+MAY_SPILL = {"dense ragged": 8, "sparse ragged": 8, "head_dim 256": 72}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def kernel(request):
+    return compiled(*CASES[request.param])
+
+
+@pytest.fixture
+def may_spill(request):
+    name = request.node.callspec.params["kernel"]
+    return 0 if MOVES_OPERANDS.value else MAY_SPILL.get(name, 0)
+
+
+def test_fits_and_does_not_spill(kernel, may_spill):
+    """Registers and shared memory suffice; ptxas neither spills nor serialises wgmma."""
+    assert kernel.spilled_bytes <= may_spill
+    assert not kernel.warnings
+    assert kernel.shared <= SHARED_MEMORY
+
+
+def test_what_runs_does_not_spill(kernel, may_spill):
+    """Triton calls ptxas with options of its own: the machine code itself is free of spills."""
+    if not (TOOLS / "cuobjdump").exists():
+        pytest.skip("this Triton ships no cuobjdump")
+    if may_spill == 0:
+        assert not [line for line in kernel.sass() if re.match(r"(@!?U?P\w+ )?(LDL|STL)", line)]
+
+
+def test_no_register_of_a_running_wgmma_is_written(kernel):
+    """A linear scan of the machine code: wgmma use registers until they are waited for."""
+    if not (TOOLS / "cuobjdump").exists():
+        pytest.skip("this Triton ships no cuobjdump")
+    sass = kernel.sass()
+    assert any(line.startswith("HGMMA") for line in sass)
+    assert not writes_in_flight(sass)
+
+
+def test_the_scan_sees_a_write():
+    """Accumulators, and operands held in registers, before the wait; not after it."""
+    wgmma = "HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR16], R24, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    for write in (
+        "MOV R152, R1",
+        "FADD R30, R1, R2",
+        "LDSM.16.M88.4 R150, [R1]",
+        "@P0 MUFU.EX2 R87, R3",
+    ):
+        assert writes_in_flight([wgmma, write, wait]) == [write]
+        assert not writes_in_flight([wgmma, wait, write])
+    assert not writes_in_flight([wgmma, "FADD R156, R24, R25", "STS [R24], R153", wait])

@@ -1,0 +1,356 @@
+"""Evaluations: what a method's name means, campaigns that go on where they stopped, true tables."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashomni.cli import app
+from flashomni.lab import metrics, zoo
+from flashomni.lab.fidelity import Campaign, Result, parse_method, save_rows, summarise
+from flashomni.lab.fidelity.campaign import ATTEMPTS, BRACKET, count_flops
+from flashomni.lab.fidelity.methods import DEFAULTS
+from flashomni.lab.fidelity.page import frontier, write_page
+from flashomni.lab.fidelity.peers import PEERS
+from flashomni.lab.fidelity.scorers import load_scorer
+from flashomni.lab.generation import Generation
+
+COLUMNS = (
+    "model", "recipe", "device", "seconds", "speedup", "psnr_db", "ssim", "lpips",
+    "caption_score", "flops_skipped", "seeds", "commit",
+)  # fmt: skip
+# Settings under which each peer changes a picture of eight steps.
+AGGRESSIVE = {
+    "diffusers.taylorseer": "cache_interval=3",
+    "diffusers.first_block": "threshold=10",
+    "diffusers.pab": "spatial_attention_block_skip_range=3",
+    "diffusers.mag": "threshold=10,retention_ratio=0.1",
+    "cache-dit": "Fn_compute_blocks=1,residual_diff_threshold=10,max_warmup_steps=2",
+}
+SIZES = {
+    "tiny-image": {"height": 64, "width": 64, "num_inference_steps": 8},
+    "tiny-video": {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 8},
+}
+
+
+def small(name="tiny-image"):
+    loaded = zoo.random_pipeline(name, heads=2, head_dim=32, dual=2, single=2)
+    return dataclasses.replace(loaded, call={**loaded.call, **SIZES[name]})
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return small()
+
+
+@pytest.fixture(scope="module", params=zoo.BUNDLED)
+def either(request):
+    return small(request.param)
+
+
+def campaign(loaded, folder, methods=("fora:interval=2", "steps=4"), **options):
+    settings = {"prompts": ["a red circle"], "seeds": [0], **options}
+    return Campaign("small", loaded, [parse_method(m) for m in methods], folder=folder, **settings)
+
+
+def silent(case):
+    return lambda step, total: None
+
+
+def result(method="fast", **changes):
+    """A result as a campaign would give it."""
+    values = {
+        "method": method, "family": "presets", "prompt": "a", "seed": 0, "steps": 28,
+        "seconds": 2.0, "dense_seconds": 5.0, "psnr_db": 40.0, "ssim": 0.9, "lpips": None,
+        "temporal_db": None, "caption": (3, 4), "dense_caption": (4, 4), "flops_skipped": 0.5,
+        "versions": {"device": "abacus", "commit": "c0ffee", "torch": "2", "diffusers": "0"},
+    }  # fmt: skip
+    return Result(**{**values, **changes})
+
+
+def test_every_default_method_has_a_meaning():
+    """The default set parses; names are unique; all families are there."""
+    methods = [parse_method(name) for name in DEFAULTS]
+    assert len({method.name for method in methods}) == len(methods)
+    assert {method.family for method in methods} == {"presets", "recipes", "stock", "peers"}
+
+
+def test_a_method_is_what_it_says():
+    """Specs tell methods apart: equal pictures only from equal specs."""
+    assert parse_method("steps=14").steps == 14
+    assert parse_method("balanced").spec["recipe"]["name"] == "balanced"
+    assert parse_method("balanced:interval=3").spec["recipe"]["interval"] == 3
+    assert parse_method("fora").spec != parse_method("fora:interval=9").spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps=0", "steps must be a positive integer, got 'steps=0'"),
+        ("steps=many", "steps must be a positive integer"),
+        ("ludicrous", "recipe must be a preset"),
+        ("balanced:speed=9", "settings of balanced are interval, .*tau_q.*; got 'speed'"),
+        ("balanced:name=mine", "got 'name'"),
+        ("balanced:interval", "settings must be key=value"),
+        ("balanced:interval=2,interval=3", "interval is given twice"),
+        ("balanced:interval=0", "interval must be an integer from 1"),
+        ("diffusers.mag:threshold", "settings must be key=value"),
+    ],
+)
+def test_wrong_methods(text, message):
+    """A sentence that names what was given and what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_a_peer_acts_and_is_taken_off(either, name):
+    """While attached it changes the result; afterwards the stock pipeline is back, bit for bit."""
+    if name == "cache-dit" and importlib.util.find_spec("cache_dit") is None:
+        with pytest.raises(NotImplementedError, match="cache-dit cannot be imported"):
+            parse_method(name)
+        pytest.skip("cache-dit is not installed")
+    generation = Generation(either, None, 0)
+    stock, _ = generation.run(lambda step, total: None)
+    method = parse_method(f"{name}:{AGGRESSIVE[name]}")
+    method.prepare(either.pipe, 8, lambda: generation.run(lambda step, total: None))
+    for _ in range(2):  # state of one generation must not reach the next
+        with method.attach(either.pipe, 8):
+            changed, _ = generation.run(lambda step, total: None)
+        assert not torch.equal(changed, stock)
+        again, _ = generation.run(lambda step, total: None)
+        assert torch.equal(again, stock)
+
+
+def test_a_peer_refuses_settings_it_does_not_have(loaded):
+    """The peer's own configuration decides."""
+    method = parse_method("diffusers.first_block:sharpness=1")
+    refused = pytest.raises(ValueError, match=r"FirstBlockCacheConfig: .*sharpness")
+    with refused, method.attach(loaded.pipe, 8):
+        pass
+
+
+def test_flops_of_the_stock_model_are_those_of_the_engine(either):
+    """Two independent counts: torch's also sees embedders and text refiner, outside the blocks."""
+    generation = Generation(either, None, 0)
+    _, _, summary = generation.accelerated("lossless", lambda step, total: None)
+    share = sum(summary.flops_dense.values()) / count_flops(generation)
+    assert 0.85 < share < 1.0
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_campaign_goes_on_where_it_was_stopped(loaded, tmp_path):
+    """Finished cases are read, not run again; more methods add cases; nothing is half-written."""
+    first = campaign(loaded, tmp_path)
+    runs = []
+
+    def watch(case):
+        runs.append(case.method.name)
+        return lambda step, total: None
+
+    done = list(first.run(watch))
+    assert [r.method for r in done] == ["fora:interval=2", "steps=4"]
+    assert runs == ["dense", "fora:interval=2", "steps=4", "dense"]
+    assert done[0].steps == 8 and done[1].steps == 4
+    assert done[0].flops_skipped > 0.2 and done[1].flops_skipped == 0.5
+
+    runs.clear()
+    again = campaign(loaded, tmp_path, ("fora:interval=2", "steps=4", "fora:interval=4"))
+    assert list(again.run(watch))[:2] == done
+    assert runs == ["dense", "fora:interval=4", "dense"]
+    assert len(again.results()) == 3
+
+    runs.clear()
+    assert len(list(campaign(loaded, tmp_path, prompts=["a blue star"]).run(watch))) == 2
+    assert "dense" in runs, "another prompt is another case"
+    assert all(path.suffix in (".json", ".png") for path in (tmp_path / "cases").iterdir())
+
+
+@pytest.fixture
+def calm(monkeypatch):
+    """Runs of milliseconds differ by more than a calm machine's runs of seconds."""
+    monkeypatch.setattr("flashomni.lab.fidelity.campaign.UNREST", math.inf)
+
+
+def test_a_disturbed_bracket_is_measured_again(loaded, tmp_path, monkeypatch):
+    """Stock runs that differ too much speak of somebody else on the machine; there is an end."""
+    monkeypatch.setattr("flashomni.lab.fidelity.campaign.UNREST", 0.0)
+    order = []
+    campaign_run = campaign(loaded, tmp_path, ["steps=4"]).run(
+        lambda case: order.append(case.method.name) or (lambda step, total: None)
+    )
+    assert len(list(campaign_run)) == 1
+    assert order == ["dense", *["steps=4", "dense"] * ATTEMPTS]
+
+
+@pytest.mark.usefixtures("calm")
+def test_the_stock_pipeline_brackets_the_methods(loaded, tmp_path):
+    """At most a few methods run between two stock runs, whose mean is their baseline."""
+    names = [f"steps={count}" for count in range(1, BRACKET + 2)]
+    order = []
+    found = list(
+        campaign(loaded, tmp_path, names).run(
+            lambda case: order.append(case.method.name) or (lambda step, total: None)
+        )
+    )
+    assert order == ["dense", *names[:BRACKET], "dense", names[-1], "dense"]
+    assert len({r.dense_seconds for r in found[:BRACKET]}) == 1
+    assert all(r.seconds > 0 and r.dense_seconds > 0 for r in found)
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_scorer_sees_frames_and_prompt(loaded, tmp_path):
+    """Scores are kept beside the stock pipeline's; a result without them is measured again."""
+    seen = []
+
+    def judge(pixels, prompt):
+        seen.append((tuple(pixels.shape), prompt))
+        return 1, 2
+
+    list(campaign(loaded, tmp_path, ["steps=4"]).run(silent))
+    (scored,) = campaign(loaded, tmp_path, ["steps=4"], scorer=judge).run(silent)
+    assert scored.caption == scored.dense_caption == (1, 2)
+    assert seen == [((1, 3, 64, 64), "a red circle")] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ()}, "methods must not be empty"),
+        ({"methods": ("dense",)}, "methods must differ and leave out 'dense'"),
+        ({"methods": ("fora", "fora")}, "methods must differ"),
+        ({"prompts": []}, "prompts must not be empty"),
+        ({"seeds": []}, "seeds must not be empty"),
+    ],
+)
+def test_empty_campaigns(loaded, tmp_path, options, message):
+    """Refused before anything is generated."""
+    with pytest.raises(ValueError, match=message):
+        campaign(loaded, tmp_path, **options)
+
+
+def test_a_row_is_medians_of_times_and_means_of_fidelity():
+    """By hand, with an identical picture and a lost statement."""
+    results = [
+        result(seconds=1.0, psnr_db=30.0, caption=(1, 4)),
+        result(seconds=2.0, psnr_db=50.0, seed=1),
+        result(seconds=9.0, psnr_db=None, seed=2),
+    ]
+    dense, row = summarise("m", results, "cmd")
+    assert (dense.recipe, dense.speedup, dense.psnr_db) == ("dense", 1.0, "identical")
+    assert dense.caption_score == 1.0
+    assert (row.seconds, row.speedup) == (2.0, 2.5)
+    assert (row.psnr_db, row.worst_psnr_db) == (40.0, 30.0)
+    assert row.caption_score == pytest.approx(7 / 12, abs=1e-4)
+    assert (row.lpips, row.seeds, row.generations) == ("", "0 1 2", 3)
+    only = summarise("m", [result(psnr_db=None)], "cmd")[1]
+    assert only.psnr_db == only.worst_psnr_db == "identical"
+    assert summarise("m", [], "cmd") == []
+
+
+def test_rows_replace_older_rows_of_the_same_method(tmp_path):
+    """Other models, methods and devices stay; other columns are refused."""
+    path = tmp_path / "fidelity.csv"
+    save_rows(summarise("m", [result(), result("slow")], "one"), path)
+    save_rows(summarise("m", [result(seconds=1.0)], "two"), path)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert {r["recipe"]: r["command"] for r in rows} == {
+        "slow": "one",
+        "dense": "two",
+        "fast": "two",
+    }
+    assert next(r for r in rows if r["recipe"] == "fast")["seconds"] == "1.0"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="must have the columns model, recipe"):
+        save_rows(summarise("m", [result()], "three"), path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_the_frontier_is_what_nothing_beats():
+    """Beaten in both: out. Better in one: in."""
+    rows = summarise(
+        "m",
+        [
+            result("a", seconds=1.0, psnr_db=30.0),
+            result("b", seconds=2.0, psnr_db=40.0),
+            result("c", seconds=2.5, psnr_db=35.0),
+            result("d", seconds=4.0, psnr_db=50.0),
+        ],
+        "cmd",
+    )[1:]
+    assert [row.recipe for row in frontier(rows, "speedup")] == ["d", "b", "a"]
+
+
+def test_the_page_is_whole_and_escaped(loaded, tmp_path):
+    """One file with its pictures inside; what a user typed is text."""
+    some = campaign(loaded, tmp_path, prompts=["<script>alert(1)</script>"])
+    rows = summarise("small", list(some.run(silent)), "flashomni eval <b>")
+    page = write_page(some, rows, tmp_path, "flashomni eval <b>").read_text()
+    assert "<script>" not in page and "eval &lt;b&gt;" in page
+    assert page.count("data:image/png;base64,") == 2 and "steps=4" in page
+    assert (metrics.why_no_lpips() is None) or "LPIPS was not measured" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("math", "scorer must be MODULE:FUNCTION, got 'math'"),
+        ("math:no_such", "is not a function of math"),
+        ("math:pi", "is not a function of math"),
+        ("no_such_module:f", "cannot be imported"),
+    ],
+)
+def test_wrong_scorers(name, message):
+    """Refused with what is expected."""
+    with pytest.raises(ValueError, match=message):
+        load_scorer(name)
+    assert load_scorer("math:hypot") is math.hypot
+
+
+def test_lpips_says_why_it_cannot_run(monkeypatch, tmp_path):
+    """Without its weights: a reason, an error, never another metric in its place."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert metrics.why_no_lpips() is not None
+    picture = torch.rand(1, 3, 64, 64)
+    with pytest.raises(NotImplementedError, match="LPIPS cannot be measured: torchvision"):
+        metrics.lpips(picture, picture)
+
+
+def test_temporal_psnr_sees_flicker_only():
+    """A constant error in all frames is no flicker; one that alternates is."""
+    clip = torch.rand(6, 3, 16, 16) * 0.5
+    assert metrics.temporal_psnr(clip, clip + 0.25) > 100
+    assert metrics.temporal_psnr(clip, clip) == math.inf
+    sign = torch.tensor([0.0, 1.0]).repeat(3).view(6, 1, 1, 1)
+    assert metrics.temporal_psnr(clip, clip + 0.1 * sign) == pytest.approx(20.0, abs=0.01)
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        metrics.temporal_psnr(clip[:1], clip[:1])
+
+
+def test_the_command_line(tmp_path):
+    """Rows, page and pictures appear; a second call runs nothing and gives the same rows."""
+    stored = small()
+    stored.pipe.save_pretrained(tmp_path / "model")
+    note = {"prompt": "a ring", "prompts": ["a ring", "a star"], "call": stored.call}
+    (tmp_path / "model" / "flashomni.json").write_text(json.dumps(note))
+    arguments = [
+        "eval", "--model", tmp_path / "model", "--method", "fora", "--method", "steps=4",
+        "--count", 2, "--out", tmp_path / "out", "--csv", tmp_path / "all.csv",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        assert "LPIPS not measured" in done.output or metrics.why_no_lpips() is None
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"cases", "fidelity.csv", "index.html", "pareto.png", "sheet.png"}
+    with (tmp_path / "all.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["recipe"] for r in rows] == ["dense", "fora", "steps=4"]
+    assert all(r["generations"] == "2" for r in rows)

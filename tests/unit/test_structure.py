@@ -1,0 +1,180 @@
+"""The layout is a contract: imports point downwards, additions are one file, the CLI is frozen."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashomni
+from flashomni import dispatch as dispatching
+from flashomni.kernels import OPS, registered
+from flashomni.models import adapters
+from flashomni.policies import policies
+
+ROOT = Path(flashomni.__file__).parent
+# Part of the package -> parts it may import. Tools stand above everything.
+MAY_IMPORT = {
+    "registry": set(),
+    "util": set(),
+    "dispatch": {"registry"},
+    "symbols": {"dispatch"},
+    "policies": {"registry", "symbols"},
+    "kernels": {"dispatch", "symbols"},
+    "engine": {"registry", "util", "dispatch", "symbols", "policies", "kernels"},
+    "models": {"registry", "util", "dispatch", "symbols", "kernels", "engine"},
+    "compat": {"dispatch", "symbols", "kernels"},
+    "attention": {"compat"},
+    "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
+    "cli": {"util", "dispatch", "kernels", "policies", "engine", "models", "lab"},
+}
+DIFFUSERS = {"models"}
+DIFFUSERS_FILES = {
+    ROOT / "lab" / name for name in ("zoo.py", "e2e/models.py", "e2e/stock.py", "fidelity/peers.py")
+}
+TRITON = {"kernels", "symbols", "policies"}
+CLI = {
+    "generate": {
+        "--model", "--recipe", "--compare", "--out", "--steps", "--seed", "--device", "--dtype",
+        "--backend", "PROMPT",
+    },
+    "eval": {
+        "--model", "--method", "--prompt", "--count", "--seed", "--scorer", "--out", "--csv",
+        "--steps", "--device", "--dtype", "--backend",
+    },
+    "show": {"TOPIC", "NAME"},
+    "doctor": set(),
+    "bench op": {
+        "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",
+        "--plot",
+    },
+    "bench e2e": {
+        "--model", "--recipe", "--baseline", "--steps", "--stock-steps", "--whole", "--device",
+        "--dtype", "--backend", "--structure", "--seed", "--csv", "--plot", "--profile",
+    },
+    "bench sparsity": {
+        "--model", "--point", "--mode", "--dispatch-steps", "--device", "--dtype", "--backend",
+        "--structure", "--seed", "--csv", "--plot",
+    },
+}  # fmt: skip
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def part_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Every module that a file imports, anywhere in it, type checking blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "flashomni":
+                yield from (f"flashomni.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    """A part imports only parts below it; only models and zoo know diffusers."""
+    part = part_of(path)
+    assert part in MAY_IMPORT, f"say in this test what {part} may import"
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "flashomni" and rest:
+            other = rest.partition(".")[0]
+            assert other == part or other in MAY_IMPORT[part], f"{part} imports {other}"
+        if top == "diffusers":
+            assert part in DIFFUSERS or path in DIFFUSERS_FILES, f"{path} imports diffusers"
+        if top == "triton":
+            assert part in TRITON, f"{part} imports triton"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_small(path):
+    """A file is one idea: at most 400 lines, a Hopper kernel 900."""
+    limit = 900 if path.stem == "sm90" else 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_import_loads_no_heavy_library():
+    """``import flashomni`` loads neither diffusers nor triton nor matplotlib."""
+    code = (
+        "import sys, flashomni; "
+        "bad = {'diffusers', 'transformers', 'triton', 'matplotlib', 'typer'} & set(sys.modules); "
+        "sys.exit(', '.join(bad) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def public_files(folder):
+    return {p.stem for p in (ROOT / folder).glob("*.py") if not p.stem.startswith("_")}
+
+
+def test_every_policy_file_registers_a_policy_of_its_name():
+    """The file's name is the policy's name."""
+    assert set(policies()) == public_files("policies")
+
+
+def test_every_model_file_registers_an_adapter():
+    """A file in models/ is an adapter."""
+    modules = {type(adapter).__module__.rpartition(".")[2] for adapter in adapters().values()}
+    assert modules == public_files("models")
+
+
+def test_every_backend_file_is_registered_or_refuses_with_a_reason():
+    """No backend disappears in silence."""
+    for op in ("attention", "gemm_q", "gemm_o"):
+        for name in public_files(f"kernels/{op}") - {"op"}:
+            known = {backend.name for backend in registered(op)}
+            assert name in known or (op, name) in dispatching._broken
+
+
+def test_every_op_has_a_definition():
+    """Each op has the backend ``reference``, of the lowest rank."""
+    for op in OPS:
+        assert registered(op)[-1].name == "reference"
+
+
+def test_a_backend_that_cannot_be_imported_is_a_refusal(tmp_path, monkeypatch):
+    """Its ImportError is the reason that users read."""
+    monkeypatch.setitem(dispatching._broken, ("attention", "moon"), "cannot be imported: no moon")
+    assert dispatching.refusals("attention")["moon"] == "cannot be imported: no moon"
+    with pytest.raises(NotImplementedError, match="moon: cannot be imported: no moon"):
+        dispatching.select("attention", None, "moon")
+
+
+def test_the_command_line_is_frozen():
+    """Options are an interface: adding or renaming one is a decision, made here."""
+    import typer
+
+    from flashomni.cli import app
+
+    def leaves(group, path=()):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from leaves(command, (*path, name))
+            else:
+                yield " ".join((*path, name)), command
+
+    found = {}
+    for name, command in leaves(typer.main.get_command(app)):
+        names = set()
+        for parameter in command.params:
+            is_option = parameter.param_type_name == "option"
+            names.add(max(parameter.opts, key=len) if is_option else parameter.name.upper())
+        found[name] = names - {"--help"}
+    assert found == CLI
