@@ -1,29 +1,56 @@
-"""The only place that chooses a backend.
+"""The only place that chooses a backend, and the only way from an op to the code that runs it.
 
-A backend is one function in one file: ``kernels/<op>/<name>.py``, registered by
-``@register("<op>", "<name>", rank=..., refuses=...)``. Files are found by name and imported on the
-first use of their op, so adding a backend edits nothing. A file that cannot be imported is kept
-as a refusal with its reason. Choice looks at metadata only (dtype, device, shape), never at tensor
-values, so that it costs no synchronisation and works under CUDA graphs.
+An op is declared by the ``op.py`` of its folder: a name, the dataclass of its calls, what a call
+writes. A backend is one function, registered by ``@register("<op>", "<name>", rank=...,
+refuses=...)`` in a file of that folder, or in a module that another package names in the entry
+point group ``flashomni.backends``: adding one edits nothing. Files are imported on the first use of
+their folder. What cannot be imported is kept as a refusal with its reason. Choice looks at metadata
+only (dtype, device, shape), never at tensor values, so that it costs no synchronisation and works
+under CUDA graphs.
+
+The call object is the argument all the way: :func:`execute` hands it to the backend as it is. Only
+``torch.compile`` sees it taken apart (:mod:`flashomni.flatten`), as one custom op for each op.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+
+from flashomni.flatten import CompiledOp, custom_op
 from flashomni.registry import public_modules
 
-OPS = ("attention", "gemm_q", "gemm_o", "gemm_o_update")
-PUBLIC_NAMES = {
-    "attention": "sparse_attention",
-    "gemm_q": "sparse_gemm_q",
-    "gemm_o": "sparse_gemm_o",
-    "gemm_o_update": "gemm_o_update",
+GROUP = "flashomni.backends"
+# Folder -> its ops. A folder is imported when one of them is used for the first time.
+FOLDERS = {
+    "flashomni.kernels.attention": ("attention",),
+    "flashomni.kernels.gemm_q": ("gemm_q",),
+    "flashomni.kernels.gemm_o": ("gemm_o", "gemm_o_update"),
 }
+OPS = tuple(op for ops in FOLDERS.values() for op in ops)
+_FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
+# Every generation uses these; who adds a backend of attention need not write the others.
+HELPERS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, as its ``op.py`` declares it.
+
+    Args:
+        name: one of ``OPS``.
+        public: the function that users call; error messages name it.
+        compiled: the op as ``torch.compile`` sees it: ``compiled(call, backend)``.
+    """
+
+    name: str
+    public: str
+    compiled: CompiledOp
 
 
 @dataclass(frozen=True)
@@ -34,9 +61,11 @@ class Backend:
         op: one of ``OPS``.
         name: what the user passes as ``backend=``.
         rank: the accepting backend with the highest rank runs.
-        run: called with the op's call object (``AttentionCall``, ``GemmQCall``, ``GemmOCall``).
+        run: called with the op's call object (``AttentionCall``, ``GemmQCall``, ...).
         refuses: reasons why a call cannot run here; an empty list accepts it.
-        available: reasons why the backend cannot run on this machine at all.
+        available: reasons why the backend cannot run on this machine at all; asked once.
+        serves: other names by which it may be asked for.
+        device: type of the device its tensors live on; ``None`` takes any.
     """
 
     op: str
@@ -45,10 +74,39 @@ class Backend:
     run: Callable[[Any], Any]
     refuses: Callable[[Any], list[str]]
     available: Callable[[], list[str]]
+    serves: tuple[str, ...] = ()
+    device: str | None = None
 
 
+_ops: dict[str, Op] = {}
 _registry: dict[tuple[str, str], Backend] = {}
 _broken: dict[tuple[str, str], str] = {}
+_imported: set[str] = set()
+_sorted: dict[str, tuple[Backend, ...]] = {}
+_usable: dict[tuple[str, str | None], tuple[Backend, ...]] = {}
+
+
+def declare(
+    op: str, call: type, *, public: str, writes: tuple[str, ...] = (), many: bool = False
+) -> None:
+    """Declare an op; called by its ``op.py``.
+
+    Args:
+        op: one of ``OPS``.
+        call: the dataclass of its calls.
+        public: the function that users call.
+        writes: the fields of ``call`` that a backend writes in place. Without any, backends return
+            a new tensor.
+        many: they return a sequence of new tensors.
+    """
+
+    def run(given: Any, backend: str | None) -> Any:
+        return select(op, given, backend).run(given)
+
+    def define(given: Any) -> Any:
+        return _registry[op, "reference"].run(given)
+
+    _ops[op] = Op(op, public, custom_op(op, call, writes, many, run, define))
 
 
 def register(
@@ -58,40 +116,72 @@ def register(
     rank: int,
     refuses: Callable[[Any], list[str]] = lambda call: [],
     available: Callable[[], list[str]] = lambda: [],
+    serves: tuple[str, ...] = (),
+    device: str | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Register the decorated function as backend ``name`` of ``op``."""
+    """Register the decorated function as backend ``name`` of ``op``.
+
+    ``serves`` are names of families that have no implementation of their own of this op: the Triton
+    passes of ``portable`` serve ``sm90``, so that ``backend="sm90"`` means them there.
+    """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
 
     def keep(run: Callable) -> Callable:
         if (op, name) in _registry:
             raise ValueError(f"backend {name!r} of {op} is registered twice")
-        _registry[op, name] = Backend(op, name, rank, run, refuses, available)
+        _registry[op, name] = Backend(op, name, rank, run, refuses, available, serves, device)
+        forget_choices()
         return run
 
     return keep
 
 
-@functools.cache
-def _discover() -> None:
-    """Import every backend file of every op; a failure becomes that backend's refusal."""
-    for op in ("attention", "gemm_q", "gemm_o"):
-        for module in public_modules(f"flashomni.kernels.{op}"):
-            name = module.rpartition(".")[2]
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                for broken in (op, "gemm_o_update") if op == "gemm_o" else (op,):
-                    _broken[broken, name] = f"cannot be imported: {error}"
+def forget_choices() -> None:
+    """Sort and ask the backends anew at the next call; needed after a change of the registry."""
+    _sorted.clear()
+    _usable.clear()
 
 
-def registered(op: str) -> list[Backend]:
+def arguments(op: str, call: Any, backend: str | None = None) -> tuple[Any, ...]:
+    """What ``torch.ops.flashomni.<op>`` takes for ``call``."""
+    return _ops[op].compiled.arguments(call, backend)
+
+
+def _discover(folder: str) -> None:
+    """Import every backend file of a folder, and once what other packages bring."""
+    if folder in _imported:
+        return
+    _imported.add(folder)
+    importlib.import_module(f"{folder}.op")
+    for module in public_modules(folder):
+        name = module.rpartition(".")[2]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            for op in FOLDERS[folder]:
+                _broken[op, name] = f"cannot be imported: {error}"
+    if GROUP in _imported:
+        return
+    _imported.add(GROUP)
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except ImportError as error:
+            package = "an unknown package" if point.dist is None else point.dist.name
+            for op in OPS:
+                why = f"entry point of {package} cannot be imported: {error}"
+                _broken.setdefault((op, point.name), why)
+
+
+def registered(op: str) -> tuple[Backend, ...]:
     """Every backend of ``op`` that could be imported, best first."""
-    _discover()
-    return sorted(
-        (backend for backend in _registry.values() if backend.op == op),
-        key=lambda backend: -backend.rank,
-    )
+    found = _sorted.get(op)
+    if found is None:
+        _discover(_FOLDER[op])
+        mine = (backend for backend in _registry.values() if backend.op == op)
+        found = _sorted[op] = tuple(sorted(mine, key=lambda backend: -backend.rank))
+    return found
 
 
 def backends(op: str) -> list[str]:
@@ -109,33 +199,87 @@ def refusals(op: str) -> dict[str, str]:
     return reasons | {name: why for (of, name), why in _broken.items() if of == op}
 
 
+def find(op: str, name: str) -> Backend:
+    """The backend ``name`` of ``op``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for backend in registered(op):
+        if backend.name == name:
+            return backend
+    known = ", ".join(sorted(backend.name for backend in registered(op)))
+    raise ValueError(f"backend must be one of {known}, got {name!r}")
+
+
+def execute(op: str, call: Any, backend: str | None = None) -> Any:
+    """Run ``call`` on the backend that :func:`select` finds; what that returns."""
+    if torch.compiler.is_compiling():
+        return _ops[op].compiled(call, backend)
+    return select(op, call, backend).run(call)
+
+
 def select(op: str, call: Any, name: str | None = None) -> Backend:
     """The backend that will run ``call``.
 
     Args:
         op: one of ``OPS``.
         call: the op's call object.
-        name: take exactly this backend, never another.
+        name: take exactly this backend, or the one that serves it, never another. A helper op
+            (``HELPERS``) that lacks a backend known to other ops chooses as if not asked.
 
     Raises:
         ValueError: ``name`` is no backend of ``op``.
         NotImplementedError: nobody accepts the call; the message gives every reason.
     """
-    found = registered(op)
-    broken = {known: why for (of, known), why in _broken.items() if of == op}
-    if name is not None:
-        known = [backend.name for backend in found] + list(broken)
-        if name not in known:
-            raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {name!r}")
-        found = [backend for backend in found if backend.name == name]
-        broken = {known: why for known, why in broken.items() if known == name}
-    reasons = []
-    for backend in found:
-        why = backend.available() or backend.refuses(call)
-        if not why:
+    usable = _usable.get((op, name)) if name is None or type(name) is str else None
+    if usable is None:
+        usable = _candidates(op, name)
+    for backend in usable:
+        if not backend.refuses(call):
             return backend
-        reasons.append(f"  {backend.name}: {'; '.join(why)}")
-    reasons += [f"  {known}: {why}" for known, why in broken.items()]
-    raise NotImplementedError(
-        f"no backend of {PUBLIC_NAMES[op]} accepts this call\n" + "\n".join(reasons)
-    )
+    raise NotImplementedError(_reasons(op, call, name, usable))
+
+
+def _candidates(op: str, name: str | None) -> tuple[Backend, ...]:
+    """The backends that may be asked, best first; remembered, so that a call only looks it up."""
+    found = registered(op)
+    if name is not None:
+        if not isinstance(name, str):
+            raise ValueError(f"backend must be a name or None, got {name!r}")
+        exact = tuple(backend for backend in found if backend.name == name)
+        serving = tuple(backend for backend in found if name in backend.serves)
+        broken = (op, name) in _broken
+        if not (exact or serving or broken):
+            if op not in HELPERS or not _known_elsewhere(name):
+                known = {backend.name for backend in found} | _served(found)
+                known |= {other for of, other in _broken if of == op}
+                raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {name!r}")
+        else:
+            found = exact or (() if broken else serving)
+    usable = tuple(backend for backend in found if not backend.available())
+    _usable[op, name] = usable
+    return usable
+
+
+def _served(found: tuple[Backend, ...]) -> set[str]:
+    return {name for backend in found for name in backend.serves}
+
+
+def _known_elsewhere(name: str) -> bool:
+    return any(backend.name == name for op in OPS for backend in registered(op))
+
+
+def _reasons(op: str, call: Any, name: str | None, usable: tuple[Backend, ...]) -> str:
+    """Why nobody accepts; one line for each backend that was asked."""
+    asked = [b for b in registered(op) if name in (None, b.name, *b.serves) or b in usable]
+    lines = [
+        f"  {backend.name}: {'; '.join(backend.available() or backend.refuses(call))}"
+        for backend in asked
+    ]
+    lines += [
+        f"  {known}: {why}"
+        for (of, known), why in _broken.items()
+        if of == op and name in (None, known)
+    ]
+    return f"no backend of {_ops[op].public} accepts this call\n" + "\n".join(lines)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashomni.kernels import Forecast, sparse_attention
+from flashomni.kernels import ForecastTerms, sparse_attention
 from flashomni.symbols import Grid, Symbols
 
 POISON = 7.0
@@ -110,7 +110,7 @@ def make_symbols(case: Case, device: torch.device) -> Symbols | None:
     return symbols.expand(case.batch, case.num_heads) if case.symbols == "shared" else symbols
 
 
-def make_forecast(case: Case, q: torch.Tensor) -> Forecast | None:
+def make_forecast(case: Case, q: torch.Tensor) -> ForecastTerms | None:
     """Terms in the layout of the case; more coefficients than terms."""
     if not case.terms or case.symbols == "none":
         return None
@@ -121,10 +121,10 @@ def make_forecast(case: Case, q: torch.Tensor) -> Forecast | None:
     terms = [torch.randn(shape, device=q.device).to(case.terms_dtype) for _ in range(case.terms)]
     if case.layout == "heads first":
         terms = [term.transpose(1, 2) for term in terms]
-    return Forecast(terms, torch.randn(case.terms + 1, device=q.device), start)
+    return ForecastTerms(terms, torch.randn(case.terms + 1, device=q.device), start)
 
 
-def forecast_failures(forecast: Forecast, out: torch.Tensor, rows: torch.Tensor) -> list[str]:
+def forecast_failures(forecast: ForecastTerms, out: torch.Tensor, rows: torch.Tensor) -> list[str]:
     """Cached rows against the sum in fp64, rounded once; those outside must be untouched."""
     start, count = forecast.row_offset, forecast.terms[0].shape[1]
     products = [

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from conftest import device_for, random_symbols, refusal_skips, token_masks, with_gpu_marks
 from flashomni import dispatch
 from flashomni.kernels import backends, sparse_attention
+from flashomni.kernels.attention.op import AttentionCall
 from flashomni.symbols import Grid, Symbols
 
 BACKENDS = with_gpu_marks(backends("attention"))
@@ -166,8 +167,8 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, out), run(q, k, v, out))
-    bits = (symbols.q_bits, symbols.kv_bits)
-    arguments = (q, k, v, out, None, *bits, None, [], None, 0, 64, 64, 0.1, None)
+    call = AttentionCall(q, k, v, out, None, symbols, None, 0.1)
+    arguments = dispatch.arguments("attention", call)
     torch.library.opcheck(torch.ops.flashomni.attention.default, arguments)
 
 
@@ -200,7 +201,8 @@ def test_refusals_name_the_argument(change, message):
 
 def test_if_nobody_accepts_every_reason_is_given(monkeypatch):
     """And an explicit backend never falls back to another."""
-    monkeypatch.setattr(dispatch, "_registry", dict(dispatch._registry))
+    for name, kept in (("_registry", dict(dispatch._registry)), ("_sorted", {}), ("_usable", {})):
+        monkeypatch.setattr(dispatch, name, kept)
     dispatch.register("attention", "picky", rank=99, refuses=lambda call: ["it is Friday"])(print)
     dispatch.register("attention", "absent", rank=98, available=lambda: ["no such card"])(print)
     q, k, v = tensors((1, 20, 20, 1, 1, 32), torch.float32, "cpu")
@@ -211,6 +213,7 @@ def test_if_nobody_accepts_every_reason_is_given(monkeypatch):
     assert "absent" not in backends("attention") and "picky" in backends("attention")
     for name in set(backends("attention")) - {"picky"}:
         monkeypatch.delitem(dispatch._registry, ("attention", name))
+    dispatch.forget_choices()
     with pytest.raises(NotImplementedError) as error:
         sparse_attention(q, k, v)
     for word in ("sparse_attention", "picky: it is Friday", "absent: no such card"):

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import device_for, random_symbols, refusal_skips, token_masks, with_gpu_marks
-from flashomni.kernels import Forecast, backends, sparse_attention
+from flashomni import dispatch
+from flashomni.kernels import ForecastTerms, backends, sparse_attention
+from flashomni.kernels.attention.op import AttentionCall
 from flashomni.symbols import Grid, Symbols
 
 BACKENDS = with_gpu_marks(backends("attention"))
@@ -57,7 +59,7 @@ def make_forecast(q, span, count, dtype, layout="own"):
     }[layout]
     coefficients = torch.randn(count + 2, device=q.device)
     coefficients[count:] = float("nan")  # never read
-    return Forecast([view(term) for term in terms], coefficients, span[0])
+    return ForecastTerms([view(term) for term in terms], coefficients, span[0])
 
 
 def check_covered(got, forecast, cached):
@@ -158,7 +160,7 @@ def test_terms_of_several_dtypes_and_strides(backend):
             )
         ]
         coefficients = torch.tensor([1.0, -0.5, 0.25], device=q.device)
-        return Forecast(tuple(part.terms[0] for part in parts), coefficients, 30)
+        return ForecastTerms(tuple(part.terms[0] for part in parts), coefficients, 30)
 
     symbols = random_symbols(Grid(300, 90, block_m=blocks[-1]), 2, 2, 0.4)
     check(backend, shape, symbols, mixed, dtype)
@@ -172,18 +174,17 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
     coefficients = torch.tensor([1.0, 0.5])
 
     def run(q, out, terms, coefficients):
-        forecast = Forecast(terms, coefficients * 2, 10)
+        forecast = ForecastTerms(terms, coefficients * 2, 10)
         return sparse_attention(q, k, v, symbols, out=out.clone(), forecast=forecast) + 1
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     arguments = (q, torch.zeros_like(q), terms, coefficients)
     torch.testing.assert_close(compiled(*arguments), run(*arguments))
-    bits = (symbols.q_bits, symbols.kv_bits)
+    forecast = ForecastTerms(terms, coefficients, 10)
+    call = AttentionCall(q, k, v, torch.zeros_like(q), None, symbols, None, 0.1, forecast)
     torch.library.opcheck(
-        torch.ops.flashomni.attention.default,
-        (q, k, v, torch.zeros_like(q), None, *bits, None, terms, coefficients, 10, 64, 64, 0.1,
-         None),
-    )  # fmt: skip
+        torch.ops.flashomni.attention.default, dispatch.arguments("attention", call)
+    )
 
 
 @pytest.mark.gpu
@@ -230,21 +231,27 @@ TERM = torch.zeros(1, 100, 2, 64)
 @pytest.mark.parametrize(
     ("forecast", "message"),
     [
-        (Forecast([], torch.ones(1)), "terms must hold at least one tensor, got none"),
+        (ForecastTerms([], torch.ones(1)), "terms must hold at least one tensor, got none"),
         (
-            Forecast([TERM, TERM[:, 1:]], torch.ones(2)),
+            ForecastTerms([TERM, TERM[:, 1:]], torch.ones(2)),
             r"terms\[1\] must be \[1, 100, 2, 64\], got \[1, 99, 2, 64\]",
         ),
-        (Forecast([TERM[..., :32]], torch.ones(1)), r"terms\[0\] must be \[1, 100, 2, 64\]"),
-        (Forecast([TERM[0]], torch.ones(1)), r"terms\[0\] must be .* got \[100, 2, 64\]"),
-        (Forecast([TERM.double()], torch.ones(1)), r"terms\[0\] must be float32 or .*float64"),
-        (Forecast([TERM.to("meta")], torch.ones(1)), r"terms\[0\] must be on cpu, got meta"),
-        (Forecast([TERM], torch.ones(1), 101), "100 rows, which from row_offset=101 on .* 200"),
-        (Forecast([TERM], torch.ones(1), -1), "row_offset=-1"),
-        (Forecast([TERM, TERM], torch.ones(1)), r"coefficients must be \[T\], T at least 2"),
-        (Forecast([TERM], torch.ones(1, 1)), r"coefficients must be \[T\]"),
-        (Forecast([TERM], torch.ones(1).half()), "coefficients must be float32, got float16"),
-        (Forecast([TERM], torch.ones(1, device="meta")), "coefficients must be on cpu, got meta"),
+        (ForecastTerms([TERM[..., :32]], torch.ones(1)), r"terms\[0\] must be \[1, 100, 2, 64\]"),
+        (ForecastTerms([TERM[0]], torch.ones(1)), r"terms\[0\] must be .* got \[100, 2, 64\]"),
+        (ForecastTerms([TERM.double()], torch.ones(1)), r"terms\[0\] must be float32 or .*float64"),
+        (ForecastTerms([TERM.to("meta")], torch.ones(1)), r"terms\[0\] must be on cpu, got meta"),
+        (
+            ForecastTerms([TERM], torch.ones(1), 101),
+            "100 rows, which from row_offset=101 on .* 200",
+        ),
+        (ForecastTerms([TERM], torch.ones(1), -1), "row_offset=-1"),
+        (ForecastTerms([TERM, TERM], torch.ones(1)), r"coefficients must be \[T\], T at least 2"),
+        (ForecastTerms([TERM], torch.ones(1, 1)), r"coefficients must be \[T\]"),
+        (ForecastTerms([TERM], torch.ones(1).half()), "coefficients must be float32, got float16"),
+        (
+            ForecastTerms([TERM], torch.ones(1, device="meta")),
+            "coefficients must be on cpu, got meta",
+        ),
     ],
 )
 def test_refusals_name_the_argument(forecast, message):
@@ -259,4 +266,4 @@ def test_a_forecast_needs_symbols():
     """Without them no tile is cached."""
     q, k, v = inputs((1, 200, 90, 2, 2, 64, 128), torch.float32, "cpu")
     with pytest.raises(ValueError, match="forecast needs symbols"):
-        sparse_attention(q, k, v, forecast=Forecast([TERM], torch.ones(1)))
+        sparse_attention(q, k, v, forecast=ForecastTerms([TERM], torch.ones(1)))

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
+from flashomni import dispatch
 from flashomni.engine import forecasts
 from flashomni.engine.state.cache import History
 from flashomni.engine.state.storage import Storage
 from flashomni.kernels import backends, gemm_o_update, sparse_gemm_o
+from flashomni.kernels.gemm_o.op import GemmOCall, GemmOUpdateCall
 from flashomni.symbols import Grid, Symbols
 
 BACKENDS = with_gpu_marks(backends("gemm_o"))
@@ -204,11 +206,12 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*history), run(*history))
     y, terms = layer.update(history, symbols)
-    bits = (symbols.q_bits, symbols.kv_bits, 277, 277, 32, 128, OFFSET, None)
     shared = (layer.weight, layer.bias, layer.always)
-    arguments = (history[0], *shared, terms, weights, y, *bits)
+    call = GemmOCall(history[0], *shared, terms, weights, y, symbols, OFFSET)
+    arguments = dispatch.arguments("gemm_o", call)
     torch.library.opcheck(torch.ops.flashomni.gemm_o.default, arguments)
-    arguments = (history, *shared, y, terms, *bits)
+    call = GemmOUpdateCall(history, *shared, y, terms, symbols, OFFSET)
+    arguments = dispatch.arguments("gemm_o_update", call)
     torch.library.opcheck(torch.ops.flashomni.gemm_o_update.default, arguments)
 
 

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
+from flashomni import dispatch
 from flashomni.kernels import backends, sparse_gemm_q
 from flashomni.kernels.common.rope import pack_rope
+from flashomni.kernels.gemm_q.op import GemmQCall
 from flashomni.symbols import Grid, Symbols
 
 BACKENDS = with_gpu_marks(backends("gemm_q"))
@@ -177,8 +179,8 @@ def test_compiles_without_graph_breaks_and_passes_opcheck():
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), run(x))
-    bits = (symbols.q_bits, symbols.kv_bits, 100, 100, 32, 128, 10)
-    arguments = (x, weight, bias, out, *bits, None, None, None, None, "half", None)
+    call = GemmQCall(x, weight, bias, out, symbols, 10, None, None, None, "half")
+    arguments = dispatch.arguments("gemm_q", call)
     torch.library.opcheck(torch.ops.flashomni.gemm_q.default, arguments)
 
 

@@ -18,10 +18,11 @@ ROOT = Path(flashomni.__file__).parent
 MAY_IMPORT = {
     "registry": set(),
     "util": set(),
-    "dispatch": {"registry"},
+    "flatten": set(),
+    "dispatch": {"registry", "flatten"},
     "symbols": {"dispatch"},
     "policies": {"registry", "symbols"},
-    "kernels": {"dispatch", "symbols"},
+    "kernels": {"dispatch", "flatten", "symbols"},
     "engine": {"registry", "util", "dispatch", "symbols", "policies", "kernels"},
     "models": {"registry", "util", "dispatch", "symbols", "kernels", "engine"},
     "compat": {"dispatch", "symbols", "kernels"},

@@ -33,7 +33,7 @@ from flashomni.engine.state.cache import Fraction, History, LayerCache
 from flashomni.engine.state.storage import Kept, Storage
 from flashomni.engine.trace import LayerRecord
 from flashomni.kernels import (
-    Forecast,
+    ForecastTerms,
     gemm_o_update,
     sparse_attention,
     sparse_gemm_o,
@@ -214,7 +214,7 @@ class LayerRun:
         forecast = None
         if self._caches_heads and not cache.projected:
             assert cache.history is not None
-            forecast = Forecast(cache.history.terms(), self._plan.coefficients, cache.rows[0])
+            forecast = ForecastTerms(cache.history.terms(), self._plan.coefficients, cache.rows[0])
         return sparse_attention(
             q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self._backend
         )

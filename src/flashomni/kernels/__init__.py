@@ -1,12 +1,12 @@
 """The ops, a folder each: ``op.py`` is the contract and the definition, other files backends."""
 
 from flashomni.dispatch import OPS, backends, refusals, registered, select
-from flashomni.kernels.attention.op import Forecast, sparse_attention
+from flashomni.kernels.attention.op import ForecastTerms, sparse_attention
 from flashomni.kernels.gemm_o.op import gemm_o_update, sparse_gemm_o
 from flashomni.kernels.gemm_q.op import sparse_gemm_q
 
 __all__ = [
-    "Forecast",
+    "ForecastTerms",
     "OPS",
     "backends",
     "gemm_o_update",

@@ -32,7 +32,7 @@ def run(call: AttentionCall) -> None:
     is_dense = call.symbols is None or bool(q_mask.all() and kv_mask.all())
     kv_lens = [seqlen_kv] * batch if call.kv_len is None else call.kv_len.tolist()
     for b, kv_len in enumerate(kv_lens):
-        kv_len = min(kv_len, seqlen_kv)
+        kv_len = min(max(kv_len, 0), seqlen_kv)
         if is_dense and call.lse is None and kv_len > 0:
             _dense(call, b, kv_len)
         else:

@@ -6,22 +6,32 @@ D head_dim, Mb = ceil(M / block_m), Nb = ceil(N / block_n).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register, select
-from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
-from flashomni.kernels.common.rows import check_rows, tile_mask
+from flashomni.dispatch import declare, execute, register
+from flashomni.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_positive,
+    check_shape,
+    check_tensor,
+    check_written,
+    float_dtypes,
+)
+from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
 from flashomni.kernels.elementwise.op import sum_of_terms
-from flashomni.symbols import Grid, Symbols
+from flashomni.symbols import Symbols
 
 
 @dataclass(frozen=True)
-class Forecast:
+class ForecastTerms:
     """What cached rows get instead of keeping their value: ``sum_t coefficients[t] * terms[t]``.
 
     Args:
@@ -52,7 +62,7 @@ class AttentionCall:
     symbols: Symbols | None
     kv_len: Tensor | None
     softmax_scale: float
-    forecast: Forecast | None = None
+    forecast: ForecastTerms | None = None
 
 
 def sparse_attention(
@@ -65,7 +75,7 @@ def sparse_attention(
     softmax_scale: float | None = None,
     kv_len: Tensor | None = None,
     lse: Tensor | None = None,
-    forecast: Forecast | None = None,
+    forecast: ForecastTerms | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over the blocks that ``symbols`` marks as computed (arXiv 2509.25401, 3.3).
@@ -80,7 +90,7 @@ def sparse_attention(
         out[b, m, h] = sum_t coefficients[t] * terms[t][b, m - row_offset, h]
 
     A computed row without any valid key is 0, its ``lse`` is -inf. Keys from ``kv_len[b]``
-    on do not exist.
+    on do not exist; a value outside ``[0, N]`` means the nearest end.
 
     Args:
         q: ``[B, M, H, D]``, last dim contiguous.
@@ -99,24 +109,31 @@ def sparse_attention(
         ``out``.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device.
+        ValueError: an argument has a wrong type, shape, dtype or device, requires grad, or ``out``
+            or ``lse`` overlaps itself or an input.
         NotImplementedError: no backend accepts; the message gives the reasons of each.
     """
     check_dtype("q", q, float_dtypes)
     if q.ndim != 4:
         raise ValueError(f"q must be [B, M, H, D], got {tuple(q.shape)}")
     batch, seqlen_q, num_heads, head_dim = q.shape
+    check_positive("seqlen_q", seqlen_q)
+    check_positive("num_heads", num_heads)
+    check_positive("head_dim", head_dim)
+    check_tensor("k", k)
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(f"k must be [{batch}, N, Hkv, {head_dim}], got {tuple(k.shape)}")
     if k.shape[2] == 0 or num_heads % k.shape[2]:
         raise ValueError(
             f"k must have a number of heads that divides {num_heads}, got {k.shape[2]}"
         )
+    check_positive("seqlen_kv", k.shape[1])
     check_shape("v", v, k.shape)
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(name, tensor, (q.dtype,))
         check_device(name, tensor, q.device)
     if symbols is not None:
+        check_symbols(symbols)
         grid = symbols.grid
         if (grid.seqlen_q, grid.seqlen_kv) != (seqlen_q, k.shape[1]):
             raise ValueError(
@@ -133,6 +150,7 @@ def sparse_attention(
         check_shape("kv_len", kv_len, (batch,))
         check_dtype("kv_len", kv_len, (torch.int32,))
         check_device("kv_len", kv_len, q.device)
+    given_out = out is not None
     if out is None:
         out = q.new_empty(q.shape)
     else:
@@ -145,49 +163,50 @@ def sparse_attention(
         check_device("lse", lse, q.device)
     if forecast is not None:
         _check_forecast(forecast, q, symbols)
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be finite, got {scale}")
-    grid = Grid(seqlen_q, k.shape[1]) if symbols is None else symbols.grid
-    q_bits = None if symbols is None else symbols.q_bits
-    kv_bits = None if symbols is None else symbols.kv_bits
-    # Eager calls skip the torch.library hop: tens of microseconds a call.
-    call = _op if torch.compiler.is_compiling() else _run
-    call(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        q_bits,
-        kv_bits,
-        kv_len,
-        [] if forecast is None else list(forecast.terms),
-        None if forecast is None else forecast.coefficients,
-        0 if forecast is None else forecast.row_offset,
-        grid.block_m,
-        grid.block_n,
-        scale,
-        backend,
-    )
+    check_no_grad(q=q, k=k, v=v, out=out, lse=lse)
+    if given_out or lse is not None:
+        read = {"q": q, "k": k, "v": v, "kv_len": kv_len}
+        if symbols is not None:
+            read |= {"symbols.q_bits": symbols.q_bits, "symbols.kv_bits": symbols.kv_bits}
+        if forecast is not None:
+            read |= {f"forecast.terms[{i}]": term for i, term in enumerate(forecast.terms)}
+            read["forecast.coefficients"] = forecast.coefficients
+        check_written({"out": out, "lse": lse}, read)
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    else:
+        check_number("softmax_scale", softmax_scale)
+        softmax_scale = float(softmax_scale)
+    if batch:
+        call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast)
+        execute("attention", call, backend)
     return out
 
 
-def _check_forecast(forecast: Forecast, q: Tensor, symbols: Symbols | None) -> None:
+def _check_forecast(forecast: ForecastTerms, q: Tensor, symbols: Symbols | None) -> None:
+    if not isinstance(forecast, ForecastTerms):
+        raise ValueError(f"forecast must be ForecastTerms, got {type(forecast).__name__}")
     if symbols is None:
         raise ValueError("forecast needs symbols: without them no tile is cached, got None")
+    if not isinstance(forecast.terms, Sequence):
+        kind = type(forecast.terms).__name__
+        raise ValueError(f"forecast.terms must be a sequence of tensors, got {kind}")
     if len(forecast.terms) == 0:
         raise ValueError("forecast.terms must hold at least one tensor, got none")
     batch, _, num_heads, head_dim = q.shape
     first = forecast.terms[0]
+    check_tensor("forecast.terms[0]", first)
     rows = first.shape[1] if first.ndim == 4 else 0
     for index, term in enumerate(forecast.terms):
         name = f"forecast.terms[{index}]"
         check_shape(name, term, (batch, rows, num_heads, head_dim))
         check_dtype(name, term, float_dtypes)
         check_device(name, term, q.device)
+        check_no_grad(**{name: term})
+    check_int("forecast.row_offset", forecast.row_offset)
     check_rows("forecast.terms", rows, forecast.row_offset, symbols, batch)
     coefficients = forecast.coefficients
+    check_tensor("forecast.coefficients", coefficients)
     if coefficients.ndim != 1 or len(coefficients) < len(forecast.terms):
         raise ValueError(
             f"forecast.coefficients must be [T], T at least {len(forecast.terms)}, "
@@ -197,34 +216,7 @@ def _check_forecast(forecast: Forecast, q: Tensor, symbols: Symbols | None) -> N
     check_device("forecast.coefficients", coefficients, q.device)
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    q_bits: Tensor | None,
-    kv_bits: Tensor | None,
-    kv_len: Tensor | None,
-    terms: list[Tensor],
-    coefficients: Tensor | None,
-    row_offset: int,
-    block_m: int,
-    block_n: int,
-    softmax_scale: float,
-    backend: str | None,
-) -> None:
-    symbols = None
-    if q_bits is not None and kv_bits is not None:
-        grid = Grid(q.shape[1], k.shape[1], block_m=block_m, block_n=block_n)
-        symbols = Symbols(q_bits, kv_bits, grid)
-    forecast = None if coefficients is None else Forecast(terms, coefficients, row_offset)
-    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast)
-    select("attention", call, backend).run(call)
-
-
-_op = torch.library.custom_op("flashomni::attention", _run, mutates_args={"out", "lse"})
-_op.register_fake(lambda *args: None)  # it only mutates `out` and `lse`: nothing to infer
+declare("attention", AttentionCall, public="sparse_attention", writes=("out", "lse"))
 
 
 def write_forecast(call: AttentionCall) -> None:

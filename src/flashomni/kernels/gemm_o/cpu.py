@@ -35,12 +35,12 @@ def update(call: GemmOUpdateCall) -> None:
     heads = call.weight[:, :width]
     y = _start(call.out, call.always, call.weight[:, width:], call.bias)
     q_mask = call.symbols.q_mask()
-    for term, target in zip(call.history, call.bias_terms, strict=True):
+    for index, term in enumerate(call.history):
         partial = torch.zeros_like(call.out, dtype=torch.float32)
         _add_heads(partial, term, heads, ~q_mask, call.row_offset, call)
-        if term is o:  # the cached heads are projected once: the dense result reuses them
+        if index == 0:  # the cached heads are projected once: the dense result reuses them
             y += partial
-        target.copy_(partial)
+        call.bias_terms[index].copy_(partial)
     _add_heads(y, o, heads, q_mask, call.row_offset, call)
     _finish(call.out, y)
 

@@ -17,10 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register, select
-from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
-from flashomni.kernels.common.rows import check_rows, tile_mask
-from flashomni.symbols import Grid, Symbols
+from flashomni.dispatch import declare, execute, register
+from flashomni.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_no_grad,
+    check_positive,
+    check_shape,
+    check_tensor,
+    check_written,
+    float_dtypes,
+)
+from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
+from flashomni.symbols import Symbols
 
 
 @dataclass(frozen=True)
@@ -94,38 +103,35 @@ def sparse_gemm_o(
         ``out``.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device.
+        ValueError: an argument has a wrong type, shape, dtype or device, requires grad, or what is
+            written overlaps itself or an input.
         NotImplementedError: no backend accepts; the message gives the reasons of each.
     """
-    out = _check(o, weight, bias, always, symbols, row_offset, out)
+    given, out = out, _check(o, weight, bias, always, symbols, row_offset, out)
     if (bias_terms is None) != (coefficients is None):
         raise ValueError("bias_terms and coefficients belong together, got only one of them")
     if bias_terms is not None and coefficients is not None:
+        check_tensor("bias_terms", bias_terms)
+        check_tensor("coefficients", coefficients)
+        if coefficients.ndim != 1:
+            raise ValueError(f"coefficients must be [T], got {list(coefficients.shape)}")
         check_shape("bias_terms", bias_terms, (coefficients.shape[0], *out.shape))
         check_dtype("bias_terms", bias_terms, float_dtypes)
         check_device("bias_terms", bias_terms, o.device)
         check_shape("coefficients", coefficients, (bias_terms.shape[0],))
         check_dtype("coefficients", coefficients, (torch.float32,))
         check_device("coefficients", coefficients, o.device)
-    grid = symbols.grid
-    run = _op if torch.compiler.is_compiling() else _run
-    run(
-        o,
-        weight,
-        bias,
-        always,
-        bias_terms,
-        coefficients,
-        out,
-        symbols.q_bits,
-        symbols.kv_bits,
-        grid.seqlen_q,
-        grid.seqlen_kv,
-        grid.block_m,
-        grid.block_n,
-        row_offset,
-        backend,
-    )
+    check_no_grad(bias_terms=bias_terms, coefficients=coefficients)
+    if given is not None:
+        read = _read(weight, bias, always, symbols)
+        check_written(
+            {"out": out}, {"o": o, "bias_terms": bias_terms, "coefficients": coefficients, **read}
+        )
+    if out.numel():
+        call = GemmOCall(
+            o, weight, bias, always, bias_terms, coefficients, out, symbols, row_offset
+        )
+        execute("gemm_o", call, backend)
     return out
 
 
@@ -166,41 +172,37 @@ def gemm_o_update(
         ``(out, bias_terms)``.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device.
+        ValueError: an argument has a wrong type, shape, dtype or device, requires grad, or what is
+            written overlaps itself or an input.
         NotImplementedError: no backend accepts; the message gives the reasons of each.
     """
+    if not isinstance(history, (list, tuple)):
+        kind = type(history).__name__
+        raise ValueError(f"history must be a list of tensors, got {kind}")
     if not history:
         raise ValueError("history must hold at least one tensor, got none")
-    o = history[0]
+    o, given = history[0], (out, bias_terms)
     out = _check(o, weight, bias, always, symbols, row_offset, out)
     for index, term in enumerate(history):
         check_shape(f"history[{index}]", term, o.shape)
         check_dtype(f"history[{index}]", term, float_dtypes)
         check_device(f"history[{index}]", term, o.device)
+        check_no_grad(**{f"history[{index}]": term})
     if bias_terms is None:
         bias_terms = out.new_empty(len(history), *out.shape)
     else:
         check_shape("bias_terms", bias_terms, (len(history), *out.shape))
         check_dtype("bias_terms", bias_terms, float_dtypes)
         check_device("bias_terms", bias_terms, o.device)
-    grid = symbols.grid
-    run = _update_op if torch.compiler.is_compiling() else _run_update
-    run(
-        history,
-        weight,
-        bias,
-        always,
-        out,
-        bias_terms,
-        symbols.q_bits,
-        symbols.kv_bits,
-        grid.seqlen_q,
-        grid.seqlen_kv,
-        grid.block_m,
-        grid.block_n,
-        row_offset,
-        backend,
-    )
+    check_no_grad(bias_terms=bias_terms)
+    if given[0] is not None or given[1] is not None:
+        read = _read(weight, bias, always, symbols)
+        read |= {f"history[{index}]": term for index, term in enumerate(history)}
+        check_written({"out": out, "bias_terms": bias_terms}, read)
+    if out.numel():
+        terms = list(history)
+        call = GemmOUpdateCall(terms, weight, bias, always, out, bias_terms, symbols, row_offset)
+        execute("gemm_o_update", call, backend)
     return out, bias_terms
 
 
@@ -215,9 +217,17 @@ def _check(
 ) -> Tensor:
     """Check what both ops share; return ``out``, made if there is none."""
     check_dtype("o", o, float_dtypes)
+    check_tensor("weight", weight)
+    check_symbols(symbols)
+    if always is not None:
+        check_tensor("always", always)
     if o.ndim != 4 or o.shape[2] != symbols.num_heads:
         raise ValueError(f"o must be [B, R, {symbols.num_heads}, D], got {tuple(o.shape)}")
     batch, rows, num_heads, head_dim = o.shape
+    check_positive("num_heads", num_heads)
+    check_positive("head_dim", head_dim)
+    if always is not None and always.ndim != 3:
+        raise ValueError(f"always must be [{batch}, {rows}, E], got {list(always.shape)}")
     extra = 0 if always is None else always.shape[-1]
     features = num_heads * head_dim + extra
     if weight.ndim != 2 or weight.shape[1] != features:
@@ -237,60 +247,20 @@ def _check(
             check_shape(name, tensor, shape)
             check_dtype(name, tensor, (o.dtype,))
             check_device(name, tensor, o.device)
+    check_no_grad(o=o, weight=weight, bias=bias, always=always, out=out)
     return o.new_empty(batch, rows, weight.shape[0]) if out is None else out
 
 
-def _run(
-    o: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    always: Tensor | None,
-    bias_terms: Tensor | None,
-    coefficients: Tensor | None,
-    out: Tensor,
-    q_bits: Tensor,
-    kv_bits: Tensor,
-    seqlen_q: int,
-    seqlen_kv: int,
-    block_m: int,
-    block_n: int,
-    row_offset: int,
-    backend: str | None,
-) -> None:
-    grid = Grid(seqlen_q, seqlen_kv, block_m=block_m, block_n=block_n)
-    symbols = Symbols(q_bits, kv_bits, grid)
-    call = GemmOCall(o, weight, bias, always, bias_terms, coefficients, out, symbols, row_offset)
-    select("gemm_o", call, backend).run(call)
+def _read(
+    weight: Tensor, bias: Tensor | None, always: Tensor | None, symbols: Symbols
+) -> dict[str, Tensor | None]:
+    """What both ops read beside the heads, by name."""
+    bits = {"symbols.q_bits": symbols.q_bits}
+    return {"weight": weight, "bias": bias, "always": always, **bits}
 
 
-def _run_update(
-    history: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    always: Tensor | None,
-    out: Tensor,
-    bias_terms: Tensor,
-    q_bits: Tensor,
-    kv_bits: Tensor,
-    seqlen_q: int,
-    seqlen_kv: int,
-    block_m: int,
-    block_n: int,
-    row_offset: int,
-    backend: str | None,
-) -> None:
-    grid = Grid(seqlen_q, seqlen_kv, block_m=block_m, block_n=block_n)
-    symbols = Symbols(q_bits, kv_bits, grid)
-    call = GemmOUpdateCall(history, weight, bias, always, out, bias_terms, symbols, row_offset)
-    select("gemm_o_update", call, backend).run(call)
-
-
-_op = torch.library.custom_op("flashomni::gemm_o", _run, mutates_args={"out"})
-_op.register_fake(lambda *args: None)  # it only mutates `out`: nothing to infer
-_update_op = torch.library.custom_op(
-    "flashomni::gemm_o_update", _run_update, mutates_args={"out", "bias_terms"}
-)
-_update_op.register_fake(lambda *args: None)
+declare("gemm_o", GemmOCall, public="sparse_gemm_o", writes=("out",))
+declare("gemm_o_update", GemmOUpdateCall, public="gemm_o_update", writes=("out", "bias_terms"))
 
 
 def _linear_fp32(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,11 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register, select
-from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
+from flashomni.dispatch import declare, execute, register
+from flashomni.kernels.common.checks import (
+    check_device,
+    check_dtype,
+    check_no_grad,
+    check_number,
+    check_positive,
+    check_shape,
+    check_tensor,
+    check_written,
+    float_dtypes,
+)
 from flashomni.kernels.common.rope import Rope, apply_rope, pair_tables, rms_norm
-from flashomni.kernels.common.rows import check_rows, tile_mask
-from flashomni.symbols import Grid, Symbols
+from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
+from flashomni.symbols import Symbols
 
 
 @dataclass(frozen=True)
@@ -80,19 +90,25 @@ def sparse_gemm_q(
         ``out``.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or device.
+        ValueError: an argument has a wrong type, shape, dtype or device, requires grad, or ``out``
+            overlaps itself or an input.
         NotImplementedError: no backend accepts; the message gives the reasons of each.
     """
     check_dtype("x", x, float_dtypes)
+    check_tensor("weight", weight)
+    check_symbols(symbols)
     if x.ndim != 3:
         raise ValueError(f"x must be [B, R, K], got {tuple(x.shape)}")
     batch, rows, in_features = x.shape
     num_heads = symbols.num_heads
+    check_positive("in_features", in_features)
+    check_positive("num_heads", num_heads)
     if weight.ndim != 2 or weight.shape[1] != in_features or weight.shape[0] % num_heads:
         raise ValueError(
             f"weight must be [{num_heads} * D, {in_features}], got {tuple(weight.shape)}"
         )
     head_dim = weight.shape[0] // num_heads
+    check_positive("head_dim", head_dim)
     check_rows("x", rows, row_offset, symbols, batch)
     check_device("symbols", symbols.q_bits, x.device)
     optional = [
@@ -107,7 +123,13 @@ def sparse_gemm_q(
             check_device(name, tensor, x.device)
     if norm_weight is not None and norm_eps is None:
         raise ValueError("norm_weight needs norm_eps, got None")
+    if norm_eps is not None:
+        check_number("norm_eps", norm_eps, least=0.0)
+        norm_eps = float(norm_eps)
     if rope is not None:
+        if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+            raise ValueError(f"rope must be a pair (cos, sin), got {type(rope).__name__}")
+        check_tensor("rope cos", rope[0])
         if head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, got {head_dim}")
         for name, table in (("rope cos", rope[0]), ("rope sin", rope[1])):
@@ -116,66 +138,25 @@ def sparse_gemm_q(
             check_dtype(name, table, (torch.float32,))
             check_device(name, table, x.device)
         rope = pair_tables(rope, rope_layout, head_dim)
+    cos, sin = (None, None) if rope is None else rope
+    check_no_grad(x=x, weight=weight, bias=bias, norm_weight=norm_weight, cos=cos, sin=sin, out=out)
     if out is None:
         out = x.new_empty(batch, rows, num_heads, head_dim)
     else:
         check_shape("out", out, (batch, rows, num_heads, head_dim))
         check_dtype("out", out, (x.dtype,))
         check_device("out", out, x.device)
-    grid = symbols.grid
-    call = _op if torch.compiler.is_compiling() else _run
-    call(
-        x,
-        weight,
-        bias,
-        out,
-        symbols.q_bits,
-        symbols.kv_bits,
-        grid.seqlen_q,
-        grid.seqlen_kv,
-        grid.block_m,
-        grid.block_n,
-        row_offset,
-        norm_weight,
-        norm_eps,
-        None if rope is None else rope[0],
-        None if rope is None else rope[1],
-        rope_layout,
-        backend,
-    )
+        read = {"x": x, "weight": weight, "bias": bias, "norm_weight": norm_weight}
+        read |= {"rope cos": cos, "rope sin": sin, "symbols.q_bits": symbols.q_bits}
+        check_written({"out": out}, read)
+    if batch and rows:
+        norm = (norm_weight, norm_eps)
+        call = GemmQCall(x, weight, bias, out, symbols, row_offset, *norm, rope, rope_layout)
+        execute("gemm_q", call, backend)
     return out
 
 
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    q_bits: Tensor,
-    kv_bits: Tensor,
-    seqlen_q: int,
-    seqlen_kv: int,
-    block_m: int,
-    block_n: int,
-    row_offset: int,
-    norm_weight: Tensor | None,
-    norm_eps: float | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    rope_layout: str,
-    backend: str | None,
-) -> None:
-    grid = Grid(seqlen_q, seqlen_kv, block_m=block_m, block_n=block_n)
-    rope = None if cos is None or sin is None else (cos, sin)
-    symbols = Symbols(q_bits, kv_bits, grid)
-    call = GemmQCall(
-        x, weight, bias, out, symbols, row_offset, norm_weight, norm_eps, rope, rope_layout
-    )
-    select("gemm_q", call, backend).run(call)
-
-
-_op = torch.library.custom_op("flashomni::gemm_q", _run, mutates_args={"out"})
-_op.register_fake(lambda *args: None)  # it only mutates `out`: nothing to infer
+declare("gemm_q", GemmQCall, public="sparse_gemm_q", writes=("out",))
 
 
 @register("gemm_q", "reference", rank=0)
