@@ -31,11 +31,19 @@ FOLDERS = {
     "flashomni.kernels.attention": ("attention",),
     "flashomni.kernels.gemm_q": ("gemm_q",),
     "flashomni.kernels.gemm_o": ("gemm_o", "gemm_o_update"),
+    "flashomni.kernels.elementwise": (
+        "modulated_norm",
+        "gated_residual",
+        "gated_residual_norm",
+        "norm_rope",
+        "differences",
+        "weighted_sum",
+    ),
 }
 OPS = tuple(op for ops in FOLDERS.values() for op in ops)
 _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
 # Every generation uses these; who adds a backend of attention need not write the others.
-HELPERS: tuple[str, ...] = ()
+HELPERS = FOLDERS["flashomni.kernels.elementwise"]
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class LayerRun:
             out.copy_(norm(out))
             norm = None
         eps = None if norm is None else _eps(norm, x.dtype)
-        norm_rope_(out, getattr(norm, "weight", None), eps, rope)
+        norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self._backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.

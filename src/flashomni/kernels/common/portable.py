@@ -15,32 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flashomni.kernels.common.portable_configs import GENERIC, Config, Table
+from flashomni.triton_host import INTERPRETED, RANK, available, refuse_device
 
-INTERPRETED = triton.knobs.runtime.interpret
-RANK = 5 if INTERPRETED else 30
+__all__ = ["INTERPRETED", "RANK", "available", "refuse_device"]  # beside what is defined here
+
 MAX_HEAD_DIM = 256
-
-
-def available() -> list[str]:
-    """Why this machine cannot run Triton kernels; empty if it can."""
-    if INTERPRETED:
-        return []
-    if not torch.cuda.is_available():
-        return ["no GPU (TRITON_INTERPRET=1 runs it slowly on the CPU)"]
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < (8, 0):
-        major, minor = capability
-        return [f"needs compute capability 8.0 or newer, this device has {major}.{minor}"]
-    return []
-
-
-def refuse_device(tensor: Tensor) -> list[str]:
-    runs_on, got = "cpu" if INTERPRETED else "cuda", tensor.device.type
-    if got != runs_on:
-        return [f"tensors are on {got}, this backend is for {runs_on}"]
-    if INTERPRETED and tensor.dtype == torch.bfloat16:
-        return ["Triton's interpreter cannot multiply bfloat16"]
-    return []
 
 
 def refuse_head_dim(head_dim: int) -> list[str]:

@@ -1,26 +1,92 @@
 """What lies between the products, one pass over memory each: definitions in torch.
 
-Norm and modulation, gate and residual, norm and RoPE, the terms of a forecast and their sum. On a
-GPU with Triton the kernels of ``portable`` run instead: they compute in fp32 and round
-once, where the definitions round after every operation, as the stock models do.
+Norm and modulation, gate and residual, norm and RoPE, the terms of a forecast and their sum: an op
+each. ``reference`` and ``cpu`` are the definitions; they round after every operation, as the stock
+models do. The kernels of ``portable`` compute in fp32 and round once; they serve ``sm90`` too.
+Every function takes ``backend``, as the big ops do.
 
 Letters in shapes: B batch, R rows (tokens), K features, H num_heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashomni.dispatch import declare, execute, register
 from flashomni.kernels.common.rope import Rope, apply_rope, rms_norm
 
 MAX_TERMS = 4  # of a forecast: order 3
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+@dataclass(frozen=True)
+class ModulatedNormCall:
+    """What a backend of ``modulated_norm`` gets; it returns a new tensor."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class GatedResidualCall:
+    """What a backend of ``gated_residual`` gets; it returns a new tensor."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class GatedResidualNormCall:
+    """What a backend of ``gated_residual_norm`` gets; it returns two new tensors."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class NormRopeCall:
+    """What a backend of ``norm_rope`` gets. It writes ``q`` in place and returns nothing."""
+
+    q: Tensor
+    weight: Tensor | None
+    eps: float | None
+    rope: Rope | None
+
+
+@dataclass(frozen=True)
+class DifferencesCall:
+    """What a backend of ``differences`` gets; it returns new tensors."""
+
+    value: Tensor
+    minus: Tensor | None
+    old: Sequence[Tensor]
+    steps: int
+
+
+@dataclass(frozen=True)
+class WeightedSumCall:
+    """What a backend of ``weighted_sum`` gets; it returns a new tensor."""
+
+    terms: Sequence[Tensor]
+    coefficients: Tensor
+    base: Tensor | None
+    dtype: torch.dtype
+
+
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, backend: str | None = None
+) -> Tensor:
     """``LayerNorm(x) * (1 + scale) + shift``, the norm without weights of its own.
 
     Args:
@@ -29,33 +95,38 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tenso
         shift: ``[B, K]``.
         eps: epsilon of the norm.
     """
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.modulated_norm(x, scale, shift, eps)
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
-    return normed * (1 + scale[:, None]) + shift[:, None]
+    return execute("modulated_norm", ModulatedNormCall(x, scale, shift, eps), backend)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """``x + gate * y`` for ``x`` and ``y`` ``[B, R, K]`` and ``gate`` ``[B, K]``."""
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.gated_residual(x, y, gate)
-    return x + gate[:, None] * y
+    return execute("gated_residual", GatedResidualCall(x, y, gate), backend)
 
 
 def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual`, and :func:`modulated_norm` of it."""
-    kernels = _kernels(x)
-    if kernels is not None:
-        return kernels.gated_residual_norm(x, y, gate, scale, shift, eps)
-    x = gated_residual(x, y, gate)
-    return x, modulated_norm(x, scale, shift, eps)
+    call = GatedResidualNormCall(x, y, gate, scale, shift, eps)
+    total, normed = execute("gated_residual_norm", call, backend)
+    return total, normed
 
 
-def norm_rope_(q: Tensor, weight: Tensor | None, eps: float | None, rope: Rope | None) -> None:
+def norm_rope_(
+    q: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    rope: Rope | None,
+    *,
+    backend: str | None = None,
+) -> None:
     """RMSNorm over head_dim and RoPE (neighbours are a pair), in place.
 
     Args:
@@ -66,16 +137,16 @@ def norm_rope_(q: Tensor, weight: Tensor | None, eps: float | None, rope: Rope |
     """
     if eps is None and rope is None:
         return
-    kernels = _kernels(q)
-    if kernels is not None:
-        kernels.norm_rope_(q, weight, eps, rope)
-        return
-    new = q if eps is None else rms_norm(q, weight, eps)
-    q.copy_(new if rope is None else apply_rope(new, *rope))
+    execute("norm_rope", NormRopeCall(q, weight, eps, rope), backend)
 
 
 def differences(
-    value: Tensor, minus: Tensor | None, old: Sequence[Tensor], steps: int
+    value: Tensor,
+    minus: Tensor | None,
+    old: Sequence[Tensor],
+    steps: int,
+    *,
+    backend: str | None = None,
 ) -> list[Tensor]:
     """A value and its backward differences per step: ``F_0 = value - minus``, ``F_1``, ...
 
@@ -88,17 +159,16 @@ def differences(
     Returns:
         ``len(old) + 1`` new tensors in the dtype of ``value``.
     """
-    kernels = _kernels(value)
-    if kernels is not None:
-        return kernels.differences(value, minus, old, steps)
-    terms = [value.clone() if minus is None else value - minus]
-    for term in old:
-        terms.append(((terms[-1].float() - term.float()) / steps).to(value.dtype))
-    return terms
+    return list(execute("differences", DifferencesCall(value, minus, old, steps), backend))
 
 
 def weighted_sum(
-    terms: Sequence[Tensor], coefficients: Tensor, base: Tensor | None, dtype: torch.dtype
+    terms: Sequence[Tensor],
+    coefficients: Tensor,
+    base: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """``base + sum_i coefficients[i] * terms[i]`` in fp32, then in ``dtype``.
 
@@ -108,10 +178,7 @@ def weighted_sum(
         base: a tensor of that shape, or ``None``.
         dtype: of the result.
     """
-    kernels = _kernels(terms[0])
-    if kernels is not None:
-        return kernels.weighted_sum(terms, coefficients, base, dtype)
-    return sum_of_terms(terms, coefficients, base).to(dtype)
+    return execute("weighted_sum", WeightedSumCall(terms, coefficients, base, dtype), backend)
 
 
 def sum_of_terms(terms: Sequence[Tensor], coefficients: Tensor, base: Tensor | None) -> Tensor:
@@ -122,12 +189,74 @@ def sum_of_terms(terms: Sequence[Tensor], coefficients: Tensor, base: Tensor | N
     return total
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
-    """The Triton kernels, if ``x`` is on a GPU and Triton is there."""
-    if not x.is_cuda:
-        return None
-    try:
-        from flashomni.kernels.elementwise import portable
-    except ImportError:
-        return None
-    return portable
+declare("modulated_norm", ModulatedNormCall, public="modulated_norm")
+declare("gated_residual", GatedResidualCall, public="gated_residual")
+declare("gated_residual_norm", GatedResidualNormCall, public="gated_residual_norm", many=True)
+declare("norm_rope", NormRopeCall, public="norm_rope_", writes=("q",))
+declare("differences", DifferencesCall, public="differences", many=True)
+declare("weighted_sum", WeightedSumCall, public="weighted_sum")
+
+
+def _definition(op: str) -> Callable[[Callable], Callable]:
+    """Register a definition as ``reference``, on every device, and as ``cpu``."""
+
+    def refuses(call: Any) -> list[str]:
+        device = _device(call)
+        return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+
+    def keep(run: Callable) -> Callable:
+        register(op, "cpu", rank=10, refuses=refuses)(run)
+        return register(op, "reference", rank=0)(run)
+
+    return keep
+
+
+def first_tensor(call: Any) -> Tensor:
+    """The tensor whose device decides, of any call of this file."""
+    if isinstance(call, WeightedSumCall):
+        return call.terms[0]
+    if isinstance(call, DifferencesCall):
+        return call.value
+    return call.q if isinstance(call, NormRopeCall) else call.x
+
+
+def _device(call: Any) -> str:
+    return first_tensor(call).device.type
+
+
+@_definition("modulated_norm")
+def _modulated_norm(call: ModulatedNormCall) -> Tensor:
+    normed = torch.nn.functional.layer_norm(call.x, call.x.shape[-1:], eps=call.eps)
+    return normed * (1 + call.scale[:, None]) + call.shift[:, None]
+
+
+@_definition("gated_residual")
+def _gated_residual(call: GatedResidualCall) -> Tensor:
+    return call.x + call.gate[:, None] * call.y
+
+
+@_definition("gated_residual_norm")
+def _gated_residual_norm(call: GatedResidualNormCall) -> tuple[Tensor, Tensor]:
+    x = call.x + call.gate[:, None] * call.y
+    return x, _modulated_norm(ModulatedNormCall(x, call.scale, call.shift, call.eps))
+
+
+@_definition("norm_rope")
+def _norm_rope(call: NormRopeCall) -> None:
+    q = call.q
+    new = q if call.eps is None else rms_norm(q, call.weight, call.eps)
+    q.copy_(new if call.rope is None else apply_rope(new, *call.rope))
+
+
+@_definition("differences")
+def _differences(call: DifferencesCall) -> list[Tensor]:
+    value, minus = call.value, call.minus
+    terms = [value.clone() if minus is None else value - minus]
+    for term in call.old:
+        terms.append(((terms[-1].float() - term.float()) / call.steps).to(value.dtype))
+    return terms
+
+
+@_definition("weighted_sum")
+def _weighted_sum(call: WeightedSumCall) -> Tensor:
+    return sum_of_terms(call.terms, call.coefficients, call.base).to(call.dtype)

@@ -6,14 +6,18 @@ a fixed width, because a stream is often a run of rows of a longer sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashomni.dispatch import register
+from flashomni.kernels.common import portable
 from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.elementwise.op import first_tensor
 
 BLOCK = 2048  # elements of a program that has no row of its own
 PAIRS = 32  # (token, head) pairs of a program of `_norm_rope_kernel`
@@ -250,3 +254,28 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
         inner -= 1
         reach *= x.shape[inner]
     return (x, stride, width) if inner == 0 else (x.contiguous(), 0, 0)
+
+
+def _refuses(call: Any) -> list[str]:
+    device, runs_on = first_tensor(call).device.type, "cpu" if portable.INTERPRETED else "cuda"
+    if device != runs_on:
+        return [f"tensors are on {device}, this backend is for {runs_on}"]
+    return []
+
+
+def _register(op: str, run: Callable[[Any], Any]) -> None:
+    register(
+        op, "portable", rank=portable.RANK, refuses=_refuses, available=portable.available,
+        serves=("sm90",),
+    )(run)  # fmt: skip
+
+
+_register("modulated_norm", lambda c: modulated_norm(c.x, c.scale, c.shift, c.eps))
+_register("gated_residual", lambda c: gated_residual(c.x, c.y, c.gate))
+_register(
+    "gated_residual_norm",
+    lambda c: gated_residual_norm(c.x, c.y, c.gate, c.scale, c.shift, c.eps),
+)
+_register("norm_rope", lambda c: norm_rope_(c.q, c.weight, c.eps, c.rope))
+_register("differences", lambda c: differences(c.value, c.minus, c.old, c.steps))
+_register("weighted_sum", lambda c: weighted_sum(c.terms, c.coefficients, c.base, c.dtype))
