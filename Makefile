@@ -43,10 +43,11 @@ bench: $(STAMP)  ## speed of the ops here, against torch's dense ones
 	$(BIN)/flashomni bench gemm_q
 	$(BIN)/flashomni bench gemm_o
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml packages/flashomni-assets/pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) \
+		-e packages/flashomni-assets -e '.[dev]'
 	touch $@
 
 clean:

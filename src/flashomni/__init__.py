@@ -8,7 +8,7 @@ from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sp
 from flashomni.models import accelerate
 from flashomni.symbols import Grid, Symbols
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "compat": {"dispatch", "symbols", "kernels"},
     "attention": {"compat"},
     "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
+    "__main__": {"lab", "cli"},
     "cli": {"util", "dispatch", "kernels", "policies", "engine", "models", "lab"},
 }
 DIFFUSERS = {"models"}

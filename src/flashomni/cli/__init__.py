@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
-class Topic(str, Enum):
+class Topic(StrEnum):
     """What ``flashomni show`` can show."""
 
     recipe = "recipe"
@@ -249,17 +249,11 @@ def _show_policies(name: str | None) -> None:
 
 
 def _show_backends(name: str | None) -> None:
-    from flashomni.kernels import OPS, refusals, registered
+    from flashomni.lab import doctor
 
-    if name is not None and name not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
     table = Table("op", "backend", "here", title="best first")
-    for op in OPS if name is None else (name,):
-        why = refusals(op)
-        for backend in registered(op):
-            table.add_row(op, backend.name, why.pop(backend.name, "yes"))
-        for broken, reason in why.items():
-            table.add_row(op, broken, reason)
+    for row in doctor.backends(name):
+        table.add_row(*row)
     console.print(table)
 
 
@@ -278,14 +272,10 @@ def _show_models(name: str | None) -> None:
 @app.command()
 def doctor() -> None:
     """Versions, device, and which backend each op uses here, with the reasons of the others."""
-    import torch
+    from flashomni.lab import doctor as found
 
-    from flashomni.lab.versions import versions
-
-    target = pick_device("auto")
     table = Table("what", "version", title="doctor")
-    for name, value in versions(target).items():
-        table.add_row(name, value)
-    table.add_row("cuda devices", str(torch.cuda.device_count()))
+    for row in found.facts():
+        table.add_row(*row)
     console.print(table)
     _show_backends(None)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "layers": s.layers,
         "steps": s.steps,
         "versions": c.versions,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

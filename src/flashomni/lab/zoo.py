@@ -1,8 +1,8 @@
-"""Pipelines to run: the bundled small ones, any local diffusers folder, any id on the Hub.
+"""Pipelines to run: the small ones of flashomni-assets, any local diffusers folder, any Hub id.
 
 A folder may hold a ``flashomni.json`` with a default ``prompt`` and the ``call``: the arguments
-that the pipeline is meant to be called with. Where a bundled folder is missing, a small pipeline
-with random weights is built in its place, out of stock classes and without any download.
+that the pipeline is meant to be called with. ``random_pipeline`` builds the small ones with random
+weights and fewer layers, out of stock classes and without a file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = ("tiny-image", "tiny-video")
 PROMPT = "a large red striped circle left of a small blue square on a green checker floor"
 WORDS = (
@@ -60,13 +59,7 @@ def load(
     """
     folder = Path(model)
     if str(model) in BUNDLED:
-        folder = ASSETS / str(model)
-        if not (folder / "model_index.json").exists():
-            loaded = random_pipeline(str(model))
-            loaded.pipe.to(device)
-            if dtype != torch.float32:
-                loaded.pipe.to(dtype=dtype)
-            return loaded
+        folder = bundled(str(model))
     is_folder = (folder / "model_index.json").exists()
     if not is_folder and (folder.exists() or str(model).count("/") != 1):
         raise ValueError(
@@ -94,6 +87,23 @@ def load(
     return Loaded(pipe, prompt, dict(note.get("call", {})), prompts=prompts)
 
 
+def bundled(name: str) -> Path:
+    """Where the distribution ``flashomni-assets`` has the pipeline of that name.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        from flashomni_assets import folder
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"model {name!r} comes with flashomni-assets, which is not installed here: "
+            "`pip install ./packages/flashomni-assets` in a checkout of FlashOmni "
+            "(the extra 'demo' of flashomni asks for it)"
+        ) from error
+    return folder(name)
+
+
 def read_note(folder: Path) -> dict[str, Any]:
     """The ``flashomni.json`` of a folder; empty where there is none.
 
@@ -119,7 +129,7 @@ def read_note(folder: Path) -> dict[str, Any]:
 
 
 def random_pipeline(name: str, seed: int = 0, **size: Any) -> Loaded:
-    """A bundled pipeline's stand-in with random weights.
+    """A small pipeline of a bundled one's classes, with random weights.
 
     Args:
         name: ``tiny-image`` (FluxPipeline) or ``tiny-video`` (HunyuanVideoPipeline).

@@ -1,5 +1,0 @@
-"""``python -m flashomni.cli``."""
-
-from flashomni.cli import app
-
-app()
