@@ -142,4 +142,47 @@ def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):
 
     monkeypatch.setitem(bench.PROBLEMS, "attention", broken)
     done = run("bench", "attention", "--device", "cpu", "--density", 0.5)
-    assert done.exit_code == 1 and "nothing is timed" in str(done.exception)
+    assert done.exit_code == 1 and "nothing is timed" in done.output
+
+
+@pytest.mark.parametrize("recipe", ["[/red]", "[bold]x", "\x1b[31m"])
+def test_words_are_not_markup(recipe):
+    """What was typed is shown, also in an error."""
+    done = run("generate", "--recipe", recipe)
+    assert done.exit_code == 2 and "\x1b" not in done.output
+    assert recipe.replace("\x1b", "\\x1b") in done.output.replace("\\\\", "\\").replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_out_is_tried_before_anything_is_loaded(tmp_path, command):
+    """A file in the place of the folder is found at once."""
+    (tmp_path / "out").write_text("mine")
+    done = run(command, "--model", "nothing", "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "out must be a folder that can be written" in done.output
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_report_that_fails_loses_no_picture(model, tmp_path, monkeypatch):
+    """The pictures land somewhere, and the message says where."""
+    from flashomni.lab import viz
+
+    def fail(*_):
+        raise ValueError("no [/red] ink")
+
+    monkeypatch.setattr(viz, "step_times", fail)
+    out = tmp_path / "out"
+    done = run("generate", "[/bold] :star:", "--model", model, "--compare", "--out", out)
+    assert done.exit_code == 1 and "no [/red] ink" in done.output
+    assert "[/bold] :star:" in done.output and str(out) in done.output.replace("\n", "")
+    assert {path.name for path in out.iterdir()} == {"dense.png", "accelerated.png"}
+
+
+def test_pictures_that_are_not_finite_are_saved_and_named(model, tmp_path, monkeypatch):
+    """Black where nothing is known, and an exit code that scripts see."""
+    from flashomni.lab import generation
+
+    frames = generation.frames
+    monkeypatch.setattr(generation, "frames", lambda output: frames(output) * float("nan"))
+    done = run("generate", "--model", model, "--out", tmp_path / "out")
+    assert done.exit_code == 1 and "not finite" in done.output
+    assert (tmp_path / "out" / "accelerated.png").exists()

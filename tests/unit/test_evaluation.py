@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 
@@ -15,7 +16,7 @@ from flashomni.lab import metrics, zoo
 from flashomni.lab.fidelity import Campaign, Result, parse_method, save_rows, summarise
 from flashomni.lab.fidelity.campaign import ATTEMPTS, BRACKET, count_flops
 from flashomni.lab.fidelity.methods import DEFAULTS
-from flashomni.lab.fidelity.page import frontier, write_page
+from flashomni.lab.fidelity.page import frontier, pareto, write_page
 from flashomni.lab.fidelity.peers import PEERS
 from flashomni.lab.fidelity.scorers import load_scorer
 from flashomni.lab.generation import Generation
@@ -169,6 +170,36 @@ def test_a_campaign_goes_on_where_it_was_stopped(loaded, tmp_path):
     assert len(list(campaign(loaded, tmp_path, prompts=["a blue star"]).run(watch))) == 2
     assert "dense" in runs, "another prompt is another case"
     assert all(path.suffix in (".json", ".png") for path in (tmp_path / "cases").iterdir())
+
+
+@pytest.mark.usefixtures("calm")
+def test_a_cut_or_foreign_case_is_run_again(loaded, tmp_path):
+    """Never a traceback, never another case's result."""
+    once = campaign(loaded, tmp_path, ["steps=4"])
+    list(once.run(silent))
+    (path,) = (tmp_path / "cases").glob("*.json")
+    whole = path.read_text()
+    for text in (whole[: len(whole) // 2], "[]", "{}", whole.replace("a red circle", "a ring")):
+        path.write_text(text)
+        assert once.results() == []
+    assert len(list(once.run(silent))) == 1 and len(once.results()) == 1
+
+
+@pytest.mark.usefixtures("calm")
+def test_other_weights_are_another_case(tmp_path):
+    """A result of weights that have changed is not reused."""
+    loaded = small()
+    list(campaign(loaded, tmp_path, ["steps=4"]).run(silent))
+    assert campaign(loaded, tmp_path, ["steps=4"]).results()
+    with torch.no_grad():
+        next(loaded.pipe.transformer.parameters()).add_(1)
+    assert campaign(loaded, tmp_path, ["steps=4"]).results() == []
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    """A page is not lost over a method's name."""
+    rows = summarise("m", [result("bad $\\\\frac{$ [/red]")], "cmd")
+    pareto(rows).savefig(io.BytesIO(), format="png")
 
 
 @pytest.fixture

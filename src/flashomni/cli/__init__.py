@@ -8,11 +8,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from flashomni.cli._common import (
     BackendName,
     DeviceName,
     DtypeName,
+    bar_name,
+    check_csv,
+    check_prompt,
     command_line,
     console,
     pick_device,
@@ -20,8 +24,12 @@ from flashomni.cli._common import (
     plain_errors,
     progress_bars,
     quiet,
+    say,
+    status,
 )
 from flashomni.cli.bench import bench_app
+from flashomni.util.files import check_folder
+from flashomni.util.words import clean, one_line
 
 app = typer.Typer(
     help="Diffusion transformers that generate faster, and say what they skipped.",
@@ -68,7 +76,9 @@ def generate(
 
         chosen = Recipe.of(recipe)
         target = pick_device(device)
-        with console.status(f"loading {model}"):
+        check_prompt(prompt)
+        check_folder("out", out)
+        with status(f"loading {model}"):
             quiet()
             from flashomni.lab import generation as work
             from flashomni.lab import zoo
@@ -76,13 +86,13 @@ def generate(
 
             loaded = zoo.load(model, target, pick_dtype(dtype, target))
             generation = work.Generation(loaded, prompt, seed, steps)
-        console.print(f"[bold]{model}[/] on {target}: {generation.prompt!r}", highlight=False)
+        say((model, "bold"), f" on {target}: {generation.prompt!r}")
         if not loaded.trained:
-            console.print("its weights are random: the picture is noise, speed is not affected")
+            say("its weights are random: the picture is noise, speed is not affected")
         with progress_bars() as progress:
 
             def bar(name: str) -> Any:
-                task = progress.add_task(name, total=generation.num_steps)
+                task = progress.add_task(bar_name(name), total=generation.num_steps)
                 return lambda step, total: progress.update(task, completed=step, total=total)
 
             generation.warm_up()
@@ -92,9 +102,11 @@ def generate(
         from flashomni.lab import report
 
         if dense is None:
-            path = report.save_picture(pixels, out / "accelerated")
-            console.print(str(summary), highlight=False)
-            console.print(f"{seconds:.1f} s, written to {path}", highlight=False)
+            path = report.keep_pictures({"accelerated": pixels}, out)
+            say(str(summary))
+            say(f"{seconds:.1f} s, written to {path}")
+            if not pixels.isfinite().all():
+                raise RuntimeError(f"values that are not finite are black in {path}")
             return
         comparison = report.Comparison(
             model=model,
@@ -109,10 +121,28 @@ def generate(
             summary=summary,
             versions=versions(target),
         )
-        with console.status("writing the report"):
-            report.write_report(comparison, out)
+        with status("writing the report"):
+            _write_report(comparison, out)
         report.print_table(comparison, console)
-        console.print(f"report: {out / 'report.html'}", highlight=False)
+        say(f"report: {out / 'report.html'}")
+
+
+def _write_report(comparison: Any, out: Path) -> None:
+    """The report; if it cannot be written after all the work, at least the pictures.
+
+    Raises:
+        RuntimeError: it could not; the message says where the pictures are.
+    """
+    from flashomni.lab import report
+
+    try:
+        report.write_report(comparison, out)
+    except Exception as error:
+        pictures = {"dense": comparison.dense, "accelerated": comparison.accelerated}
+        path = report.keep_pictures(pictures, out)
+        raise RuntimeError(
+            f"the report could not be written: {error}; the pictures are in {path.parent}"
+        ) from error
 
 
 @app.command("eval")
@@ -142,7 +172,11 @@ def evaluate(
     """Measure how methods change pictures, and what they save; goes on where it was stopped."""
     with plain_errors():
         target = pick_device(device)
-        with console.status(f"loading {model}"):
+        for text in prompt or ():
+            check_prompt(text)
+        check_folder("out", out)
+        check_csv(csv)
+        with status(f"loading {model}"):
             quiet()
             from flashomni.lab import fidelity as evaluation
             from flashomni.lab import metrics, zoo
@@ -162,25 +196,27 @@ def evaluate(
             current = progress.add_task("", total=1)
 
             def on_case(case: evaluation.Case) -> Any:
-                progress.reset(current, description=case.method.name[:32])
+                progress.reset(current, description=bar_name(case.method.name))
                 return lambda step, total: progress.update(current, completed=step, total=total)
 
             for _ in campaign.run(on_case):
                 progress.advance(total)
         command = command_line()
         rows = evaluation.summarise(model, campaign.results(), command)
-        with console.status("writing the page"):
+        with status("writing the page"):
             evaluation.save_rows(rows, out / "fidelity.csv")
             if csv is not None:
                 evaluation.save_rows(rows, csv)
             page = write_page(campaign, rows, out, command)
         columns = ("method", "seconds", "speed-up", "PSNR", "worst", "caption", "FLOPs skipped")
-        table = Table(*columns, title=f"{model}, {rows[0].device}, {len(prompts)} prompts")
+        table = Table(
+            *columns, title=Text(one_line(f"{model}, {rows[0].device}, {len(prompts)} prompts"))
+        )
         table.columns[0].overflow = "fold"
         for row in rows:
             share = row.caption_score
             table.add_row(
-                row.recipe,
+                clean(row.recipe),
                 f"{row.seconds:.2f}",
                 f"{row.speedup:.2f}x",
                 str(row.psnr_db),
@@ -191,8 +227,8 @@ def evaluate(
         console.print(table)
         why = metrics.why_no_lpips()
         if why is not None:
-            console.print(f"LPIPS not measured: {why}", highlight=False)
-        console.print(f"page: {page}", highlight=False)
+            say(f"LPIPS not measured: {why}")
+        say(f"page: {page}")
 
 
 @app.command()

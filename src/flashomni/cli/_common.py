@@ -1,33 +1,114 @@
-"""What all commands share: the console, errors in one sentence, devices, progress."""
+"""What all commands share: the console, errors in one sentence, devices, progress.
+
+Exit codes: 0; 1 where the work failed or its result is not sound; 2 for a mistake of the user.
+``FLASHOMNI_DEBUG=1`` shows the traceback of any error.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from flashomni.util.words import clean, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
-console = Console()
+# Nothing that is printed is read as markup: most of it was typed by somebody.
+console = Console(markup=False, emoji=False, highlight=False)
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
+DEBUG = "FLASHOMNI_DEBUG"
+
+
+def say(*parts: str | tuple[str, str]) -> None:
+    """Print text as it is, control characters escaped; a pair is text and its style."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    line = Text.assemble(*((clean(text), style) for text, style in pairs))
+    console.print(line, soft_wrap=True)
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A mistake of the user ends in one sentence, not in a traceback."""
+    """What goes wrong ends in one sentence, not in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
+    except typer.Exit:
+        raise
     except (ValueError, NotImplementedError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        _fail(str(error), 2, error)
+    except OSError as error:
+        _fail(_os_error(error), 1, error)
+    except (RuntimeError, MemoryError) as error:
+        _fail(_run_error(error), 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException) -> None:
+    if os.environ.get(DEBUG, "") not in ("", "0"):
+        raise error
+    line = Text.assemble(("error:", "bold red"), " ", clean(message) or type(error).__name__)
+    errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    errors.print(line, soft_wrap=True)
+    raise typer.Exit(code) from error
+
+
+def _os_error(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    where = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{where}"
+
+
+def _run_error(error: BaseException) -> str:
+    """The first lines of an error of torch or Python, and what to try."""
+    text = one_line(error, 500) or type(error).__name__
+    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+        text += (
+            "; the device has too little memory: try --dtype bfloat16, a smaller picture, "
+            "or a recipe that keeps its cache in host memory (history_device)"
+        )
+    return f"{text} (set {DEBUG}=1 to see where)"
+
+
+def check_prompt(prompt: str | None) -> None:
+    """Refuse text that no tokenizer can read.
+
+    Raises:
+        ValueError: it holds bytes that are not of the terminal's encoding.
+    """
+    if prompt is not None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt must be valid Unicode text, got {prompt[:80]!r}") from error
+
+
+def check_csv(csv: Path | None, plot: Path | None = None) -> None:
+    """Try the files that results go to.
+
+    Raises:
+        ValueError: one cannot be written.
+    """
+    from flashomni.util.files import check_file
+
+    if csv is not None:
+        check_file("csv", csv)
+    if plot is not None:
+        check_file("plot", plot)
 
 
 def pick_device(name: str) -> torch.device:
@@ -61,7 +142,15 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def status(text: str) -> Any:
+    """A spinner beside a text while something takes its time; nothing where nobody watches."""
+    if not console.is_terminal:
+        return contextlib.nullcontext()
+    return console.status(Text(one_line(text, 100)))
+
+
 def progress_bars() -> Any:
+    """Bars of what runs; nothing where nobody watches. Add tasks by :func:`bar_name`."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -72,15 +161,20 @@ def progress_bars() -> Any:
     )
 
     return Progress(
-        TextColumn("{task.description:12}"),
+        TextColumn("{task.description:12}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     )
+
+
+def bar_name(text: object) -> str:
+    return one_line(text, 32)
 
 
 def command_line() -> str:
     """What the user typed; a row of results carries it."""
-    return " ".join(["flashomni", *sys.argv[1:]])
+    return clean(" ".join(["flashomni", *sys.argv[1:]]))

@@ -12,6 +12,8 @@ from flashomni.cli._common import (
     BackendName,
     DeviceName,
     DtypeName,
+    bar_name,
+    check_csv,
     command_line,
     console,
     pick_device,
@@ -19,6 +21,8 @@ from flashomni.cli._common import (
     plain_errors,
     progress_bars,
     quiet,
+    say,
+    status,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ def bench_op(
         kind, command = pick_dtype(dtype, target), command_line()
         measured, absent = list[work.Row](), dict[str, str]()
         with progress_bars() as progress:
-            task = progress.add_task(op, total=len(densities))
+            task = progress.add_task(bar_name(op), total=len(densities))
             for found, missing in work.measure(
                 op, shape, densities, target, kind, rounds, command, backend
             ):
@@ -99,10 +103,10 @@ def bench_op(
                 progress.advance(task)
         console.print(work.tabulate(measured))
         for name, why in absent.items():
-            console.print(f"{name} not measured: {why}", highlight=False)
+            say(f"{name} not measured: {why}")
         if csv is not None:
             work.save(measured, csv)
-            console.print(f"appended to {csv}", highlight=False)
+            say(f"appended to {csv}")
             if plot is not None:
                 work.draw(csv, plot)
 
@@ -224,6 +228,7 @@ def bench_sparsity(
 def _check_plot(plot: Path | None, csv: Path | None) -> None:
     if plot is not None and csv is None:
         raise ValueError("plot needs csv, which holds what is drawn")
+    check_csv(csv, plot)
 
 
 def _book(csv: Path | None, row: type) -> Book | None:
@@ -236,7 +241,7 @@ def _book(csv: Path | None, row: type) -> Book | None:
 def _build(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
     from flashomni.lab.e2e import build, weights_gib
 
-    with console.status(f"building {name}"):
+    with status(f"building {name}"):
         quiet()
         model = build(name, device, pick_dtype(dtype, device), seed, structure)
     console.print(
@@ -258,7 +263,7 @@ def _time(
     with progress_bars() as progress:
 
         def watch(name: str) -> OnStep:
-            task = progress.add_task(name[:32], total=None)
+            task = progress.add_task(bar_name(name), total=None)
             return lambda step, total: progress.update(task, completed=step, total=total)
 
         def changed(results: Results) -> None:
@@ -294,7 +299,7 @@ def _profile(
             for kind, step in found.items():
                 for kernel, ms in step.unknown[:8]:
                     text = f"other, {name}, {kind}: {ms:.3f} ms {kernel[:120]}"
-                    console.print(text, highlight=False, markup=False)
+                    say(text)
 
         missing = work.profile_all(model, baselines, recipes, backend, changed)
     if rows:
@@ -304,4 +309,4 @@ def _profile(
 
 def _print_missing(missing: dict[str, str]) -> None:
     for name, why in missing.items():
-        console.print(f"{name} not measured: {why}", highlight=False, markup=False)
+        say(f"{name} not measured: {why}")

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from flashomni.engine import Summary
 from flashomni.lab import metrics, viz
-from flashomni.util.files import write_bytes, write_text
+from flashomni.util.files import published, write_bytes, write_text
+from flashomni.util.words import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+# What a report consists of; a new one replaces all of an earlier one's.
+FILES = frozenset(
+    {"report.html", "report.json", "density.png", "steps.png"}
+    | {
+        f"{name}.{kind}"
+        for name in ("dense", "accelerated", "difference")
+        for kind in ("png", "webp")
+    }
+)
 STRIP_FRAMES = 8
 TABLE_NOTES = 5  # a LoRA on every layer makes a note a layer: the terminal shows the first
 FRAMES_PER_SECOND = 12
@@ -165,12 +176,12 @@ def flops(data: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def print_table(comparison: Comparison, console: Console) -> None:
     """The report in the terminal; what a user typed is printed as it is, not as markup."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     data = to_json(comparison)
     name = f"{comparison.model}, recipe {data['recipe']['name']}"
-    table = Table("figure", "value", title=escape(name), title_justify="left")
+    table = Table("figure", "value", title=Text(clean(name)), title_justify="left")
     for pair in headline(data):
         table.add_row(*pair)
     console.print(table)
@@ -184,7 +195,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
     console.print(table)
     notes = data["notes"]
     for note in notes[:TABLE_NOTES]:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(Text(f"note: {clean(note)}"))
     if len(notes) > TABLE_NOTES:
         console.print(f"{len(notes) - TABLE_NOTES} more notes in the report", highlight=False)
 
@@ -195,6 +206,12 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
     Every file appears whole or not at all, and the HTML, which shows the others, last.
     """
     folder = Path(folder)
+    with published(folder, FILES) as stage:
+        _write_files(comparison, stage)
+    return folder / "report.html"
+
+
+def _write_files(comparison: Comparison, folder: Path) -> None:
     data = to_json(comparison)
     gap, factor = viz.difference(comparison.dense, comparison.accelerated)
     pictures = {
@@ -210,7 +227,24 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
     write_text(folder / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
     page = _page(data, {name: viz.data_uri(path) for name, path in pictures.items()}, factor)
     write_text(folder / "report.html", page)
-    return folder / "report.html"
+
+
+def keep_pictures(pictures: dict[str, Tensor], folder: str | Path) -> Path:
+    """Save pictures by name, in a temporary folder if need be: they cost a generation.
+
+    Returns:
+        The path of the last one.
+    """
+    for place in (folder, None):
+        try:
+            target = Path(tempfile.mkdtemp(prefix="flashomni-") if place is None else place)
+            with published(target, FILES) as stage:
+                paths = [save_picture(pixels, stage / name) for name, pixels in pictures.items()]
+            return target / paths[-1].name
+        except OSError:
+            if place is None:
+                raise
+    raise AssertionError("unreachable")
 
 
 def save_picture(pixels: Tensor, stem: str | Path) -> Path:
@@ -221,6 +255,7 @@ def save_picture(pixels: Tensor, stem: str | Path) -> Path:
 def _images(pixels: Tensor) -> list[Image]:
     from PIL import Image
 
+    pixels = pixels.nan_to_num(0.0, 0.0, 0.0)  # black; metrics refuse such pictures
     array = (pixels.permute(0, 2, 3, 1) * 255).round().numpy().astype(np.uint8)
     return [Image.fromarray(frame) for frame in array]
 

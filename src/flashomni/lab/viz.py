@@ -41,7 +41,11 @@ def density_maps(summary: Summary) -> Figure:
             image = axis.imshow(
                 values, cmap=MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest"
             )
-            axis.set_title(title if len(branches) == 1 else f"{title} ({branch})", fontsize=10)
+            axis.set_title(
+                title if len(branches) == 1 else f"{title} ({branch})",
+                fontsize=10,
+                parse_math=False,
+            )
             axis.set_xlabel("step; F marks Full, U Update")
             _step_ticks(axis, steps)
             _layer_ticks(axis, summary.layers)

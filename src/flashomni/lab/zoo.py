@@ -76,7 +76,7 @@ def load(
             # newer diffusers say `dtype`, older ones know only `torch_dtype`
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, local_files_only=is_folder
+                source, torch_dtype=dtype, local_files_only=is_folder, use_safetensors=True
             )
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error

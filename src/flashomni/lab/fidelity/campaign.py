@@ -146,6 +146,8 @@ class Campaign:
             "dtype": str(parameter.dtype),
             "device": device_name(self._device),
             "source": source_digest(),
+            "versions": {k: v for k, v in versions(self._device).items() if k != "commit"},
+            "weights": weights_digest(loaded.pipe),
         }
 
     def __len__(self) -> int:
@@ -178,10 +180,19 @@ class Campaign:
         path = self._file(case, ".json")
         if not path.exists():
             return None
-        data = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("caption", "dense_caption"):
-            data[key] = None if data[key] is None else tuple(data[key])
-        result = Result(**data)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            for key in ("caption", "dense_caption"):
+                data[key] = None if data[key] is None else tuple(data[key])
+            result = Result(**data)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None  # cut, or not ours: run again
+        if (result.method, result.prompt, result.seed) != (
+            case.method.name,
+            case.prompt,
+            case.seed,
+        ):
+            return None
         lacks_score = self._scorer is not None and result.caption is None
         return None if lacks_score else result
 
@@ -321,6 +332,19 @@ class _FlopCounter(TorchDispatchMode):
         elif packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def weights_digest(pipe: Any) -> str:
+    """Hash of every weight and setting that the pipeline holds, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        digest.update(f"{name} {type(part).__name__} {getattr(part, 'config', None)}".encode())
+        if isinstance(part, torch.nn.Module):
+            for key, tensor in part.state_dict().items():
+                digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+                raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(raw.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def count_flops(generation: Generation) -> float:

@@ -17,6 +17,7 @@ from flashomni.lab.fidelity.methods import DENSE, FAMILIES, parse_method
 from flashomni.lab.fidelity.table import IDENTICAL, Row
 from flashomni.lab.viz import data_uri, save_figure
 from flashomni.util.files import write_text
+from flashomni.util.words import one_line
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "evaluation.html"
 COLOURS = dict(zip(FAMILIES, ("#2563eb", "#0d9488", "#6b7280", "#d97706"), strict=True))
@@ -48,11 +49,12 @@ def pareto(rows: Sequence[Row], x: str = "speedup", label: str = "measured speed
             )
     for row in points:
         axis.annotate(
-            row.recipe,
+            one_line(row.recipe, 60),
             (getattr(row, x), float(row.psnr_db)),
             xytext=(5, 4),
             textcoords="offset points",
             fontsize=7.5,
+            parse_math=False,
             color=COLOURS[row.family],
         )
     front = frontier(points, x)
@@ -104,7 +106,8 @@ def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
             axis.imshow(Image.open(path))
             decibel = decibels.get((method.name, prompt, seed))
             value = "" if decibel is None else f"\n{decibel:.1f} dB"
-            axis.set_title(f"{textwrap.fill(method.name, 30)}{value}", fontsize=6)
+            name = textwrap.fill(one_line(method.name, 120), 30)
+            axis.set_title(f"{name}{value}", fontsize=6, parse_math=False)
     return figure
 
 

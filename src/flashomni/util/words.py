@@ -1,0 +1,33 @@
+"""Text of users, models and exceptions, fit to be shown: nothing in it commands a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Marks that turn the text around them, up to its end: what stands there is not what is read.
+TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
+KEPT = frozenset("\n\t")
+
+
+def clean(text: object) -> str:
+    """The text with control characters, turns and half surrogates written as escapes.
+
+    Lines and tabs stay, and so do letters of every script and the joiners inside emoji.
+    """
+    return "".join(_escape(mark) if _commands(mark) else mark for mark in str(text))
+
+
+def one_line(text: object, length: int | None = None) -> str:
+    """:func:`clean` on one line, cut to ``length`` characters."""
+    line = " ".join(clean(text).split())
+    return line if length is None or len(line) <= length else line[: length - 1] + "\u2026"
+
+
+def _commands(mark: str) -> bool:
+    if mark in TURNS:
+        return True
+    return mark not in KEPT and unicodedata.category(mark) in ("Cc", "Cs")
+
+
+def _escape(mark: str) -> str:
+    return mark.encode("unicode_escape").decode()
