@@ -39,11 +39,12 @@ FOLDERS = {
         "differences",
         "weighted_sum",
     ),
+    "flashomni.symbols.choice": ("block_means", "heavy_bits", "heaviest_bits"),
 }
 OPS = tuple(op for ops in FOLDERS.values() for op in ops)
 _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
 # Every generation uses these; who adds a backend of attention need not write the others.
-HELPERS = FOLDERS["flashomni.kernels.elementwise"]
+HELPERS = (*FOLDERS["flashomni.kernels.elementwise"], *FOLDERS["flashomni.symbols.choice"])
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from conftest import device_for
+from flashomni import dispatch
 from flashomni.kernels.common import portable
-from flashomni.policies import _pooled, make_policy, policies
-from flashomni.policies._pooled import heaviest, low_mass, pool
+from flashomni.policies import make_policy, policies
 from flashomni.symbols import Grid, pack_bits, row_bytes, unpack_bits
+from flashomni.symbols.choice import op as choice
 from flashomni.symbols.choice import portable as kernels
+from flashomni.symbols.choice.op import heaviest, low_mass, pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,9 +134,13 @@ def test_policies_choose_the_same(name, settings, grid, monkeypatch):
     if grid.kv_len is not None:
         grid = grid.with_kv_len(grid.kv_len.to(DEVICE))
     policy, progress = make_policy(name, **settings), scalar(0.9)
-    monkeypatch.setattr(_pooled, "_kernels", lambda x: kernels)
+    monkeypatch.setattr(
+        choice, "execute", lambda op, call, _: dispatch.execute(op, call, "portable")
+    )
     got = policy(q, k, grid, progress)
-    monkeypatch.setattr(_pooled, "_kernels", lambda x: None)
+    monkeypatch.setattr(
+        choice, "execute", lambda op, call, _: dispatch.execute(op, call, "reference")
+    )
     expected = policy(q, k, grid, progress)
     # The means differ in their last bits; these masses have no two prefixes that close.
     assert torch.equal(got.q_bits, expected.q_bits)
@@ -146,9 +152,13 @@ def test_policies_choose_the_same(name, settings, grid, monkeypatch):
 
 def test_a_gpu_uses_the_kernels():
     """And a CPU never does: there they would run in the interpreter."""
-    assert _pooled._kernels(torch.zeros(1)) is None
+    mass = torch.zeros(1, 16)
+    assert dispatch.select("heaviest_bits", choice.HeaviestCall(mass, 1, 2)).name == "cpu"
     if torch.cuda.is_available():
-        assert _pooled._kernels(torch.zeros(1, device="cuda")) is kernels
+        call = choice.HeaviestCall(mass.cuda(), 1, 2)
+        assert dispatch.select("heaviest_bits", call).name == "portable"
+        assert dispatch.select("heaviest_bits", call, "sm90").name == "portable"
+        assert dispatch.select("heaviest_bits", call, "reference").name == "reference"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")

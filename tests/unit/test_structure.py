@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "flatten": set(),
     "triton_host": set(),
     "dispatch": {"registry", "flatten"},
-    "symbols": {"dispatch"},
+    "symbols": {"dispatch", "triton_host"},
     "policies": {"registry", "symbols"},
     "kernels": {"dispatch", "flatten", "triton_host", "symbols"},
     "engine": {"registry", "util", "dispatch", "symbols", "policies", "kernels"},

@@ -1,4 +1,4 @@
-"""Block means and threshold choices as Triton kernels: what ``_pooled`` runs on a GPU.
+"""Block means and threshold choices as Triton kernels: the ops of ``op.py`` on a GPU.
 
 A choice on a row of masses needs no sort. Floats that are not negative order like their bits, so
 the bits of the threshold are found one after the other, from the top, each by one masked sum over
@@ -11,10 +11,16 @@ addition does not matter to a choice, so that both ways of choosing agree.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from flashomni import triton_host
+from flashomni.dispatch import register
+from flashomni.symbols.choice.op import HeaviestCall, HeavyCall, MeansCall
 
 MAX_COLUMNS = 16384  # of a row that a program holds in registers
 MAX_TILE = 128  # tokens that a program of `block_means` loads at once
@@ -106,24 +112,21 @@ def block_means(x: Tensor, block: int, length: Tensor | None, *, unit: bool) -> 
     means = torch.empty(
         batch, num_heads, -(-seqlen // block), head_dim, dtype=torch.float32, device=x.device
     )
-    call = _means_op if torch.compiler.is_compiling() else _means
-    call(x, length, means, block, unit)
+    _means(x, length, means, block, unit)
     return means
 
 
 def heavy(mass: Tensor, tau: Tensor, num_bytes: int) -> Tensor:
     """``pack_bits(~low_mass(mass, tau), num_bytes)``."""
     bits = torch.empty(*mass.shape[:-1], num_bytes, dtype=torch.uint8, device=mass.device)
-    call = _heavy_op if torch.compiler.is_compiling() else _heavy
-    call(mass, tau, bits)
+    _heavy(mass, tau, bits)
     return bits
 
 
 def most(mass: Tensor, count: int, num_bytes: int) -> Tensor:
     """``pack_bits(heaviest(mass, count), num_bytes)``."""
     bits = torch.empty(*mass.shape[:-1], num_bytes, dtype=torch.uint8, device=mass.device)
-    call = _most_op if torch.compiler.is_compiling() else _most
-    call(mass, bits, count)
+    _most(mass, bits, count)
     return bits
 
 
@@ -161,12 +164,34 @@ def _width(bits: Tensor) -> dict[str, int]:
     return {"COLUMNS": columns, "num_warps": min(max(columns // 1024, 1), 16)}
 
 
-def _custom_op(name: str, run, writes: str):
-    op = torch.library.custom_op(f"flashomni::{name}", run, mutates_args={writes})
-    op.register_fake(lambda *args: None)  # it only mutates: nothing to infer
-    return op
+def _refuses(call: Any) -> list[str]:
+    tensor = call.x if isinstance(call, MeansCall) else call.mass
+    device, runs_on = tensor.device.type, "cpu" if triton_host.INTERPRETED else "cuda"
+    reasons = (
+        [] if device == runs_on else [f"tensors are on {device}, this backend is for {runs_on}"]
+    )
+    if not isinstance(call, MeansCall) and 8 * call.num_bytes > MAX_COLUMNS:
+        reasons.append(f"rows must have at most {MAX_COLUMNS} columns, got {8 * call.num_bytes}")
+    return reasons
 
 
-_means_op = _custom_op("block_means", _means, "means")
-_heavy_op = _custom_op("heavy_bits", _heavy, "bits")
-_most_op = _custom_op("most_bits", _most, "bits")
+def _register(op: str) -> Any:
+    return register(
+        op, "portable", rank=triton_host.RANK, refuses=_refuses, available=triton_host.available,
+        serves=("sm90",),
+    )  # fmt: skip
+
+
+@_register("block_means")
+def _run_means(call: MeansCall) -> Tensor:
+    return block_means(call.x, call.block, call.length, unit=call.unit)
+
+
+@_register("heavy_bits")
+def _run_heavy(call: HeavyCall) -> Tensor:
+    return heavy(call.mass, call.tau, call.num_bytes)
+
+
+@_register("heaviest_bits")
+def _run_heaviest(call: HeaviestCall) -> Tensor:
+    return most(call.mass, call.count, call.num_bytes)
