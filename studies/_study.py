@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from flashomni.lab import metrics, zoo
+from flashomni.lab import metrics, split, zoo
 from flashomni.lab.fidelity import Campaign, Row, parse_method, summarise
 from flashomni.lab.fidelity.table import IDENTICAL
 from flashomni.lab.viz import save_figure
@@ -84,18 +84,25 @@ def main(study: Study) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=8, help="prompts for tiny-image")
     parser.add_argument("--videos", type=int, default=4, help="prompts for tiny-video")
+    parser.add_argument("--split", choices=split.PARTS, default="report", help="which prompts")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=ROOT / "eval" / "studies")
     args = parser.parse_args()
-    measured = run(study, args.device, args.images, args.videos, args.steps, args.work)
+    measured = run(study, args.device, args.images, args.videos, args.steps, args.work, args.split)
     write(
         study, measured, args.out, " ".join(["python", f"studies/{study.name}.py", *sys.argv[1:]])
     )
 
 
 def run(
-    study: Study, device: str, images: int, videos: int, steps: int | None, work: Path
+    study: Study,
+    device: str,
+    images: int,
+    videos: int,
+    steps: int | None,
+    work: Path,
+    part: str = "report",
 ) -> list[tuple[Point, Row]]:
     """Every point with its row; results are kept in ``work``."""
     from training.agreement import agreement
@@ -109,7 +116,8 @@ def run(
             loaded = zoo.load(model, device, torch.float32)
             loaded = dataclasses.replace(loaded, call={**loaded.call, **dict(changes)})
             names = list(dict.fromkeys(point.method for point in points))
-            prompts = list(loaded.prompts[: videos if model == "tiny-video" else images])
+            count = videos if model == "tiny-video" else images
+            prompts = split.pick(model, loaded.prompts, part, count)
             methods = [parse_method(name) for name in names]
             campaign = Campaign(
                 model, loaded, methods, prompts, [0], work / study.name, agreement, steps

@@ -1,9 +1,9 @@
 """One call of every GPU kernel, small and ragged: for compute-sanitizer.
 
-compute-sanitizer --tool racecheck python benchmarks/one_of_each.py sm90
+compute-sanitizer --tool racecheck python tools/one_of_each.py sm90
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -17,7 +17,9 @@ SEQLEN, HEADS, HEAD_DIM, OFFSET = 700, 3, 128, 77
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "sm90"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backend", nargs="?", default="sm90")
+    name = parser.parse_args().backend
     torch.manual_seed(0)
     kind = {"device": "cuda", "dtype": torch.bfloat16}
     kv_len = torch.tensor([650], dtype=torch.int32, device="cuda")

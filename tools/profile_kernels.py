@@ -1,8 +1,10 @@
 """A few calls of the Hopper kernels between profiler marks, for ncu.
 
     ncu --clock-control none --profile-from-start off --section SpeedOfLight \
-        --section WarpStateStats python benchmarks/profile_kernels.py
+        --section WarpStateStats python tools/profile_kernels.py
 """
+
+import argparse
 
 import torch
 
@@ -23,6 +25,7 @@ CALLS = [
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda", 0)
     runs = []

@@ -1,6 +1,6 @@
 """Try configurations of the portable attention backend; the best belong in _portable_configs.py.
 
-    python benchmarks/sweep_portable.py [--shape flux-1024] [--head-dim 128]
+    python tools/sweep_portable.py [--shape flux-1024] [--head-dim 128]
 
 Each is checked, then timed in turns with FlexAttention on the same blocks.
 """

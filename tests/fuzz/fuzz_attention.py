@@ -1,6 +1,6 @@
 """Random calls of a GPU attention backend against torch in fp32, up to a count or a time.
 
-    python benchmarks/fuzz_attention.py --backend sm90 --count 10000 --seconds 90
+    python tests/fuzz/fuzz_attention.py --backend sm90 --count 10000 --seconds 90
 
 Each case draws dtype, head_dim, batch, lengths, heads, GQA ratio, valid keys, densities, strides,
 optional outputs and the forecast of cached rows. It fails if a row is off by more than twice the

@@ -1,6 +1,6 @@
 """Random campaign against the GEMM ops on a GPU: every option, ragged, strided, poisoned.
 
-    python benchmarks/fuzz_gemm.py --count 10000 --seconds 90
+    python tests/fuzz/fuzz_gemm.py --count 10000 --seconds 90
 
 A case draws sizes, strides, options and symbols, fills outputs and cached inputs with poison, and
 checks: the error is at most twice that of torch in the same dtype, both against fp64; what must not

@@ -346,7 +346,7 @@ def launched(path):
 
 
 def test_every_kernel_of_ours_is_classified():
-    """A new kernel needs a line in ``bench/e2e/parts.py``, or it shows up as ``other``."""
+    """A new kernel needs a line in ``lab/e2e/parts.py``, or it shows up as ``other``."""
     found = {
         name
         for folder in ("kernels", "policies", "engine", "models")

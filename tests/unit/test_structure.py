@@ -43,8 +43,8 @@ CLI = {
         "--backend", "PROMPT",
     },
     "eval": {
-        "--model", "--method", "--prompt", "--count", "--seed", "--scorer", "--out", "--csv",
-        "--steps", "--device", "--dtype", "--backend",
+        "--model", "--method", "--prompt", "--count", "--split", "--seed", "--scorer", "--out",
+        "--csv", "--steps", "--device", "--dtype", "--backend",
     },
     "show": {"TOPIC", "NAME"},
     "doctor": set(),

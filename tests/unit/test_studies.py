@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashomni.lab import zoo
-from flashomni.lab.fidelity import parse_method
+from flashomni.lab import split, zoo
+from flashomni.lab.fidelity import Campaign, parse_method
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(p.stem for p in (ROOT / "studies").glob("[a-z]*.py"))
+assert STUDIES, "no studies found: has a folder moved?"
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +45,45 @@ def test_a_study_writes_its_page(monkeypatch, tmp_path):
     def small(name, device, dtype):
         loaded = zoo.random_pipeline(name, heads=2, head_dim=32, dual=1, single=1)
         size = {"height": 64, "width": 64, "num_inference_steps": 6}
-        return dataclasses.replace(loaded, call={**loaded.call, **size})
+        prompts = zoo.read_note(zoo.bundled(name))["prompts"]
+        return dataclasses.replace(loaded, call={**loaded.call, **size}, prompts=prompts)
+
+    asked = []
+
+    def campaign(model, loaded, methods, prompts, *rest):
+        asked.extend(prompts)
+        return Campaign(model, loaded, methods, prompts, *rest)
 
     monkeypatch.setattr(_study.zoo, "load", small)
+    monkeypatch.setattr(_study, "Campaign", campaign)
     whole = study("granularity")
     keep = [p for p in whole.points if p.model == "tiny-image" and p.series.startswith("whole")]
     some = dataclasses.replace(whole, points=keep[:2])
     measured = _study.run(some, "cpu", 1, 1, None, tmp_path / "work")
+    assert asked == zoo.read_note(zoo.bundled("tiny-image"))["prompts"][16:17]
     _study.write(some, measured, tmp_path / "docs", "python studies/granularity.py")
     page = (tmp_path / "docs" / "granularity.md").read_text()
     assert "python studies/granularity.py" in page and "| tiny-image | whole layers" in page
     assert {p.suffix for p in (tmp_path / "docs").iterdir()} == {".md", ".png", ".csv"}
+
+
+@pytest.mark.parametrize("model", zoo.BUNDLED)
+def test_the_split_of_the_bundled_prompts(model):
+    """Chosen on 0 to 15, reported on 16 to 39, the rest kept aside; no prompt is in two places."""
+    prompts = zoo.read_note(zoo.bundled(model))["prompts"]
+    assert len(set(prompts)) == len(prompts) >= 48
+    assert split.pick(model, prompts, "tune") == prompts[:16]
+    assert split.pick(model, prompts) == split.pick(model, prompts, "report") == prompts[16:40]
+    assert split.pick(model, prompts, "tune", 3) == prompts[:3]
+
+
+def test_a_split_that_cannot_be_is_refused():
+    """Neither an unknown part nor a list that is too short gives prompts of another part."""
+    with pytest.raises(ValueError, match="split must be one of tune, report, got 'aside'"):
+        split.pick("tiny-image", ["a"] * 64, "aside")
+    with pytest.raises(ValueError, match="at least 40"):
+        split.pick("tiny-image", ["a"] * 20)
+    assert split.pick("some/folder", ["a", "b"], "tune") == ["a", "b"]
 
 
 @pytest.mark.parametrize("video", [False, True])

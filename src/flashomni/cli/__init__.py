@@ -158,6 +158,9 @@ def evaluate(
         list[str] | None, typer.Option(help="May be repeated; the model's own if left out.")
     ] = None,
     count: Annotated[int, typer.Option(help="How many of the model's own prompts.", min=1)] = 4,
+    split: Annotated[
+        str, typer.Option(help="Which of them: tune (to choose settings on) or report.")
+    ] = "report",
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated; 0 if none.")] = None,
     scorer: Annotated[
         str | None, typer.Option(help="MODULE:FUNCTION that reads a picture and its prompt.")
@@ -180,6 +183,7 @@ def evaluate(
             quiet()
             from flashomni.lab import fidelity as evaluation
             from flashomni.lab import metrics, zoo
+            from flashomni.lab import split as splitting
             from flashomni.lab.fidelity.methods import DEFAULTS
             from flashomni.lab.fidelity.page import write_page
             from flashomni.lab.fidelity.scorers import load_scorer
@@ -187,7 +191,7 @@ def evaluate(
             methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
             judge = None if scorer is None else load_scorer(scorer)
             loaded = zoo.load(model, target, pick_dtype(dtype, target))
-        prompts = list(prompt or loaded.prompts[:count])
+        prompts = prompt or splitting.pick(model, loaded.prompts, split, count)
         campaign = evaluation.Campaign(
             model, loaded, methods, prompts, seed or [0], out, judge, steps
         )

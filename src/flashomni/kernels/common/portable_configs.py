@@ -2,7 +2,7 @@
 
 ``arch`` is ``sm80``, ``sm90``, ... or ``hip``; head_dim is padded to a power of two; bytes is the
 size of an element. What an arch does not list it takes from ``GENERIC``, which needs at most 99 KB
-of shared memory. ``benchmarks/sweep_portable.py`` measures candidates.
+of shared memory. ``tools/sweep_portable.py`` measures candidates.
 """
 
 from __future__ import annotations
