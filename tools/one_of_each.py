@@ -10,7 +10,7 @@ import torch
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
 from flashomni.kernels.common.rope import pack_rope
 from flashomni.lab.ops import random_symbols
-from flashomni.policies import make_policy
+from flashomni.policies import AttentionSite, make_policy
 from flashomni.symbols import Grid
 
 SEQLEN, HEADS, HEAD_DIM, OFFSET = 700, 3, 128, 77
@@ -40,9 +40,9 @@ def main() -> None:
     where = {"row_offset": OFFSET, "backend": name}
     sparse_gemm_o(q[:, OFFSET:], weight, None, symbols, terms, coefficients, **where)
     gemm_o_update([q[:, OFFSET:], k[:, OFFSET:]], weight, None, symbols, **where)
-    progress = torch.ones((), device="cuda")
-    make_policy("flashomni", tau_q=0.5, tau_kv=0.5)(q, k, grid, progress)
-    make_policy("topk")(q, k, grid, progress)
+    site = AttentionSite.alone(q, k, grid)
+    make_policy("flashomni", tau_q=0.5, tau_kv=0.5)(site)
+    make_policy("topk")(site)
     torch.cuda.synchronize()
     print(f"{name}: one call of each kernel")
 

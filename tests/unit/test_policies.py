@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flashomni.policies import fields, make_policy, policies
+from flashomni.policies import AttentionSite, fields, make_policy, policies
 from flashomni.policies._pooled import heaviest, low_mass, pooled_map
 from flashomni.symbols import Grid
 
@@ -16,6 +16,7 @@ GRIDS = {
     "blocks differ": Grid(700, 700, (0, 130), block_m=64, block_n=128),
 }
 NO_TEXT = Grid(300, 520)
+SET = {"radial": {"frames": 4}}  # what a policy needs to be told on a grid without geometry
 
 
 def inputs(grid, heads=4, kv_heads=2, head_dim=16):
@@ -38,13 +39,13 @@ def progress(value=0.9):
 def test_contract(name, grid):
     """Right shape, text kept, no empty row, deterministic, known fraction true."""
     q, k = inputs(grid)
-    policy = make_policy(name)
-    symbols = policy(q, k, grid, progress())
+    policy = make_policy(name, **SET.get(name, {}))
+    symbols = policy(AttentionSite.alone(q, k, grid, progress()))
     assert symbols.grid == grid and (symbols.batch, symbols.num_heads) == (2, 4)
     q_mask, kv_mask = symbols.q_mask(), symbols.kv_mask()
-    assert q_mask[..., slice(*grid.text_q_blocks)].all()
-    assert kv_mask[..., slice(*grid.text_kv_blocks)].all() and kv_mask.any(-1).all()
-    again = policy(q, k, grid, progress())
+    assert q_mask[..., grid.text_q_mask(q.device)].all()
+    assert kv_mask[..., slice(*grid.text_kv_ranges[0])].all() and kv_mask.any(-1).all()
+    again = policy(AttentionSite.alone(q, k, grid, progress()))
     assert torch.equal(symbols.q_bits, again.q_bits)
     assert torch.equal(symbols.kv_bits, again.kv_bits)
     known = policy.known_fraction(grid)
@@ -60,10 +61,10 @@ def test_never_synchronises(name):
     torch.compiler.reset()  # each policy compiles the same function anew
     grid = GRIDS["text first"]
     q, k = inputs(grid)
-    policy = make_policy(name)
+    policy = make_policy(name, **SET.get(name, {}))
 
     def run(q, k, t):
-        symbols = policy(q, k, grid, t)
+        symbols = policy(AttentionSite.alone(q, k, grid, t))
         return symbols.q_bits, symbols.kv_bits
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -79,10 +80,10 @@ def test_never_synchronises_on_a_gpu(name):
     grid = GRIDS["text first"]
     q, k = (x.cuda() for x in inputs(grid))
     t = progress().cuda()
-    make_policy(name)(q, k, grid, t)
+    make_policy(name, **SET.get(name, {}))(AttentionSite.alone(q, k, grid, t))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        make_policy(name)(q, k, grid, t)
+        make_policy(name, **SET.get(name, {}))(AttentionSite.alone(q, k, grid, t))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -90,7 +91,7 @@ def test_never_synchronises_on_a_gpu(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_round_trip_through_json(name):
     """to_dict holds JSON values and gives an equal policy back."""
-    policy = make_policy(name)
+    policy = make_policy(name, **SET.get(name, {}))
     data = json.loads(json.dumps(policy.to_dict()))
     assert make_policy(**data) == policy
 
@@ -132,7 +133,7 @@ def test_flashomni_is_the_rule_of_the_paper():
     q, k = inputs(grid, kv_heads=4)
     tau_q, tau_kv, t = 0.6, 0.4, 0.8
     symbols = make_policy("flashomni", tau_q=tau_q, tau_kv=tau_kv, power=2.0)(
-        q, k, grid, progress(t)
+        AttentionSite.alone(q, k, grid, progress(t))
     )
     attention = pooled_map(q, k, grid)
     cached_something = False
@@ -160,9 +161,9 @@ def test_flashomni_reads_c_and_g_off_the_map(combine, grid):
     q, k = inputs(grid)
     tau = 0.45
     policy = make_policy("flashomni", tau_q=tau, tau_kv=0.0, power=0.0, combine=combine)
-    got = policy(q, k, grid, progress()).q_mask()
+    got = policy(AttentionSite.alone(q, k, grid, progress())).q_mask()
     attention = pooled_map(q, k, grid)
-    text, vision = range(*grid.text_q_blocks), list(range(*grid.vision_q_blocks))
+    text, vision = range(*grid.text_q_ranges[0]), list(range(*grid.vision_q_ranges[0]))
     some_cached = False
     for b in range(2):
         for h in range(4):
@@ -204,8 +205,11 @@ def test_flashomni_is_monotone(less, more):
     """A larger threshold, or a later step, never computes what a smaller one left out."""
     grid = GRIDS["text first"]
     q, k = inputs(grid)
-    a, b = (make_policy("flashomni", **s)(q, k, grid, progress()) for s in (less, more))
-    early = make_policy("flashomni", **more)(q, k, grid, progress(0.4))
+    a, b = (
+        make_policy("flashomni", **s)(AttentionSite.alone(q, k, grid, progress()))
+        for s in (less, more)
+    )
+    early = make_policy("flashomni", **more)(AttentionSite.alone(q, k, grid, progress(0.4)))
     for dense, sparse in ((a, b), (early, b)):
         assert not (sparse.q_mask() & ~dense.q_mask()).any()
         assert not (sparse.kv_mask() & ~dense.kv_mask()).any()
@@ -216,25 +220,31 @@ def test_flashomni_options():
     """share_heads gives equal heads; the gate keeps incoherent blocks; no text is refused."""
     grid = GRIDS["text first"]
     q, k = inputs(grid)
-    shared = make_policy("flashomni", tau_q=0.9, share_heads=True)(q, k, grid, progress())
+    shared = make_policy("flashomni", tau_q=0.9, share_heads=True)(
+        AttentionSite.alone(q, k, grid, progress())
+    )
     assert (shared.q_mask() == shared.q_mask()[:, :1]).all() and not shared.q_mask().all()
     gated = make_policy("flashomni", tau_q=0.9, tau_kv=0.9, similarity_gate=1.0)
-    assert float(gated(q, k, grid, progress()).density()) == 1.0
+    assert float(gated(AttentionSite.alone(q, k, grid, progress())).density()) == 1.0
     densities = {
         combine: float(
-            make_policy("flashomni", tau_q=0.6, combine=combine)(q, k, grid, progress()).q_density()
+            make_policy("flashomni", tau_q=0.6, combine=combine)(
+                AttentionSite.alone(q, k, grid, progress())
+            ).q_density()
         )
         for combine in ("and", "c", "g", "mean")
     }
     assert densities["and"] >= max(densities["c"], densities["g"])
     with pytest.raises(ValueError, match="needs text tokens in the attention, got a grid of 300"):
-        make_policy("flashomni")(*inputs(NO_TEXT), NO_TEXT, progress())
+        make_policy("flashomni")(AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT, progress()))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "flashomni"])
 def test_the_others_need_no_text(name):
     """Models without text in their self-attention are served too."""
-    symbols = make_policy(name)(*inputs(NO_TEXT), NO_TEXT, progress())
+    symbols = make_policy(name, **SET.get(name, {}))(
+        AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT, progress())
+    )
     assert symbols.kv_mask().any(-1).all()
 
 
@@ -245,7 +255,7 @@ def test_topk_gives_the_density_asked_for(q_density, kv_density):
     grid = Grid(1300, 1300, (0, 100), block_m=64, block_n=64)
     q, k = inputs(grid)
     policy = make_policy("topk", q_density=q_density, kv_density=kv_density)
-    symbols = policy(q, k, grid, progress())
+    symbols = policy(AttentionSite.alone(q, k, grid, progress()))
     half = 0.5 / grid.num_q_blocks + 1e-6
     assert (symbols.q_mask().float().mean(-1) - q_density).abs().max() <= half
     assert (symbols.kv_mask().float().mean(-1) - kv_density).abs().max() <= half
@@ -265,7 +275,9 @@ def test_spargeattn_keeps_the_mass():
     """What a row visits holds at least the asked share of its pooled attention."""
     grid = GRIDS["text first"]
     q, k = inputs(grid)
-    symbols = make_policy("spargeattn", mass=0.7, similarity_gate=-1.0)(q, k, grid, progress())
+    symbols = make_policy("spargeattn", mass=0.7, similarity_gate=-1.0)(
+        AttentionSite.alone(q, k, grid, progress())
+    )
     kept = (pooled_map(q, k, grid) * symbols.kv_mask()).sum(-1)
     assert (kept >= 0.7 - 1e-5).all() and float(symbols.kv_density()) < 1
 
@@ -273,7 +285,7 @@ def test_spargeattn_keeps_the_mass():
 def test_window_sees_its_neighbours():
     """A band around the diagonal, text rows and columns full, bits shared by all heads."""
     grid = Grid(1280, 1280, (0, 128))
-    symbols = make_policy("window", reach=0.1)(*inputs(grid), grid, progress())
+    symbols = make_policy("window", reach=0.1)(AttentionSite.alone(*inputs(grid), grid, progress()))
     row = symbols.kv_mask()[1, 3, 5].nonzero()[:, 0].tolist()
     assert row == [0, 4, 5, 6] and symbols.kv_mask()[0, 0, 0].all()
     assert symbols.kv_bits.stride()[:2] == (0, 0)
@@ -282,9 +294,11 @@ def test_window_sees_its_neighbours():
 def test_radial_narrows_with_the_distance_in_time():
     """Own and first frame whole; then the reach halves with each doubling of the distance."""
     grid = Grid(8 * 640, 8 * 640, block_m=32, block_n=32)  # 8 frames of 20 blocks
-    symbols = make_policy("radial", frames=8, width=0.4)(*inputs(grid), grid, progress())
+    symbols = make_policy("radial", frames=8, width=0.4)(
+        AttentionSite.alone(*inputs(grid), grid, progress())
+    )
     row = symbols.kv_mask()[0, 0, 130].view(8, 20).sum(-1).tolist()  # frame 6, block 10 of it
     assert row[0] == 20 and row[6] == 20
     assert row[5] == row[7] > row[4] > row[2] == row[1] > 0
-    whole = make_policy("radial", frames=1)(*inputs(grid), grid, progress())
+    whole = make_policy("radial", frames=1)(AttentionSite.alone(*inputs(grid), grid, progress()))
     assert whole.kv_mask().all()

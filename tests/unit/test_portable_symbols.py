@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from conftest import device_for
 from flashomni import dispatch
 from flashomni.kernels.common import portable
-from flashomni.policies import make_policy, policies
+from flashomni.policies import AttentionSite, make_policy, policies
 from flashomni.symbols import Grid, pack_bits, row_bytes, unpack_bits
 from flashomni.symbols.choice import op as choice
 from flashomni.symbols.choice import portable as kernels
@@ -137,16 +137,16 @@ def test_policies_choose_the_same(name, settings, grid, monkeypatch):
     monkeypatch.setattr(
         choice, "execute", lambda op, call, _: dispatch.execute(op, call, "portable")
     )
-    got = policy(q, k, grid, progress)
+    got = policy(AttentionSite.alone(q, k, grid, progress))
     monkeypatch.setattr(
         choice, "execute", lambda op, call, _: dispatch.execute(op, call, "reference")
     )
-    expected = policy(q, k, grid, progress)
+    expected = policy(AttentionSite.alone(q, k, grid, progress))
     # The means differ in their last bits; these masses have no two prefixes that close.
     assert torch.equal(got.q_bits, expected.q_bits)
     assert torch.equal(got.kv_bits, expected.kv_bits)
     assert 0 < float(got.density()) < 1
-    assert got.q_mask()[..., slice(*grid.text_q_blocks)].all()
+    assert got.q_mask()[..., grid.text_q_mask(q.device)].all()
     assert got.kv_mask()[..., slice(*grid.text_kv_blocks)].all()
 
 
@@ -170,7 +170,7 @@ def test_policies_replay_in_a_cuda_graph_and_compile(name):
     policy = make_policy(name)
 
     def run(q, k):
-        symbols = policy(q, k, grid, progress)
+        symbols = policy(AttentionSite.alone(q, k, grid, progress))
         return symbols.q_bits, symbols.kv_bits
 
     run(q, k)

@@ -137,6 +137,8 @@ class Engine:
             coefficients=_to_device(basis(recipe.order, since), device),
             layer_coefficients=_to_device(basis(recipe.layer_order, since), device),
             storage=self._storage(device),
+            num_steps=tick.num_steps,
+            branch=tick.branch,
         )
 
     def _storage(self, device: torch.device) -> Storage:
@@ -225,7 +227,16 @@ class Engine:
         branch.prefetch(index + 1, plan.stores)
         record = LayerRecord(self._layers[index], plan.kind.value)
         self._record.layers.append(record)
-        return LayerRun(branch.layers[index], plan, self.recipe, grid, record, self._backend)
+        return LayerRun(
+            branch.layers[index],
+            plan,
+            self.recipe,
+            grid,
+            record,
+            self._backend,
+            index,
+            len(self._layers),
+        )
 
     def _current(self) -> tuple[StepPlan, Branch]:
         assert self._plan is not None and self._tick is not None, "no call is under way"

@@ -42,6 +42,7 @@ from flashomni.kernels import (
 from flashomni.kernels.common.rope import Rope
 from flashomni.kernels.common.rows import tile_mask
 from flashomni.kernels.elementwise.op import norm_rope_
+from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
 
 
@@ -58,6 +59,8 @@ class StepPlan:
         coefficients: fp32, forecast weights of cached tiles at this step.
         layer_coefficients: likewise of layers that are cached whole.
         storage: how histories and bias terms of tiles are kept.
+        num_steps: of this generation.
+        branch: the conditioning branch of this call.
     """
 
     kind: StepKind
@@ -68,6 +71,8 @@ class StepPlan:
     coefficients: Tensor
     layer_coefficients: Tensor
     storage: Storage
+    num_steps: int
+    branch: str
 
     @property
     def stores(self) -> bool:
@@ -86,8 +91,11 @@ class LayerRun:
         grid: Grid,
         record: LayerRecord,
         backend: str | None,
+        index: int,
+        num_layers: int,
     ) -> None:
         self.grid = grid
+        self._index, self._num_layers = index, num_layers
         self.kind = plan.kind
         self._cache, self._plan, self._recipe = cache, plan, recipe
         self._record, self._backend = record, backend
@@ -145,8 +153,7 @@ class LayerRun:
         num_heads, head_dim = out.shape[2:]
         flops = 2 * batch * rows * features * num_heads * head_dim
         weights = plain_weights(linear, x)
-        start, stop = self.grid.text
-        is_text = start <= row_offset and row_offset + rows <= stop  # never cached
+        is_text = self.grid.is_text(row_offset, row_offset + rows)  # never cached
         sparse = self.kind is StepKind.DISPATCH and self._caches_heads and not is_text
         if sparse and weights is not None and _is_rms_norm(norm):
             self._record.add("gemm_q", flops, self._live_share(row_offset, rows))
@@ -204,9 +211,9 @@ class LayerRun:
             self._record.add("attention", flops)
             o = sparse_attention(q, k, v, kv_len=kv_len, backend=self._backend)
             if self.kind is StepKind.UPDATE:
-                self._choose_symbols(q, k)
+                self._choose_symbols(q, k, v)
             elif self._plan.probes:
-                self._measure(self._recipe.policy(q, k, self.grid, self._plan.progress))
+                self._measure(self._recipe.policy(self._site(q, k, v)))
             if self._plan.stores and self._caches_heads:
                 cache.projected = plain_weights(out_projection, q) is not None
             return o
@@ -219,9 +226,28 @@ class LayerRun:
             q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self._backend
         )
 
-    def _choose_symbols(self, q: Tensor, k: Tensor) -> None:
-        policy, cache = self._recipe.policy, self._cache
-        symbols = policy(q, k, self.grid, self._plan.progress)
+    def _site(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionSite:
+        """What the policy is shown."""
+        plan = self._plan
+        return AttentionSite(
+            q=q,
+            k=k,
+            v=v,
+            grid=self.grid,
+            layer=self._index,
+            num_layers=self._num_layers,
+            heads=range(q.shape[2]),
+            step=plan.step,
+            num_steps=plan.num_steps,
+            progress=plan.progress,
+            branch=plan.branch,
+            softmax_scale=q.shape[-1] ** -0.5,
+            backend=self._backend,
+        )
+
+    def _choose_symbols(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        cache = self._cache
+        symbols = self._recipe.policy(self._site(q, k, v))
         self._measure(symbols)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for

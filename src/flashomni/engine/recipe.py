@@ -69,6 +69,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise ValueError(f"policy must be a Policy, got {self.policy!r}")
+        self.policy.to_dict()  # refuses one that could not be found again, before it is used
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
         check_int("interval", self.interval, 1, 1000)

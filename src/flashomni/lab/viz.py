@@ -134,11 +134,10 @@ def draw_symbols(symbols: Symbols, batch: int = 0, heads: list[int] | None = Non
             axis.axhspan(  # facecolor alone: `color` would paint the hatch grey on grey
                 row - 0.5, row + 0.5, facecolor="#d1d5db", edgecolor="#4b5563", hatch="///", lw=0
             )
-        start, stop = grid.text_q_blocks
-        if stop > start:
-            inner = stop if start == 0 else start
-            axis.axhline(inner - 0.5, color="#dc2626", linewidth=1)
-            axis.axvline(inner - 0.5, color="#dc2626", linewidth=1)
+        for span in grid.text_q_ranges:
+            for edge in {*span} - {0, grid.num_q_blocks}:
+                axis.axhline(edge - 0.5, color="#dc2626", linewidth=1)
+                axis.axvline(edge - 0.5, color="#dc2626", linewidth=1)
         axis.set_title(f"head {head}", fontsize=10)
         axis.set_xlabel("key block")
     figure.axes[0].set_ylabel("query block")

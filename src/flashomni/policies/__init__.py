@@ -1,4 +1,4 @@
-"""Policies: (q, k, grid, progress) -> Symbols. One file a method; the file name is its name.
+"""Policies: AttentionSite -> Symbols. One file a method, or a package of yours with an entry point.
 
 Letters in shapes: B batch, H num_heads, M, N tokens, D head_dim, Mb and Nb query and key blocks.
 """
@@ -6,17 +6,19 @@ Letters in shapes: B batch, H num_heads, M, N tokens, D head_dim, Mb and Nb quer
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
+import json
 import math
-import pkgutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
-
+from flashomni.policies._site import AttentionSite
+from flashomni.registry import Registry
 from flashomni.symbols import Grid, Symbols
+
+__all__ = [
+    "POLICIES", "AttentionSite", "Policy", "check_bool", "check_int", "check_range", "fields",
+    "make_policy", "policies", "policy", "require_text",
+]  # fmt: skip
 
 
 class Policy:
@@ -24,21 +26,20 @@ class Policy:
 
     Attributes:
         caches: whether S_c bits can be 0. If not, no history is kept for this policy.
+        needs_text: whether it chooses by the text, so that a grid without text is refused.
         recipe: settings of a recipe that the method asks for, by field name of ``Recipe``.
     """
 
     name: ClassVar[str]
     caches: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
     recipe: ClassVar[Mapping[str, Any]] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
+    def __call__(self, site: AttentionSite) -> Symbols:
         """Choose what the coming Dispatch steps compute. Never synchronises with the host.
 
-        Args:
-            q: ``[B, M, H, D]`` queries after norm and RoPE, as attention gets them.
-            k: ``[B, N, Hkv, D]`` keys likewise.
-            grid: blocks, text span and valid length.
-            progress: fp32 scalar on the device, (step + 1) / num_steps, in (0, 1].
+        Raises:
+            ValueError: the grid lacks what the policy chooses by.
         """
         raise TypeError(f"{type(self).__name__} does not implement __call__")
 
@@ -47,8 +48,21 @@ class Policy:
         return None if self.caches else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"name": ..., field: value}``, all JSON values."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(type(self))}}
+        """``{"name": ..., field: value}``, all JSON values.
+
+        Raises:
+            ValueError: the class has no name of its own, or a setting is no JSON value.
+        """
+        cls = type(self)
+        if "name" not in vars(cls):
+            raise ValueError(
+                f"{cls.__qualname__} is not registered, so that nobody can ask for it by name: "
+                f'put @policy("its-name") above @dataclass(frozen=True) of class {cls.__name__}'
+            )
+        settings = {f.name: getattr(self, f.name) for f in fields(cls)}
+        for setting, value in settings.items():
+            _check_json(cls.name, setting, value)
+        return {"name": cls.name, **settings}
 
 
 def fields(cls: type[Policy]) -> tuple[dataclasses.Field, ...]:
@@ -56,29 +70,44 @@ def fields(cls: type[Policy]) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(cls)  # type: ignore[arg-type]  # every policy is a dataclass
 
 
-_registry: dict[str, type[Policy]] = {}
+POLICIES: Registry[type[Policy]] = Registry("policy", "flashomni.policies", "flashomni.policies")
+P = TypeVar("P", bound=type[Policy])
 
 
-def policy(cls: type[Policy]) -> type[Policy]:
-    """Register a policy under the name of the file it is in."""
-    if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"policy {cls.__name__} must be a dataclass: put @policy above @dataclass")
-    cls.name = cls.__module__.rpartition(".")[2]
-    _registry[cls.name] = cls
-    return cls
+def policy(name: str) -> Callable[[P], P]:
+    """Register a policy under the name that users write; above ``@dataclass(frozen=True)``.
 
+    Raises:
+        TypeError: it is no frozen dataclass, or no ``Policy``.
+        ValueError: the name is taken, or the default of a setting is no JSON value.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f'@policy needs a name, @policy("its-name"), got {name!r}')
 
-@functools.cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"{__name__}.{module.name}")
+    def keep(cls: P) -> P:
+        if not (isinstance(cls, type) and issubclass(cls, Policy)):
+            raise TypeError(f"policy {name} must be a subclass of Policy, got {cls!r}")
+        parameters = vars(cls).get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            raise TypeError(
+                f"policy {cls.__name__} must be a frozen dataclass: "
+                f'put @policy("{name}") above @dataclass(frozen=True)'
+            )
+        for setting in fields(cls):
+            if setting.name == "name":
+                raise TypeError(f"policy {cls.__name__}: a setting must not be called name")
+            if setting.default is not dataclasses.MISSING:
+                _check_json(name, setting.name, setting.default)
+        POLICIES.add(name, cls)
+        cls.name = name
+        return cls
+
+    return keep
 
 
 def policies() -> dict[str, type[Policy]]:
     """Every policy class by name."""
-    _discover()
-    return dict(sorted(_registry.items()))
+    return POLICIES.all()
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
@@ -87,15 +116,41 @@ def make_policy(name: str, **settings: Any) -> Policy:
     Raises:
         ValueError: no such policy, no such setting, or a value out of range.
     """
-    known = policies()
-    if name not in known:
-        raise ValueError(f"policy must be one of {', '.join(known)}, got {name!r}")
-    allowed = [f.name for f in fields(known[name])]
+    cls = POLICIES.get(name)
+    allowed = [f.name for f in fields(cls)]
     for setting in settings:
         if setting not in allowed:
             takes = ", ".join(allowed) or "no settings"
             raise ValueError(f"policy {name} takes {takes}, got {setting!r}")
-    return known[name](**settings)
+    made = cls(**settings)
+    made.to_dict()  # refuses what is no JSON value
+    return made
+
+
+def require_text(policy: Policy, grid: Grid) -> None:
+    """Refuse a grid without text, for a policy that chooses by it.
+
+    Raises:
+        ValueError: there is none; the message names the policies that do without.
+    """
+    if not grid.text_spans:
+        others = [name for name, cls in policies().items() if not cls.needs_text]
+        raise ValueError(
+            f"policy {policy.name} needs text tokens in the attention, got a {grid}; "
+            f"policies {', '.join(others)} do not"
+        )
+
+
+def _check_json(name: str, setting: str, value: Any) -> None:
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{setting} of policy {name} must be a JSON value (a number, a string, true, false, "
+            f"null, a list or an object of these), got {value!r}"
+        )
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:

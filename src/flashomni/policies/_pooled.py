@@ -48,7 +48,7 @@ def pooled_map(
     Returns:
         fp32 ``[B, H, Mb, Nb]``, rows sum to 1.
     """
-    is_text_last = grid.text[0] > 0
+    is_text_last = any(first > 0 and last == grid.seqlen_q for first, last in grid.text_spans)
     q_pool = block_means(q, grid.block_m, grid.kv_len if is_text_last else None, backend=backend)
     k_pool = block_means(k, grid.block_n, grid.kv_len, backend=backend)
     if center_k:

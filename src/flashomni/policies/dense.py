@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from flashomni.policies import Policy, policy
-from flashomni.symbols import Grid, Symbols
+from flashomni.policies import AttentionSite, Policy, policy
+from flashomni.symbols import Symbols
 
 
-@policy
+@policy("dense")
 @dataclass(frozen=True)
 class Dense(Policy):
     """All bits 1."""
 
     caches: ClassVar[bool] = False
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        return Symbols.dense(grid, q.shape[0], q.shape[2], q.device)
+    def __call__(self, site: AttentionSite) -> Symbols:
+        return Symbols.dense(site.grid, site.q.shape[0], site.q.shape[2], site.q.device)

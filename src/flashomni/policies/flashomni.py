@@ -11,11 +11,19 @@ The public sources disagree on details; each variant is an option here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flashomni.policies import Policy, check_bool, check_range, policy
+from flashomni.policies import (
+    AttentionSite,
+    Policy,
+    check_bool,
+    check_range,
+    policy,
+    require_text,
+)
 from flashomni.policies._pooled import (
     coarse_blocks,
     heavy_bits,
@@ -23,12 +31,12 @@ from flashomni.policies._pooled import (
     visit_columns,
     visit_rows,
 )
-from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
+from flashomni.symbols import Grid, Symbols, pack_bits, q_bytes, row_bytes
 
 COMBINE = ("and", "mean", "c", "g")
 
 
-@policy
+@policy("flashomni")
 @dataclass(frozen=True)
 class FlashOmni(Policy):
     """Cache what matters little to the text, skip what holds little attention.
@@ -47,8 +55,10 @@ class FlashOmni(Policy):
             skipping treats text like the rest; caching leaves text alone either way.
 
     Raises:
-        ValueError: a setting is out of range; or, when called, the grid has no text or no vision.
+        ValueError: a setting is out of range; or, when called, the grid has no text.
     """
+
+    needs_text: ClassVar[bool] = True
 
     tau_q: float = 0.5
     tau_kv: float = 0.15
@@ -71,13 +81,10 @@ class FlashOmni(Policy):
         if self.similarity_gate is not None:
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        if grid.text_q_blocks == (0, 0):
-            raise ValueError(
-                f"policy flashomni needs text tokens in the attention, got a {grid}; "
-                "policies topk, spargeattn and window do not"
-            )
-        growth = progress**self.power if self.power else 1.0
+    def __call__(self, site: AttentionSite) -> Symbols:
+        q, k, grid = site.q, site.k, site.grid
+        require_text(self, grid)
+        growth = site.progress**self.power if self.power else 1.0
         attention = pooled_map(q, k, grid, self.center_k)  # [B, H, Mb, Nb]
         q_bits = self._computed(attention, grid, self.tau_q * growth)
         kv_bits = self._visited(attention, grid, self.tau_kv * growth)
@@ -100,25 +107,22 @@ class FlashOmni(Policy):
     def _computed(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
         """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""
         batch, num_heads, rows, _ = attention.shape
-        start, stop = grid.vision_q_blocks
-        if start == stop:
-            return torch.zeros(
-                batch, num_heads, -(-rows // 8), dtype=torch.uint8, device=attention.device
-            )
-        text_rows, vision_rows = slice(*grid.text_q_blocks), slice(start, stop)
-        text_columns, vision_columns = slice(*grid.text_kv_blocks), slice(*grid.vision_kv_blocks)
-        given = attention[..., text_rows, vision_columns].sum(-2)  # C: [B, H, vision kv blocks]
+        text_q, text_kv = grid.text_q_ranges, grid.text_kv_ranges
+        vision_q, vision_kv = grid.vision_q_ranges, grid.vision_kv_ranges
+        if not vision_q or not vision_kv:  # nothing to tell apart: all is computed
+            every = torch.ones(rows, dtype=torch.bool, device=attention.device)
+            return pack_bits(every, q_bytes(rows)).expand(batch, num_heads, -1)
+        given = _take(_take(attention, text_q, -2), vision_kv, -1).sum(-2)
         if grid.block_m != grid.block_n:
-            given = _regrid(given, stop - start)
-        guided = attention[..., vision_rows, text_columns]
-        guided = guided.softmax(-2).sum(-1)  # G: [B, H, vision q blocks]
+            given = _regrid(given, sum(stop - start for start, stop in vision_q))
+        # C is in given, [B, H, vision kv blocks], G in guided, [B, H, vision q blocks].
+        guided = _take(_take(attention, vision_q, -2), text_kv, -1).softmax(-2).sum(-1)
         if self.share_heads:
             given, guided = given.sum(1, keepdim=True), guided.sum(1, keepdim=True)
 
         def heavy(mass: Tensor) -> Tensor:
             # Text blocks without mass change neither a sum nor a choice among the others.
-            full = torch.nn.functional.pad(mass, (start, rows - stop))
-            return heavy_bits(full, tau, -(-rows // 8))
+            return heavy_bits(_spread(mass, vision_q, rows), tau, q_bytes(rows))
 
         tests = {
             "and": lambda: heavy(given) | heavy(guided),
@@ -127,6 +131,22 @@ class FlashOmni(Policy):
             "g": lambda: heavy(guided),
         }
         return tests[self.combine]().expand(-1, num_heads, -1)
+
+
+def _take(x: Tensor, ranges: tuple[tuple[int, int], ...], dim: int) -> Tensor:
+    """The entries of ``dim`` in the ranges, one range after the other."""
+    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _spread(mass: Tensor, ranges: tuple[tuple[int, int], ...], count: int) -> Tensor:
+    """The inverse of :func:`_take` on the last dim of ``count`` entries: 0 between the ranges."""
+    parts = mass.split([stop - start for start, stop in ranges], -1)
+    ends = [*(start for start, _ in ranges[1:]), count]
+    padded = []
+    for i, (part, (start, stop), end) in enumerate(zip(parts, ranges, ends, strict=True)):
+        padded.append(torch.nn.functional.pad(part, (0 if i else start, end - stop)))
+    return padded[0] if len(padded) == 1 else torch.cat(padded, -1)
 
 
 def _share(mass: Tensor) -> Tensor:

@@ -6,21 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from flashomni.policies import Policy, policy
+from flashomni.policies import AttentionSite, Policy, policy
 from flashomni.symbols import Grid, Symbols
 
 
-@policy
+@policy("fora")
 @dataclass(frozen=True)
 class Fora(Policy):
     """All vision tiles cached, so every layer falls to whole-layer caching; no forecast."""
 
     recipe: ClassVar[Mapping[str, Any]] = {"order": 0, "layer_order": 0, "degrade_below": 1.0}
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        return Symbols.cached(grid, q.shape[0], q.shape[2], q.device)
+    def __call__(self, site: AttentionSite) -> Symbols:
+        return Symbols.cached(site.grid, site.q.shape[0], site.q.shape[2], site.q.device)
 
     def known_fraction(self, grid: Grid) -> float:
-        return (grid.text_q_blocks[1] - grid.text_q_blocks[0]) / grid.num_q_blocks
+        return grid.text_q_share

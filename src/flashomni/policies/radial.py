@@ -3,61 +3,76 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flashomni.policies import Policy, check_int, check_range, policy
+from flashomni.policies import AttentionSite, Policy, check_int, check_range, policy
+from flashomni.policies._static import shared_symbols
 from flashomni.symbols import Grid, Symbols
 
 
-@policy
+@policy("radial")
 @dataclass(frozen=True)
 class Radial(Policy):
     """Near frames are seen whole, far ones in a narrow band around the same position.
 
-    Vision tokens are taken to be ``frames`` frames of equal length, one after the other. A query
-    sees frame t away within ``width / 2 ** floor(log2(t))`` of a frame around its own position, and
-    the first frame whole. Text rows visit everything, text columns are visited by every row.
+    Generated tokens are frames of equal length, one after the other. A query sees frame t away
+    within ``width / 2 ** floor(log2(t))`` of a frame around its own position, and the first frame
+    whole. Text and reference rows visit everything, their columns are visited by every row.
 
     Args:
-        frames: number of (latent) frames; 1 visits everything.
+        frames: number of (latent) frames; by default that of the grid's shape. 1 visits everything.
         width: reach at a distance of one frame, as a share of a frame.
+
+    Raises:
+        ValueError: a setting is out of range; or, when called, neither ``frames`` nor the grid
+            says how many frames there are.
+        NotImplementedError: when called, tokens are not in raster order.
     """
 
     caches: ClassVar[bool] = False
 
-    frames: int = 16
+    frames: int | None = None
     width: float = 0.5
 
     def __post_init__(self) -> None:
-        check_int("frames", self.frames, 1, 100_000)
+        if self.frames is not None:
+            check_int("frames", self.frames, 1, 100_000)
         check_range("width", self.width, 0.0, 2.0)
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        start, stop = grid.vision
-        per_frame = max(-(-(stop - start) // self.frames), 1)
-        rows = self._place(grid.num_q_blocks, grid.block_m, start, per_frame, q.device)
-        columns = self._place(grid.num_kv_blocks, grid.block_n, start, per_frame, q.device)
-        apart = (rows["frame"][:, None] - columns["frame"]).abs()
+    def __call__(self, site: AttentionSite) -> Symbols:
+        grid, device = site.grid, site.q.device
+        per_frame = self._tokens_per_frame(grid)
+        rows, row_place = _place(grid, grid.num_q_blocks, grid.block_m, per_frame, device)
+        columns, column_place = _place(grid, grid.num_kv_blocks, grid.block_n, per_frame, device)
+        apart = (rows[:, None] - columns).abs()
         halvings = apart.clamp(min=1).float().log2().floor()
         reach = self.width * per_frame / 2**halvings
         # Blocks are wide: compare the gap between their edges, not between their centres.
-        gap = (rows["offset"][:, None] - columns["offset"]).abs() - (
-            grid.block_m + grid.block_n
-        ) / 2
-        kv_mask = (apart == 0) | (gap <= reach) | (columns["frame"] <= 0)
-        kv_mask[slice(*grid.text_q_blocks)] = True
-        q_mask = torch.ones_like(kv_mask[:, 0])
-        shared = Symbols.pack(q_mask[None, None], kv_mask[None, None], grid)
-        return shared.expand(q.shape[0], q.shape[2])
+        gap = (row_place[:, None] - column_place).abs() - (grid.block_m + grid.block_n) / 2
+        return shared_symbols((apart == 0) | (gap <= reach) | (columns <= 0), site)
 
-    @staticmethod
-    def _place(
-        count: int, block: int, start: int, per_frame: int, device: Any
-    ) -> dict[str, Tensor]:
-        """Frame and place in it of each block's middle token."""
-        middle = torch.arange(count, device=device) * block + block // 2 - start
-        frame = middle.div(per_frame, rounding_mode="floor")
-        return {"frame": frame, "offset": middle - frame * per_frame}
+    def _tokens_per_frame(self, grid: Grid) -> int:
+        if grid.order != "raster":
+            raise NotImplementedError(
+                f"policy radial takes frames one after the other, order raster, got {grid.order}"
+            )
+        if self.frames is not None:
+            return max(-(-grid.num_generated // self.frames), 1)
+        if grid.shape is None:
+            raise ValueError(
+                "frames of policy radial must be set (radial:frames=16) where the model does not "
+                f"say how many frames there are, got None and a {grid} without shape"
+            )
+        return grid.shape[1] * grid.shape[2]
+
+
+def _place(
+    grid: Grid, count: int, block: int, per_frame: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Frame and place in it of each block's middle token."""
+    middle = grid.generated_index(torch.arange(count, device=device) * block + block // 2)
+    frame = middle.div(per_frame, rounding_mode="floor")
+    return frame, middle - frame * per_frame

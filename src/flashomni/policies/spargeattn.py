@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from flashomni.policies import Policy, check_bool, check_range, policy
+from flashomni.policies import AttentionSite, Policy, check_bool, check_range, policy
 from flashomni.policies._pooled import (
     coarse_blocks,
     heavy_bits,
@@ -16,10 +15,10 @@ from flashomni.policies._pooled import (
     visit_columns,
     visit_rows,
 )
-from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
+from flashomni.symbols import Symbols, pack_bits, q_bytes, row_bytes
 
 
-@policy
+@policy("spargeattn")
 @dataclass(frozen=True)
 class SpargeAttn(Policy):
     """Visit the fewest key blocks that hold ``mass`` of each row's pooled attention.
@@ -41,11 +40,12 @@ class SpargeAttn(Policy):
         check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
         check_bool("protect_text", self.protect_text)
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
+    def __call__(self, site: AttentionSite) -> Symbols:
+        q, k, grid = site.q, site.k, site.grid
         width = row_bytes(grid.num_kv_blocks)
         kv_bits = heavy_bits(pooled_map(q, k, grid), 1.0 - self.mass, width)
         coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
         kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
         every = torch.ones(grid.num_q_blocks, dtype=torch.bool, device=q.device)
-        q_bits = pack_bits(every, -(-grid.num_q_blocks // 8)).expand(*coarse_q.shape[:2], -1)
+        q_bits = pack_bits(every, q_bytes(grid.num_q_blocks)).expand(*coarse_q.shape[:2], -1)
         return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from flashomni.policies import Policy, check_bool, check_range, policy
+from flashomni.policies import AttentionSite, Policy, check_bool, check_range, policy
 from flashomni.policies._pooled import heaviest_bits, pooled_map
-from flashomni.symbols import Grid, Symbols, row_bytes
+from flashomni.symbols import Grid, Symbols, q_bytes, row_bytes
 
 
-@policy
+@policy("topk")
 @dataclass(frozen=True)
 class TopK(Policy):
     """Compute the query blocks that receive, and visit the key blocks that hold, most attention.
@@ -35,26 +34,28 @@ class TopK(Policy):
         check_range("kv_density", self.kv_density, 0.0, 1.0)
         check_bool("share_heads", self.share_heads)
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        attention = pooled_map(q, k, grid)  # [B, H, Mb, Nb]
+    def __call__(self, site: AttentionSite) -> Symbols:
+        grid = site.grid
+        attention = pooled_map(site.q, site.k, grid)  # [B, H, Mb, Nb]
         # Text counts towards the density, so it is put above every vision block.
-        attention[..., slice(*grid.text_kv_blocks)] = 2.0
+        for start, stop in grid.text_kv_ranges:
+            attention[..., start:stop] = 2.0
         visited = _count(self.kv_density, grid.num_kv_blocks, least=1)
         kv_bits = heaviest_bits(attention, visited, row_bytes(grid.num_kv_blocks))
         received = attention.sum(-2)  # [B, H, Nb]
         if grid.num_q_blocks != grid.num_kv_blocks:
             received = torch.nn.functional.interpolate(received, size=grid.num_q_blocks)
-        received[..., slice(*grid.text_q_blocks)] = torch.inf
+        for start, stop in grid.text_q_ranges:
+            received[..., start:stop] = torch.inf
         if self.share_heads:
             received = received.sum(1, keepdim=True).expand_as(received)
         computed = _count(self.q_density, grid.num_q_blocks, least=0)
-        q_bits = heaviest_bits(received, computed, -(-grid.num_q_blocks // 8))
+        q_bits = heaviest_bits(received, computed, q_bytes(grid.num_q_blocks))
         return Symbols.of_bits(q_bits, kv_bits, grid)
 
     def known_fraction(self, grid: Grid) -> float:
-        text = grid.text_q_blocks[1] - grid.text_q_blocks[0]
-        count = max(_count(self.q_density, grid.num_q_blocks, least=0), text)
-        return count / grid.num_q_blocks
+        computed = _count(self.q_density, grid.num_q_blocks, least=0) / grid.num_q_blocks
+        return max(computed, grid.text_q_share)
 
 
 def _count(density: float, blocks: int, least: int) -> int:

@@ -1,4 +1,4 @@
-"""A static sliding tile: each query block visits its neighbours in token order, and the text."""
+"""A static sliding tile: each query block visits its neighbours, and the text."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashomni.policies import Policy, check_range, policy
+from flashomni.policies import AttentionSite, Policy, check_range, policy
+from flashomni.policies._static import shared_symbols
 from flashomni.symbols import Grid, Symbols
 
 
-@policy
+@policy("window")
 @dataclass(frozen=True)
 class Window(Policy):
     """Visit the key blocks within ``reach`` of the query block (Sliding Tile, arXiv 2502.04507).
 
-    The distance runs along the token order. Text rows visit everything, text columns are visited
-    by every row.
+    Where the grid has a shape and raster order, near means near in time, height and width at once;
+    otherwise near along the sequence. Text and reference rows visit everything, their columns are
+    visited by every row.
 
     Args:
-        reach: share of the sequence to see on either side, 0 to 1.
+        reach: share of each axis (of the sequence) to see on either side, 0 to 1.
     """
 
     caches: ClassVar[bool] = False
@@ -31,13 +33,49 @@ class Window(Policy):
     def __post_init__(self) -> None:
         check_range("reach", self.reach, 0.0, 1.0)
 
-    def __call__(self, q: Tensor, k: Tensor, grid: Grid, progress: Tensor) -> Symbols:
-        rows = torch.arange(grid.num_q_blocks, device=q.device)
-        columns = torch.arange(grid.num_kv_blocks, device=q.device)
-        near = (rows[:, None] * grid.block_m - columns * grid.block_n).abs()
-        kv_mask = near <= self.reach * grid.seqlen_kv
-        kv_mask[slice(*grid.text_q_blocks)] = True
-        q_mask = torch.ones_like(rows, dtype=torch.bool)
-        # One row of bits is stored for the whole batch and all heads.
-        shared = Symbols.pack(q_mask[None, None], kv_mask[None, None], grid)
-        return shared.expand(q.shape[0], q.shape[2])
+    def __call__(self, site: AttentionSite) -> Symbols:
+        grid, device = site.grid, site.q.device
+        if grid.shape is not None and grid.order == "raster":
+            kv_mask = self._near_in_space(grid, grid.shape, device)
+        else:
+            rows = torch.arange(grid.num_q_blocks, device=device) * grid.block_m
+            columns = torch.arange(grid.num_kv_blocks, device=device) * grid.block_n
+            kv_mask = (rows[:, None] - columns).abs() <= self.reach * grid.seqlen_kv
+        return shared_symbols(kv_mask, site)
+
+    def _near_in_space(
+        self, grid: Grid, shape: tuple[int, int, int], device: torch.device
+    ) -> Tensor:
+        rows = _extents(grid, shape, grid.num_q_blocks, grid.block_m, device)
+        columns = _extents(grid, shape, grid.num_kv_blocks, grid.block_n, device)
+        near = torch.ones(grid.num_q_blocks, grid.num_kv_blocks, dtype=torch.bool, device=device)
+        for size, (first, last), (start, stop) in zip(shape, rows, columns, strict=True):
+            apart = torch.maximum(start - last[:, None], first[:, None] - stop)  # < 0: they overlap
+            near &= apart <= self.reach * size
+        return near
+
+
+def _extents(
+    grid: Grid, shape: tuple[int, int, int], count: int, block: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """First and last frame, row and column that each block has tokens of."""
+    _, height, width = shape
+    position = torch.arange(count, device=device) * block
+    first = grid.generated_index(position)
+    end = grid.generated_index((position + block).clamp(max=grid.seqlen_q))
+    last = torch.maximum(end - 1, first)
+    frame = first // (height * width), last // (height * width)
+    row = first // width, last // width  # of all frames
+    one_frame, one_row = frame[0] == frame[1], row[0] == row[1]
+    zero = torch.zeros_like(first)
+    return [
+        frame,
+        (
+            torch.where(one_frame, row[0] % height, zero),
+            torch.where(one_frame, row[1] % height, zero + height - 1),
+        ),
+        (
+            torch.where(one_row, first % width, zero),
+            torch.where(one_row, last % width, zero + width - 1),
+        ),
+    ]

@@ -84,7 +84,7 @@ class Symbols:
     ) -> Symbols:
         """Like :meth:`pack`, from masks that are packed already, their padding bits 0."""
         symbols, device = cls(q_bits, kv_bits, grid), q_bits.device
-        has_text = grid.text[1] > grid.text[0]
+        has_text = bool(grid.text_spans)
         if has_text:
             q_bits = q_bits | grid.text_q_bits(device)
         if has_text and not skip_text_columns:

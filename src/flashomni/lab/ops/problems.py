@@ -26,7 +26,7 @@ from flashomni.kernels.common.rope import pack_rope
 from flashomni.lab.ops import baselines
 from flashomni.lab.ops.shapes import Shape, random_symbols
 from flashomni.lab.ops.timing import Run
-from flashomni.policies import make_policy
+from flashomni.policies import AttentionSite, make_policy
 from flashomni.symbols import Grid, Symbols
 
 INTERVAL = 6  # Dispatch steps after an Update, as in the paper
@@ -362,7 +362,7 @@ def symbols(request: Request) -> Problem:
     return Problem(
         where,
         request.density,
-        lambda i: policy(*inputs[i], grid, progress),
+        lambda i: policy(AttentionSite.alone(*inputs[i], grid, progress)),
         request.sets,
         {"dense attention": Baseline(lambda i: dense(*inputs[i], values), 1 / 0.03)},
     )

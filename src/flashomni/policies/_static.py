@@ -1,0 +1,28 @@
+"""What policies share whose choice depends on positions alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashomni.policies._site import AttentionSite
+from flashomni.symbols import Symbols
+
+
+def shared_symbols(kv_mask: Tensor, site: AttentionSite) -> Symbols:
+    """Symbols of one mask for the whole batch and all heads, every tile computed.
+
+    Text and reference rows visit everything, and their columns are visited by every row: they have
+    no place among the generated tokens.
+
+    Args:
+        kv_mask: bool ``[Mb, Nb]``.
+        site: whose batch and heads share it.
+    """
+    grid = site.grid
+    kv_mask = kv_mask | grid.given_q_mask(kv_mask.device)[:, None]
+    kv_mask = kv_mask | grid.given_kv_mask(kv_mask.device)
+    q_mask = torch.ones_like(kv_mask[:, 0])
+    # One row of bits is stored for the whole batch and all heads.
+    shared = Symbols.pack(q_mask[None, None], kv_mask[None, None], grid)
+    return shared.expand(site.q.shape[0], site.q.shape[2])
