@@ -75,7 +75,7 @@ def test_values_out_of_range(field, value, message):
         ("{}", "policy must be"),
         ('{"policy": "topk"}', "policy must be"),
         ('{"policy": {"name": 3}}', "policy must be"),
-        ('{"policy": {"name": "magic"}}', "policy must be one of dense"),
+        ('{"policy": {"name": "magic"}}', "policy must be one of cached, dense"),
         ('{"policy": {"name": "topk", "q_density": NaN}}', "q_density must be a number"),
         ('{"policy": {"name": "dense"}, "speed": 9}', "a recipe has policy, name, .*got 'speed'"),
         ('{"policy": {"name": "dense"}, "format": 2}', "format of a recipe must be 1, got 2"),
@@ -93,7 +93,7 @@ def test_corrupt_files(tmp_path, content, message):
 
 def test_unknown_names_list_the_known(tmp_path):
     """Neither a preset nor a policy nor a file."""
-    with pytest.raises(ValueError, match=r"a preset \(balanced, .*a policy \(dense, .*'swift'"):
+    with pytest.raises(ValueError, match=r"a preset \(balanced, .*\(cached, dense, .*'swift'"):
         Recipe.of("swift")
     with pytest.raises(ValueError, match="cannot be read"):
         Recipe.of(tmp_path / "missing.json")
