@@ -1,5 +1,7 @@
 """Spans: layers that are cached whole replay together exactly what they added together."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from conftest import STEPS, call
 from flashomni.engine import Recipe
 from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
-from flashomni.policies import make_policy
+from flashomni.policies import POLICIES, make_policy, policy
 
 ONE = torch.ones(1)
 
@@ -83,6 +85,8 @@ def test_nothing_is_kept_of_layers_that_are_computed_again(spans):
     assert spans.tensors() == [] and spans.replay(0, chain()[0], ONE) is None
 
 
+@policy("alternate")
+@dataclass(frozen=True)
 class Alternate(type(make_policy("topk"))):
     """Says of every second layer that little of it is computed."""
 
@@ -93,6 +97,9 @@ class Alternate(type(make_policy("topk"))):
     def known_fraction(self, grid):
         self.calls.append(None)
         return 0.1 if len(self.calls) % 2 else 0.9
+
+
+POLICIES.remove("alternate")  # the contract tests are for those that others can ask for
 
 
 def test_spans_between_computed_layers(no_grad, tiny):
