@@ -82,29 +82,33 @@ class FlashOmni(Policy):
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
     def __call__(self, site: AttentionSite) -> Symbols:
-        q, k, grid = site.q, site.k, site.grid
+        q, k, grid, backend = site.q, site.k, site.grid, site.backend
         require_text(self, grid)
         growth = site.progress**self.power if self.power else 1.0
-        attention = pooled_map(q, k, grid, self.center_k)  # [B, H, Mb, Nb]
-        q_bits = self._computed(attention, grid, self.tau_q * growth)
-        kv_bits = self._visited(attention, grid, self.tau_kv * growth)
+        attention = pooled_map(q, k, grid, self.center_k, backend=backend)  # [B, H, Mb, Nb]
+        q_bits = self._computed(attention, grid, self.tau_q * growth, backend)
+        kv_bits = self._visited(attention, grid, self.tau_kv * growth, backend)
         if self.similarity_gate is not None:
-            coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
+            coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate, backend=backend)
             q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
             kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
         return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)
 
-    def _visited(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
+    def _visited(
+        self, attention: Tensor, grid: Grid, tau: Tensor | float, backend: str | None
+    ) -> Tensor:
         """S_s bits of all but the lightest key blocks of each row."""
         device = attention.device
         if self.tau_kv == 0:
             return grid.all_kv_bits(device).expand(*attention.shape[:3], -1)
-        kv_bits = heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks))
+        kv_bits = heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks), backend=backend)
         if self.protect_text:  # text rows visit everything: they carry the prompt
             kv_bits = visit_rows(kv_bits, grid.text_q_mask(device), grid)
         return kv_bits
 
-    def _computed(self, attention: Tensor, grid: Grid, tau: Tensor | float) -> Tensor:
+    def _computed(
+        self, attention: Tensor, grid: Grid, tau: Tensor | float, backend: str | None
+    ) -> Tensor:
         """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""
         batch, num_heads, rows, _ = attention.shape
         text_q, text_kv = grid.text_q_ranges, grid.text_kv_ranges
@@ -122,7 +126,7 @@ class FlashOmni(Policy):
 
         def heavy(mass: Tensor) -> Tensor:
             # Text blocks without mass change neither a sum nor a choice among the others.
-            return heavy_bits(_spread(mass, vision_q, rows), tau, q_bytes(rows))
+            return heavy_bits(_spread(mass, vision_q, rows), tau, q_bytes(rows), backend=backend)
 
         tests = {
             "and": lambda: heavy(given) | heavy(guided),

@@ -42,9 +42,10 @@ class SpargeAttn(Policy):
 
     def __call__(self, site: AttentionSite) -> Symbols:
         q, k, grid = site.q, site.k, site.grid
+        attention = pooled_map(q, k, grid, backend=site.backend)
         width = row_bytes(grid.num_kv_blocks)
-        kv_bits = heavy_bits(pooled_map(q, k, grid), 1.0 - self.mass, width)
-        coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate)
+        kv_bits = heavy_bits(attention, 1.0 - self.mass, width, backend=site.backend)
+        coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate, backend=site.backend)
         kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
         every = torch.ones(grid.num_q_blocks, dtype=torch.bool, device=q.device)
         q_bits = pack_bits(every, q_bytes(grid.num_q_blocks)).expand(*coarse_q.shape[:2], -1)

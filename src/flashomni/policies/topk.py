@@ -36,12 +36,14 @@ class TopK(Policy):
 
     def __call__(self, site: AttentionSite) -> Symbols:
         grid = site.grid
-        attention = pooled_map(site.q, site.k, grid)  # [B, H, Mb, Nb]
+        attention = pooled_map(site.q, site.k, grid, backend=site.backend)  # [B, H, Mb, Nb]
         # Text counts towards the density, so it is put above every vision block.
         for start, stop in grid.text_kv_ranges:
             attention[..., start:stop] = 2.0
         visited = _count(self.kv_density, grid.num_kv_blocks, least=1)
-        kv_bits = heaviest_bits(attention, visited, row_bytes(grid.num_kv_blocks))
+        kv_bits = heaviest_bits(
+            attention, visited, row_bytes(grid.num_kv_blocks), backend=site.backend
+        )
         received = attention.sum(-2)  # [B, H, Nb]
         if grid.num_q_blocks != grid.num_kv_blocks:
             received = torch.nn.functional.interpolate(received, size=grid.num_q_blocks)
@@ -50,7 +52,7 @@ class TopK(Policy):
         if self.share_heads:
             received = received.sum(1, keepdim=True).expand_as(received)
         computed = _count(self.q_density, grid.num_q_blocks, least=0)
-        q_bits = heaviest_bits(received, computed, q_bytes(grid.num_q_blocks))
+        q_bits = heaviest_bits(received, computed, q_bytes(grid.num_q_blocks), backend=site.backend)
         return Symbols.of_bits(q_bits, kv_bits, grid)
 
     def known_fraction(self, grid: Grid) -> float:
