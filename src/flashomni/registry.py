@@ -58,7 +58,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what one of them is called in errors, e.g. ``policy``.
-        package: its public modules register what comes with the library.
+        package: its public modules register what comes with the library; or one module does.
         group: entry point group of those that live elsewhere, e.g. ``flashomni.policies``.
     """
 
@@ -130,13 +130,16 @@ class Registry(Generic[T]):
             ValueError: there is none; the message lists the names there are.
         """
         known = self.all()
-        if not isinstance(name, str) or name not in known:
-            why = f" ({self._broken[name]})" if name in self._broken else ""
-            raise ValueError(f"{self.kind} must be one of {', '.join(known)}, got {name!r}{why}")
-        return known[name]
+        if isinstance(name, str) and name in known:
+            return known[name]
+        why = f" ({self._broken[name]})" if isinstance(name, str) and name in self._broken else ""
+        raise ValueError(f"{self.kind} must be one of {', '.join(known)}, got {name!r}{why}")
 
     def __contains__(self, name: object) -> bool:
         return name in self.all()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all())
 
     # Looking takes no lock, because an import that waits for a lock can wait for ever: two threads
     # may look at once, each import happens once, and the same thing registers again unchanged.
@@ -191,12 +194,15 @@ class Registry(Generic[T]):
             )
 
     def _is_ours(self, where: Origin) -> bool:
-        return where.module.startswith(f"{self.package}.")
+        return f"{where.module}.".startswith(f"{self.package}.")
 
 
 def public_modules(package: str) -> list[str]:
-    """Names of the modules of a package that do not begin with an underscore; not of packages."""
-    path = importlib.import_module(package).__path__
+    """Names of the modules of a package that do not begin with an underscore; not of packages.
+
+    None of a module that is no package: it is imported here.
+    """
+    path = getattr(importlib.import_module(package), "__path__", ())
     return [
         f"{package}.{module.name}"
         for module in pkgutil.iter_modules(path)

@@ -6,9 +6,6 @@ place that knows the model. Importing this package loads no diffusers.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from flashomni.engine import Clock, Engine, Recipe
 from flashomni.kernels import OPS, registered
+from flashomni.registry import Registry
 
 BlockRun = Callable[..., tuple[Tensor, ...]]
 
@@ -66,31 +64,23 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} does not implement tiny")
 
 
-_registry: dict[str, Adapter] = {}
+ADAPTERS: Registry[Adapter] = Registry("adapter", "flashomni.models", "flashomni.adapters")
 
 
 def adapter(transformer: str) -> Callable[[type[Adapter]], type[Adapter]]:
-    """Register an adapter for the diffusers class ``transformer``."""
+    """Register an adapter for the transformer class of that name."""
 
     def keep(cls: type[Adapter]) -> type[Adapter]:
+        ADAPTERS.add(transformer, cls(), cls)
         cls.transformer = transformer
-        _registry[transformer] = cls()
         return cls
 
     return keep
 
 
-@functools.cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"{__name__}.{module.name}")
-
-
 def adapters() -> dict[str, Adapter]:
-    """Every adapter by transformer class name."""
-    _discover()
-    return dict(sorted(_registry.items()))
+    """Every adapter by the name of its transformer class."""
+    return ADAPTERS.all()
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -99,9 +89,10 @@ def find_adapter(model: nn.Module) -> Adapter:
     Raises:
         ValueError: there is none; the message lists the classes that are supported.
     """
+    known = adapters()
     for cls in type(model).__mro__:
-        if cls.__name__ in adapters():
-            return adapters()[cls.__name__]
+        if cls.__name__ in known:
+            return known[cls.__name__]
     raise ValueError(
         f"transformer must be one of {', '.join(adapters())}, got {type(model).__name__}"
     )

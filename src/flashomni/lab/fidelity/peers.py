@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from flashomni.registry import Registry, decorator
 from flashomni.util.settings import parse_settings
 
 
@@ -44,17 +45,12 @@ class Peer:
         yield
 
 
-PEERS: dict[str, type[Peer]] = {}
+PEERS: Registry[type[Peer]] = Registry("peer", __name__, "flashomni.peers")
 
 
 def peer(name: str) -> Callable[[type[Peer]], type[Peer]]:
     """Register a class under the name that users write."""
-
-    def keep(cls: type[Peer]) -> type[Peer]:
-        PEERS[name] = cls
-        return cls
-
-    return keep
+    return decorator(PEERS, name)
 
 
 def make_peer(text: str) -> Peer:
@@ -65,9 +61,7 @@ def make_peer(text: str) -> Peer:
         NotImplementedError: it cannot run here.
     """
     name, settings = parse_settings(text)
-    if name not in PEERS:
-        raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")
-    return PEERS[name](settings)
+    return PEERS.get(name)(settings)
 
 
 class _DiffusersCache(Peer):
