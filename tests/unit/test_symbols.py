@@ -1,5 +1,7 @@
 """Symbols and Grid: layout of the bits, invariants, ragged sizes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,18 @@ def grids(draw):
     return Grid(seqlen, seqlen, text, block_m, block_n)
 
 
+@st.composite
+def mixed_grids(draw):
+    """Several text and reference spans, anywhere."""
+    seqlen = draw(st.sampled_from([16, 129, 200, 330, 545]))
+    cuts = sorted(draw(st.sets(st.integers(0, seqlen), min_size=2, max_size=8)))
+    pairs = list(zip(cuts[::2], cuts[1::2], strict=False))
+    kinds = draw(st.lists(st.sampled_from(["text", "text", "reference"]), min_size=4, max_size=4))
+    spans = tuple((kind, *pair) for kind, pair in zip(kinds, pairs, strict=False))
+    block_m, block_n = (draw(st.sampled_from([16, 32, 64])) for _ in range(2))
+    return Grid(seqlen, seqlen, (0, 0), block_m, block_n, spans=spans)
+
+
 @common
 @given(bits=st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_are_little_endian_as_in_numpy(bits):
@@ -36,7 +50,7 @@ def test_bits_are_little_endian_as_in_numpy(bits):
 
 
 @common
-@given(grid=grids(), seed=st.integers(0, 99))
+@given(grid=st.one_of(grids(), mixed_grids()), seed=st.integers(0, 99))
 def test_invariants(grid, seed):
     """Text rows computed, text columns visited, no row empty; all other bits as asked."""
     torch.manual_seed(seed)
@@ -44,18 +58,70 @@ def test_invariants(grid, seed):
     q_mask, kv_mask = torch.rand(2, 3, rows) < 0.3, torch.rand(2, 3, rows, columns) < 0.2
     symbols = Symbols.pack(q_mask, kv_mask, grid)
     got_q, got_kv = symbols.q_mask(), symbols.kv_mask()
+    text = {*range(*grid.text)}
+    text |= {i for kind, *span in grid.spans if kind == "text" for i in range(*span)}
     for i in range(rows):
         tokens = set(range(i * grid.block_m, (i + 1) * grid.block_m))
-        is_text = bool(tokens & set(range(*grid.text)))
+        is_text = bool(tokens & text)
         assert torch.equal(got_q[..., i], q_mask[..., i] | is_text)
     for j in range(columns):
         tokens = set(range(j * grid.block_n, (j + 1) * grid.block_n))
-        if tokens & set(range(*grid.text)):
+        if tokens & text:
             assert got_kv[..., j].all()
         elif j:
             assert torch.equal(got_kv[..., j], kv_mask[..., j])
     assert got_kv.any(-1).all()
     assert symbols.kv_bits.shape[-1] % 4 == 0
+
+
+@common
+@given(grid=grids(), seed=st.integers(0, 99), both=st.booleans())
+def test_a_span_at_an_end_is_the_text_by_another_name(grid, seed, both):
+    """Bit for bit; and so is a text that is cut in two."""
+    torch.manual_seed(seed)
+    start, stop = grid.text
+    middle = (start + stop) // 2 if both else stop
+    spans = tuple(
+        ("text", *span) for span in ((start, middle), (middle, stop)) if span[1] > span[0]
+    )
+    named = Grid(grid.seqlen_q, grid.seqlen_kv, (0, 0), grid.block_m, grid.block_n, spans=spans)
+    rows, columns = grid.num_q_blocks, grid.num_kv_blocks
+    masks = torch.rand(1, 2, rows) < 0.3, torch.rand(1, 2, rows, columns) < 0.2
+    for skip in (False, True):
+        a = Symbols.pack(*masks, grid, skip_text_columns=skip)
+        b = Symbols.pack(*masks, named, skip_text_columns=skip)
+        assert torch.equal(a.q_bits, b.q_bits) and torch.equal(a.kv_bits, b.kv_bits)
+    assert named.vision == grid.vision or start == stop
+    assert all(named.is_text(i, i + 1) == grid.is_text(i, i + 1) for i in range(grid.seqlen_q))
+
+
+@common
+@given(grid=mixed_grids())
+def test_generated_tokens_are_counted_around_the_spans(grid):
+    """generated_index skips text and reference; shape must count what is left."""
+    taken = {i for _, *span in grid.spans for i in range(*span)}
+    free = [i not in taken for i in range(grid.seqlen_q)]
+    index = grid.generated_index(torch.arange(grid.seqlen_q + 1))
+    assert index.tolist() == [sum(free[:i]) for i in range(grid.seqlen_q + 1)]
+    assert grid.num_generated == sum(free)
+    if any(free):
+        shaped = replace(grid, shape=(1, 1, sum(free)))
+        assert shaped != grid and shaped.with_kv_len(None).shape == shaped.shape
+    with pytest.raises(ValueError, match=f"neither text nor reference, {sum(free)}, got"):
+        replace(grid, shape=(1, 1, sum(free) + 1))
+
+
+def test_vision_between_texts_is_no_single_range():
+    """Who asks for one range is told; ranges of blocks serve everybody."""
+    grid = Grid(300, 300, (0, 10), 16, 16, spans=(("text", 100, 120), ("reference", 200, 300)))
+    with pytest.raises(
+        ValueError, match=r"vision tokens must be one range, got .* text \(0, 10\) and"
+    ):
+        _ = grid.vision
+    assert grid.text_spans == ((0, 10), (100, 120))
+    assert grid.text_q_ranges == ((0, 1), (6, 8)) and grid.vision_q_ranges == ((1, 6), (8, 19))
+    assert Grid(300, 300, (0, 300)).vision == (300, 300)
+    assert Grid(300, 300, (200, 300)).vision == (0, 200)
 
 
 @common
@@ -127,6 +193,18 @@ def test_pool_is_the_mean_of_the_tokens_that_exist(seqlen, with_length):
         ({"text": (5, 3)}, "text must be a token range inside the sequence"),
         ({"seqlen_kv": 400, "text": (0, 5)}, "a text span needs query and key tokens to be"),
         ({"kv_len": torch.zeros(2)}, "kv_len must be int32 of shape"),
+        ({"order": "spiral"}, "order must be one of raster, tile, hilbert, got 'spiral'"),
+        ({"shape": (3, 10)}, r"shape must be \(T, H, W\), positive integers, or None, got"),
+        ({"shape": (0, 10, 30)}, r"shape must be \(T, H, W\), positive integers, or None, got"),
+        ({"shape": (3, 10, 9)}, r"neither text nor reference, 300, got \(3, 10, 9\) = 270"),
+        ({"shape": (3, 10, 10), "text": (0, 7)}, "neither text nor reference, 293, got"),
+        ({"shape": (3, 10, 10), "seqlen_kv": 77}, "shape needs query and key tokens to be the"),
+        ({"spans": [("text", 0, 3)]}, "spans must be a tuple of"),
+        ({"spans": (("text", 3),)}, "spans must be a tuple of"),
+        ({"spans": (("picture", 0, 3),)}, "kind of a span must be text or reference, got 'pict"),
+        ({"spans": (("text", 290, 301),)}, "text must be a token range inside the sequence"),
+        ({"spans": (("reference", 5, 3),)}, "reference must be a token range inside the"),
+        ({"text": (0, 9), "spans": (("text", 8, 20),)}, r"must not overlap, got \(8, 20\) before"),
     ],
 )
 def test_grid_refuses(arguments, message):
