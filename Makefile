@@ -39,9 +39,9 @@ lint: $(STAMP)  ## format, lint and types
 	$(BIN)/mypy
 
 bench: $(STAMP)  ## speed of the ops here, against torch's dense ones
-	$(BIN)/flashomni bench attention
-	$(BIN)/flashomni bench gemm_q
-	$(BIN)/flashomni bench gemm_o
+	$(BIN)/flashomni bench op attention
+	$(BIN)/flashomni bench op gemm_q
+	$(BIN)/flashomni bench op gemm_o
 
 $(STAMP): pyproject.toml packages/flashomni-assets/pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

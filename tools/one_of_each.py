@@ -9,7 +9,7 @@ import torch
 
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
 from flashomni.kernels.common.rope import pack_rope
-from flashomni.lab.ops import random_symbols
+from flashomni.lab.ops.shapes import exact_symbols
 from flashomni.policies import AttentionSite, make_policy
 from flashomni.symbols import Grid
 
@@ -24,7 +24,7 @@ def main() -> None:
     kind = {"device": "cuda", "dtype": torch.bfloat16}
     kv_len = torch.tensor([650], dtype=torch.int32, device="cuda")
     grid = Grid(SEQLEN, SEQLEN, (0, OFFSET))
-    symbols = random_symbols(grid, HEADS, 0.6, 0.5).to("cuda")
+    symbols = exact_symbols(grid, HEADS, 0.6, 0.5).to("cuda")
     q, k, v = torch.randn(3, 1, SEQLEN, HEADS, HEAD_DIM, **kind)
     lse = torch.zeros(1, HEADS, SEQLEN, device="cuda")
     sparse_attention(q, k, v, symbols, lse=lse, kv_len=kv_len, backend=name)

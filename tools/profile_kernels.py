@@ -8,8 +8,8 @@ import argparse
 
 import torch
 
-from flashomni.lab.ops import PROBLEMS, SHAPES
-from flashomni.lab.ops.problems import Request
+from flashomni.lab.ops.problems import PROBLEMS, Request
+from flashomni.lab.ops.shapes import SHAPES
 
 CALLS = [
     ("attention", "flux-2048", 1.0),

@@ -14,8 +14,8 @@ from flashomni.kernels import sparse_attention
 from flashomni.kernels.attention import portable as attention_portable
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.common.portable_configs import Config
-from flashomni.lab.ops import SHAPES, random_symbols
 from flashomni.lab.ops.baselines import flex_attention
+from flashomni.lab.ops.shapes import SHAPES, exact_symbols
 from flashomni.lab.ops.timing import interleaved
 from flashomni.symbols import Grid
 
@@ -37,7 +37,7 @@ def main() -> None:
     q, k, v = (torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(3))
     grid = Grid(shape.seqlen, shape.seqlen)
     for density in DENSITIES:
-        symbols = random_symbols(grid, shape.num_heads, 1.0, density).to(device)
+        symbols = exact_symbols(grid, shape.num_heads, 1.0, density).to(device)
         out = torch.zeros_like(q)
         exact = sparse_attention(q, k, v, symbols, backend="portable")
         flex = flex_attention(symbols)

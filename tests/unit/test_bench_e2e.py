@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 import flashomni
 from flashomni.cli import app
 from flashomni.engine import Recipe, presets
-from flashomni.lab import e2e
-from flashomni.lab.e2e import breakdown, methods, parts, sparsity, stock
+from flashomni.lab.e2e import breakdown, methods, models, parts, session, sparsity, stock
 from flashomni.lab.e2e.run import generate
 
 CPU = torch.device("cpu")
@@ -37,7 +36,7 @@ def read(path):
 
 @pytest.fixture(scope="module", params=TINY)
 def model(request):
-    return e2e.build(request.param, CPU, torch.float32)
+    return models.build(request.param, CPU, torch.float32)
 
 
 def latents(model):
@@ -56,10 +55,10 @@ def eager_compiler(monkeypatch):
 
 def test_published_sizes():
     """Tokens of the three real models, and the heads and blocks of their transformers."""
-    sizes = {name: e2e.MODELS[name].tokens for name in ("hunyuan-33k", "flux-1024", "flux-2048")}
+    sizes = {name: models.MODELS[name].tokens for name in ("hunyuan-33k", "flux-1024", "flux-2048")}
     assert sizes == {"hunyuan-33k": 32_656, "flux-1024": 4_608, "flux-2048": 16_896}
     for name, dual, single in (("hunyuan-33k", 20, 40), ("flux-1024", 19, 38)):
-        config = e2e.MODELS[name].config
+        config = models.MODELS[name].config
         assert (config["num_layers"], config["num_single_layers"]) == (dual, single)
         assert config["num_attention_heads"] * config["attention_head_dim"] == 3072
 
@@ -79,7 +78,7 @@ def test_tokens_are_those_of_the_call(model):
 @pytest.mark.parametrize("name", TINY)
 def test_bfloat16_is_built_as_such_and_repeats(name):
     """Every weight has the dtype asked for, the seed decides, the default dtype is untouched."""
-    first, second = (e2e.build(name, CPU, torch.bfloat16, seed=3) for _ in range(2))
+    first, second = (models.build(name, CPU, torch.bfloat16, seed=3) for _ in range(2))
     weights = first.pipe.transformer.state_dict()
     assert {x.dtype for x in weights.values()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
@@ -88,12 +87,12 @@ def test_bfloat16_is_built_as_such_and_repeats(name):
 
 def test_a_real_depth_stays_finite():
     """60 blocks of the published HunyuanVideo, but narrow: latents of order 1."""
-    tiny = e2e.MODELS["tiny-hunyuan"]
+    tiny = models.MODELS["tiny-hunyuan"]
     config = {**tiny.config, "num_layers": 20, "num_single_layers": 40}
     small = stock_size(tiny, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(e2e.MODELS, "deep", small)
-        deep = e2e.build("deep", CPU, torch.bfloat16, structure=4.0)
+        patch.setitem(models.MODELS, "deep", small)
+        deep = models.build("deep", CPU, torch.bfloat16, structure=4.0)
     call = {**deep.call, "num_inference_steps": 4}
     result = deep.pipe(**call, generator=torch.Generator().manual_seed(0))[0]
     assert result.isfinite().all() and 0.1 < result.float().std() < 10
@@ -108,7 +107,7 @@ def test_structure_makes_attention_uneven_layer_by_layer(model):
     recipe = "flashomni:tau_q=.5,tau_kv=0,power=0,warmup=0,degrade_below=0,block_m=16,block_n=16"
     densities = {}
     for structure in (0.0, 2.0):
-        built = e2e.build(model.name, CPU, torch.float32, structure=structure)
+        built = models.build(model.name, CPU, torch.float32, structure=structure)
         with flashomni.accelerate(built.pipe, recipe) as engine:
             generate(built, 6, stop_after=2)
             update, dispatch = engine.report().steps
@@ -124,10 +123,10 @@ def test_structure_makes_attention_uneven_layer_by_layer(model):
 def test_methods_leave_the_model_as_it_was(model, eager_compiler):
     """After stock, recipes, peers and compiled blocks, in turns: same latents, nothing left."""
     before = latents(model)
-    baselines = e2e.make_stocks(["eager", "compiled-native"])
+    baselines = stock.make_stocks(["eager", "compiled-native"])
     names = ["fast", "diffusers.taylorseer:cache_interval=3", "diffusers.pab"]
-    wanted = dict(e2e.parse_method(name) for name in names)
-    results = e2e.Session(model, baselines, wanted, PLAN).run()
+    wanted = dict(methods.parse_measure(name) for name in names)
+    results = session.Session(model, baselines, wanted, PLAN).run()
     assert results.missing == {}
     assert list(results.methods) == names
     assert stock.leftovers(model.pipe.transformer) == []
@@ -151,7 +150,7 @@ def test_steps_that_are_run(model, monkeypatch):
     assert timing.generation_s == PLAN.steps * timing.calls["full"][0]
     for name, last in (("topk", PLAN.steps), ("lossless", 7), ("diffusers.pab", PLAN.steps)):
         counts.clear()
-        timing = e2e.parse_method(name)[1](model, PLAN, lambda step, steps: None)
+        timing = methods.parse_measure(name)[1](model, PLAN, lambda step, steps: None)
         assert counts[-1] == last
         assert timing.estimated == (name == "lossless")
     counts.clear()
@@ -191,10 +190,10 @@ def test_a_peer_is_split_into_slow_and_fast():
 def test_what_cannot_run_does_not_cost_the_rest(model):
     """It is named with its reason; without any baseline there is nothing to compare with."""
     baselines = {"eager": stock.Stock(), "nonsense": stock.Stock("_flash_3")}
-    results = e2e.Session(model, baselines, {}, PLAN).run()
+    results = session.Session(model, baselines, {}, PLAN).run()
     assert list(results.baselines) == ["eager"] and "Flash" in results.missing["nonsense"]
     with pytest.raises(RuntimeError, match="no baseline could be measured"):
-        e2e.Session(model, {"nonsense": stock.Stock("_flash_3")}, {}, PLAN).run()
+        session.Session(model, {"nonsense": stock.Stock("_flash_3")}, {}, PLAN).run()
 
 
 def test_latents_that_are_not_finite_are_refused(model):
@@ -225,7 +224,7 @@ def test_e2e_writes_rows(name, tmp_path):
     for row in rows:
         ratio = float(row["baseline_s"]) / float(row["generation_s"])
         assert row["baseline"] == "eager" and float(row["speedup"]) == pytest.approx(ratio, rel=0.1)
-        assert row["peak_gib"] == "" and int(row["tokens"]) == e2e.MODELS[name].tokens
+        assert row["peak_gib"] == "" and int(row["tokens"]) == models.MODELS[name].tokens
     again = run(*arguments)
     assert again.exit_code == 0, again.output
     assert len(read(path)) >= 2 * len(rows) - 2
@@ -285,7 +284,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, tmp_path):
 # ---------------------------------------------------------------- sparsity and parts
 
 
-@pytest.mark.parametrize("mode", e2e.MODES)
+@pytest.mark.parametrize("mode", sparsity.MODES)
 def test_a_point_is_one_update_and_dispatch_steps(mode):
     """The schedule has one full step that records, one Update, and the Dispatch steps."""
     point = sparsity.point_for(mode, 0.75, 3)

@@ -61,9 +61,9 @@ def test_generate_alone_writes_a_picture(model, tmp_path):
         (("generate", "--device", "abacus"), "device must be auto, cpu or cuda"),
         (("generate", "--dtype", "int3"), "dtype must be auto, float32"),
         (("generate", "--backend", "abacus"), "backend must be one of"),
-        (("bench", "sorting"), "op must be one of attention, attention_cached"),
-        (("bench", "--shape", "round"), "shape must be one of cpu-4096"),
-        (("bench", "--density", "0"), "density must be above 0"),
+        (("bench", "op", "sorting"), "op must be one of attention, attention_cached"),
+        (("bench", "op", "--shape", "round"), "shape must be one of cpu-4096"),
+        (("bench", "op", "--density", "0"), "density must be above 0"),
         (("show", "recipe", "ludicrous"), "recipe must be a preset"),
         (("show", "policies", "ludicrous"), "policy must be one of"),
         (("show", "backends", "ludicrous"), "op must be one of"),
@@ -105,13 +105,16 @@ def test_doctor_names_versions_and_backends():
 
 def test_bench_appends_rows(tmp_path, monkeypatch):
     """A row a density and baseline, with versions and commit; appended to what is there; drawn."""
-    from flashomni.lab import ops as bench
+    from flashomni.lab.ops import problems as bench
+    from flashomni.lab.ops.shapes import SHAPES, Shape
 
-    monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
+    monkeypatch.setitem(SHAPES, "cpu-4096", Shape(300, 2, 32))
     csv = tmp_path / "rows.csv"
     ops = sorted(bench.PROBLEMS)
     for op in ops:
-        done = run("bench", op, "--device", "cpu", "--density", 0.5, "--rounds", 1, "--csv", csv)
+        done = run(
+            "bench", "op", op, "--device", "cpu", "--density", 0.5, "--rounds", 1, "--csv", csv
+        )
         assert done.exit_code == 0, done.output
     lines = csv.read_text().splitlines()
     columns = (
@@ -120,7 +123,7 @@ def test_bench_appends_rows(tmp_path, monkeypatch):
     assert lines[0] == columns + "commit,command"
     assert [line.split(",")[0] for line in lines[1:]] == ops
     plot = tmp_path / "plots" / "rows.png"
-    again = ("bench", "gemm_q", "--device", "cpu", "--density", 0.5, "--rounds", 1)
+    again = ("bench", "op", "gemm_q", "--device", "cpu", "--density", 0.5, "--rounds", 1)
     assert run(*again, "--csv", csv, "--plot", plot).exit_code == 0 and plot.stat().st_size > 0
     csv.write_text("other,columns\n1,2\n")
     done = run(*again, "--csv", csv)
@@ -132,16 +135,17 @@ def test_bench_appends_rows(tmp_path, monkeypatch):
 
 def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):
     """Correctness first: a backend that is wrong is not timed."""
-    from flashomni.lab import ops as bench
+    from flashomni.lab.ops import problems as bench
+    from flashomni.lab.ops.shapes import SHAPES, Shape
 
-    monkeypatch.setitem(bench.SHAPES, "cpu-4096", bench.Shape(300, 2, 32))
+    monkeypatch.setitem(SHAPES, "cpu-4096", Shape(300, 2, 32))
     problem = bench.PROBLEMS["attention"]
 
     def broken(request):
         return dataclasses.replace(problem(request), check=lambda: 0.5)
 
     monkeypatch.setitem(bench.PROBLEMS, "attention", broken)
-    done = run("bench", "attention", "--device", "cpu", "--density", 0.5)
+    done = run("bench", "op", "attention", "--device", "cpu", "--density", 0.5)
     assert done.exit_code == 1 and "nothing is timed" in done.output
 
 

@@ -299,7 +299,7 @@ def test_rows_replace_older_rows_of_the_same_method(tmp_path):
     }
     assert next(r for r in rows if r["recipe"] == "fast")["seconds"] == "1.0"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="must have the columns model, recipe"):
+    with pytest.raises(ValueError, match="has other columns; allowed are model, recipe"):
         save_rows(summarise("m", [result()], "three"), path)
     assert path.read_text() == "a,b\n1,2\n"
 

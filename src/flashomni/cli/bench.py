@@ -1,12 +1,11 @@
-"""``flashomni bench OP``, ``flashomni bench e2e`` and ``flashomni bench sparsity``."""
+"""``flashomni bench op NAME``, ``flashomni bench e2e`` and ``flashomni bench sparsity``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from flashomni.cli._common import (
     BackendName,
@@ -29,25 +28,19 @@ if TYPE_CHECKING:
     import torch
 
     from flashomni.engine import Recipe
-    from flashomni.lab.e2e import Book, Model, Plan, Results
-    from flashomni.lab.e2e.methods import Measure
+    from flashomni.lab.e2e.breakdown import PartRow, Step
+    from flashomni.lab.e2e.methods import Measure, Plan
+    from flashomni.lab.e2e.models import Model
     from flashomni.lab.e2e.run import OnStep
+    from flashomni.lab.e2e.session import Results
     from flashomni.lab.e2e.stock import Stock
-
-
-class OpsByDefault(TyperGroup):
-    """``flashomni bench attention`` means ``flashomni bench op attention``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in (*self.commands, "--help"):
-            args = ["op", *args]
-        return super().parse_args(ctx, args)
+    from flashomni.lab.results import Book
 
 
 bench_app = typer.Typer(
-    cls=OpsByDefault,
-    help="Speed: of the ops (`bench attention`, `bench op gemm_q`, ...), of whole generations at "
-    "real size (`bench e2e`), and of steps against sparsity (`bench sparsity`).",
+    no_args_is_help=True,
+    help="Speed: of the ops (`bench op attention`, `bench op gemm_q`, ...), of whole generations "
+    "at real size (`bench e2e`), and of steps against sparsity (`bench sparsity`).",
 )
 
 ModelName = Annotated[
@@ -83,7 +76,9 @@ def bench_op(
 ) -> None:
     """Time an op against dense ones in the same process, after checking its result."""
     with plain_errors():
-        from flashomni.lab import ops as work
+        from flashomni.lab import results
+        from flashomni.lab.ops.table import OpRow, measure, tabulate_ops
+        from flashomni.lab.plot import draw
 
         _check_plot(plot, csv)
         target = pick_device(device)
@@ -91,24 +86,26 @@ def bench_op(
         for value in densities:
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"density must be above 0 and at most 1, got {value}")
+        if csv is not None:
+            results.read(csv, OpRow)  # other columns are refused before anything is measured
         kind, command = pick_dtype(dtype, target), command_line()
-        measured, absent = list[work.Row](), dict[str, str]()
+        measured, absent = list[OpRow](), dict[str, str]()
         with progress_bars() as progress:
             task = progress.add_task(bar_name(op), total=len(densities))
-            for found, missing in work.measure(
+            for found, missing in measure(
                 op, shape, densities, target, kind, rounds, command, backend
             ):
                 measured += found
                 absent |= missing
                 progress.advance(task)
-        console.print(work.tabulate(measured))
+        console.print(tabulate_ops(measured))
         for name, why in absent.items():
             say(f"{name} not measured: {why}")
         if csv is not None:
-            work.save(measured, csv)
+            results.append(csv, measured)
             say(f"appended to {csv}")
             if plot is not None:
-                work.draw(csv, plot)
+                draw(csv, plot)
 
 
 @bench_app.command("e2e")
@@ -157,25 +154,29 @@ def bench_e2e(
     kind.
     """
     with plain_errors():
-        from flashomni.lab import e2e as work
+        from flashomni.lab.e2e.breakdown import PartRow
+        from flashomni.lab.e2e.methods import Plan, parse_measure, parse_recipe
+        from flashomni.lab.e2e.stock import make_stocks
+        from flashomni.lab.e2e.table import GenerationRow
+        from flashomni.lab.plot import draw
 
         _check_plot(plot, csv)
         target = pick_device(device)
-        plan = work.Plan(steps, stock_steps, whole, backend)
-        baselines = work.make_stocks(baseline or ["eager"])
+        plan = Plan(steps, stock_steps, whole, backend)
+        baselines = make_stocks(baseline or ["eager"])
         names = recipe or ["lossless", "quality", "balanced", "fast"]
         if profile:
-            recipes = dict(work.parse_recipe(name) for name in names)
-            parts = _book(csv, work.PartRow)
+            recipes = dict(parse_recipe(name) for name in names)
+            parts = _book(csv, PartRow)
             built = _build(model, target, dtype, seed, structure)
             _profile(built, baselines, recipes, backend, parts)
         else:
-            methods = dict(work.parse_method(name) for name in names)
-            book = _book(csv, work.Row)
+            methods = dict(parse_measure(name) for name in names)
+            book = _book(csv, GenerationRow)
             built = _build(model, target, dtype, seed, structure)
             _time(built, baselines, methods, plan, book)
         if plot is not None and csv is not None:
-            work.draw(csv, plot)
+            draw(csv, plot)
 
 
 @bench_app.command("sparsity")
@@ -204,25 +205,33 @@ def bench_sparsity(
     the policy topk; times are divided by our own dense steps. The first run compiles.
     """
     with plain_errors():
-        from flashomni.lab import e2e as work
+        from flashomni.lab.e2e.sparsity import (
+            MODES,
+            POINTS,
+            SparsityRow,
+            recipes_for,
+            sweep,
+            tabulate_sparsity,
+        )
+        from flashomni.lab.plot import draw
 
         _check_plot(plot, csv)
         target = pick_device(device)
-        points, modes = point or list(work.POINTS), mode or list(work.MODES)
-        recipes = work.recipes_for(modes, points, dispatch_steps)
-        book = _book(csv, work.SparsityRow)
+        points, modes = point or list(POINTS), mode or list(MODES)
+        recipes = recipes_for(modes, points, dispatch_steps)
+        book = _book(csv, SparsityRow)
         built = _build(model, target, dtype, seed, structure)
-        rows: list[work.SparsityRow] = []
+        rows: list[SparsityRow] = []
         with progress_bars() as progress:
             task = progress.add_task("points", total=len(recipes))
-            for row in work.sweep(built, recipes, command_line(), backend):
+            for row in sweep(built, recipes, command_line(), backend):
                 rows.append(row)
                 progress.advance(task)
                 if book is not None:
                     book.write(rows)
-        console.print(work.tabulate_sparsity(rows))
+        console.print(tabulate_sparsity(rows))
         if plot is not None and csv is not None:
-            work.draw(csv, plot)
+            draw(csv, plot)
 
 
 def _check_plot(plot: Path | None, csv: Path | None) -> None:
@@ -233,13 +242,14 @@ def _check_plot(plot: Path | None, csv: Path | None) -> None:
 
 def _book(csv: Path | None, row: type) -> Book | None:
     """The file for the rows; it is looked at before anything is measured."""
-    from flashomni.lab.e2e import Book
+    from flashomni.lab.results import Book
 
     return None if csv is None else Book(csv, row)
 
 
 def _build(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
-    from flashomni.lab.e2e import build, weights_gib
+    from flashomni.lab.e2e.models import build
+    from flashomni.lab.e2e.run import weights_gib
 
     with status(f"building {name}"):
         quiet()
@@ -258,7 +268,8 @@ def _time(
     plan: Plan,
     book: Book | None,
 ) -> None:
-    from flashomni.lab import e2e as work
+    from flashomni.lab.e2e.session import Session
+    from flashomni.lab.e2e.table import drifts, rows_of, tabulate_generations
 
     with progress_bars() as progress:
 
@@ -268,11 +279,11 @@ def _time(
 
         def changed(results: Results) -> None:
             if book is not None:
-                book.write(work.rows_of(results, model, plan.steps, command_line()))
+                book.write(rows_of(results, model, plan.steps, command_line()))
 
-        results = work.Session(model, baselines, methods, plan, watch, changed).run()
-    console.print(work.tabulate(results, model))
-    for line in work.drifts(results):
+        results = Session(model, baselines, methods, plan, watch, changed).run()
+    console.print(tabulate_generations(results, model))
+    for line in drifts(results):
         console.print(line, highlight=False)
     console.print("~: steps x median. A run that compiles came first and does not count.")
     _print_missing(results.missing)
@@ -285,15 +296,15 @@ def _profile(
     backend: str | None,
     book: Book | None,
 ) -> None:
-    from flashomni.lab import e2e as work
+    from flashomni.lab.e2e.breakdown import part_rows, profile_all, tabulate_parts
 
-    rows: list[work.PartRow] = []
+    rows: list[PartRow] = []
     with progress_bars() as progress:
         task = progress.add_task("profiled", total=len(baselines) + len(recipes))
 
-        def changed(name: str, found: dict[str, work.Step]) -> None:
+        def changed(name: str, found: dict[str, Step]) -> None:
             progress.advance(task)
-            rows.extend(work.part_rows(model, name, found, command_line()))
+            rows.extend(part_rows(model, name, found, command_line()))
             if book is not None:
                 book.write(rows)
             for kind, step in found.items():
@@ -301,9 +312,9 @@ def _profile(
                     text = f"other, {name}, {kind}: {ms:.3f} ms {kernel[:120]}"
                     say(text)
 
-        missing = work.profile_all(model, baselines, recipes, backend, changed)
+        missing = profile_all(model, baselines, recipes, backend, changed)
     if rows:
-        console.print(work.tabulate_parts(rows))
+        console.print(tabulate_parts(rows))
     _print_missing(missing)
 
 

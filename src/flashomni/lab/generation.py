@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashomni.engine import Recipe, Summary
-from flashomni.engine.trace import Stopwatch
+from flashomni.lab.clock import clocked
 from flashomni.lab.zoo import Loaded
 from flashomni.models import accelerate
 
@@ -78,17 +78,8 @@ class Generation:
 
     def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
         """The stock pipeline: frames, seconds, seconds of each call of the transformer."""
-        watches: list[Stopwatch] = []
-        device, model = self.device, self.pipe.transformer
-        handles = [
-            model.register_forward_pre_hook(lambda *_: watches.append(Stopwatch(device))),
-            model.register_forward_hook(lambda *_: watches[-1].stop()),
-        ]
-        try:
+        with clocked(self.pipe.transformer, self.device) as watches:
             pixels, seconds = self.run(on_step)
-        finally:
-            for handle in handles:
-                handle.remove()
         return pixels, seconds, [watch.seconds() for watch in watches]
 
     def accelerated(

@@ -20,7 +20,7 @@ from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.parts import IDLE, OTHER, PARTS, part_of
 from flashomni.lab.e2e.run import free, generate
 from flashomni.lab.e2e.stock import Stock, check_restored
-from flashomni.lab.ops.table import origin
+from flashomni.lab.results import origin
 from flashomni.models import accelerate
 
 WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")  # no kernels

@@ -12,7 +12,7 @@ from typing import Any
 from flashomni.engine import Recipe, Summary
 from flashomni.engine.schedules.interval import Schedule
 from flashomni.lab.e2e.models import Model
-from flashomni.lab.e2e.run import Generation, OnStep, generate, silent
+from flashomni.lab.e2e.run import Clocked, OnStep, generate, silent
 from flashomni.lab.e2e.stock import Stock
 from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
 from flashomni.models import accelerate
@@ -58,7 +58,7 @@ class Timing:
             attention, mean over layers; a layer that was cached whole counts 0. Empty where the
             method does not say.
         flops_skipped: share of the transformer blocks' FLOPs; ``None`` where it does not say.
-        peak_gib: see ``Generation``.
+        peak_gib: see ``Clocked``.
         host_gib: pinned host memory of the caches.
         runs: medians of the stock runs in order: how far the machine drifts.
     """
@@ -76,7 +76,7 @@ class Timing:
 Measure = Callable[[Model, Plan, OnStep], Timing]
 
 
-def parse_method(text: str) -> tuple[str, Measure]:
+def parse_measure(text: str) -> tuple[str, Measure]:
     """Name and measurement of a recipe or a peer as users write it.
 
     Raises:
@@ -230,7 +230,7 @@ def time_peer(peer: Peer, model: Model, plan: Plan, on_step: OnStep = silent) ->
     with peer.attached(model.pipe, plan.steps):
         generate(model, plan.steps, stop_after=plan.stock_steps)
     with peer.attached(model.pipe, plan.steps):
-        run: Generation = generate(model, plan.steps, on_step)
+        run: Clocked = generate(model, plan.steps, on_step)
     calls = grouped(slow_and_fast(run.calls), run.calls)
     return Timing(calls, run.seconds, peak_gib=run.peak_gib)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from flashomni.engine.trace import Stopwatch
+from flashomni.lab.clock import clocked
 from flashomni.lab.e2e.models import Model
 
 OnStep = Callable[[int, int], None]
@@ -22,7 +21,7 @@ def silent(step: int, steps: int) -> None:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Clocked:
     """What one call of a pipeline took.
 
     Args:
@@ -38,7 +37,7 @@ class Generation:
 
 def generate(
     model: Model, steps: int, on_step: OnStep = silent, stop_after: int | None = None
-) -> Generation:
+) -> Clocked:
     """Call the pipeline once.
 
     Args:
@@ -62,7 +61,7 @@ def generate(
     _wait(model.device)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with clocked(model) as watches:
+    with clocked(model.pipe.transformer, model.device) as watches:
         start = time.perf_counter()
         latents = model.pipe(
             **model.call,
@@ -76,25 +75,7 @@ def generate(
     peak = peak_gib(model.device)
     if not bool(torch.isfinite(latents).all()):
         raise RuntimeError("the latents are not finite")
-    return Generation(seconds, calls, peak)
-
-
-@contextmanager
-def clocked(model: Model) -> Iterator[list[Stopwatch]]:
-    """A stopwatch for each call of the transformer, outside of every other hook on it."""
-    watches: list[Stopwatch] = []
-    transformer = model.pipe.transformer
-    handles = [
-        transformer.register_forward_pre_hook(
-            lambda *_: watches.append(Stopwatch(model.device)), prepend=True
-        ),
-        transformer.register_forward_hook(lambda *_: watches[-1].stop()),
-    ]
-    try:
-        yield watches
-    finally:
-        for handle in handles:
-            handle.remove()
+    return Clocked(seconds, calls, peak)
 
 
 def free(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from flashomni.engine import Recipe
 from flashomni.lab.e2e.methods import attention_shares, grouped, warm_up
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.run import free, generate
-from flashomni.lab.ops.table import origin
+from flashomni.lab.results import origin
 from flashomni.models import accelerate
 from flashomni.policies import make_policy
 

@@ -1,25 +1,21 @@
-"""Timings as rows of a CSV, and as a table."""
+"""Timings as rows, and as a table."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from flashomni.lab.e2e.methods import GENERATION, Timing
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.session import Results
-from flashomni.lab.ops.table import extended, origin, read_rows
+from flashomni.lab.results import origin
 from flashomni.lab.versions import device_name
-from flashomni.util.files import write_text
 
 
 @dataclass(frozen=True)
-class Row:
+class GenerationRow:
     """One kind of step of one method, beside one baseline; ``generation`` is all steps.
 
     ``density`` is the computed share of (query, key) pairs of attention, empty where a method does
@@ -47,7 +43,7 @@ class Row:
     command: str
 
 
-def rows_of(results: Results, model: Model, steps: int, command: str) -> list[Row]:
+def rows_of(results: Results, model: Model, steps: int, command: str) -> list[GenerationRow]:
     """A row for each kind of step and for the generation of each method, against each baseline."""
     rows, about = [], origin(model.device, command)
     for name, timing in (*results.baselines.items(), *results.methods.items()):
@@ -57,7 +53,7 @@ def rows_of(results: Results, model: Model, steps: int, command: str) -> list[Ro
             density = (timing.densities or {}).get(kind)
             for baseline, other in results.baselines.items():
                 rows.append(
-                    Row(
+                    GenerationRow(
                         model=model.name,
                         tokens=model.tokens,
                         recipe=name,
@@ -79,27 +75,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-class Book:
-    """A CSV that is written anew, whole, whenever there are more rows: an end by force costs none.
-
-    Args:
-        path: what is there already stays in front.
-        row: class of the rows.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-
-    def __init__(self, path: Path, row: type) -> None:
-        self.path, self._old = path, read_rows(path, row)
-
-    def write(self, rows: Sequence[Any]) -> None:
-        """What was there at first, then ``rows``."""
-        if rows:
-            write_text(self.path, extended(rows, self._old))
-
-
-def tabulate(results: Results, model: Model, title: str = "") -> Table:
+def tabulate_generations(results: Results, model: Model, title: str = "") -> Table:
     """One line a method, for the eye."""
     columns = ["method", "ms a step", "generation"]
     columns += [f"against {name}" for name in results.baselines]

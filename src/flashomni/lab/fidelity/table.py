@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flashomni.lab import results as files
 from flashomni.lab.fidelity.campaign import Result
-from flashomni.util.files import write_text
 
 IDENTICAL = "identical"
 
@@ -130,18 +128,4 @@ def save_rows(rows: list[Row], path: str | Path) -> None:
     Raises:
         ValueError: the file has other columns.
     """
-    path = Path(path)
-    names = [column.name for column in fields(Row)]
-    kept: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != names:
-                raise ValueError(f"{path} must have the columns {', '.join(names)}")
-            new = {(row.model, row.recipe, row.device) for row in rows}
-            kept = [r for r in reader if (r["model"], r["recipe"], r["device"]) not in new]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*kept, *(asdict(row) for row in rows)])
-    write_text(path, buffer.getvalue())
+    files.replace(path, rows, ("model", "recipe", "device"))

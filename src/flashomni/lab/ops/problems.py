@@ -24,7 +24,7 @@ from flashomni.kernels import (
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.common.rope import pack_rope
 from flashomni.lab.ops import baselines
-from flashomni.lab.ops.shapes import Shape, random_symbols
+from flashomni.lab.ops.shapes import Shape, exact_symbols
 from flashomni.lab.ops.timing import Run
 from flashomni.policies import AttentionSite, make_policy
 from flashomni.symbols import Grid, Symbols
@@ -115,7 +115,7 @@ def decode(request: Request) -> Problem:
     grid = Grid(shape.seqlen, shape.seqlen)
     symbols = Symbols.dense(grid, 1, shape.num_heads, request.device)
     if request.density < 1:
-        symbols = random_symbols(grid, shape.num_heads, 1.0, request.density).to(request.device)
+        symbols = exact_symbols(grid, shape.num_heads, 1.0, request.density).to(request.device)
     call = _AttentionCalls(request, symbols)
     plain = _AttentionCalls(request, None, call)
     own = {"no symbols": Baseline(plain, 1 / call.density)}
@@ -125,7 +125,7 @@ def decode(request: Request) -> Problem:
 def _attention(request: Request, q_density: float, kv_density: float) -> Problem:
     shape = request.shape
     grid = Grid(shape.seqlen, shape.seqlen)
-    symbols = random_symbols(grid, shape.num_heads, q_density, kv_density).to(request.device)
+    symbols = exact_symbols(grid, shape.num_heads, q_density, kv_density).to(request.device)
     # Dense attention is called as such; `decode` tells what symbols of ones would cost.
     call = _AttentionCalls(request, None if q_density == kv_density == 1 else symbols)
     makers: dict[str, Callable[[], baselines.Attention | None]]
@@ -201,7 +201,7 @@ class _Layer:
         shape, width = request.shape, request.shape.width
         self.request, self.sets = request, request.sets
         self.grid = Grid(shape.seqlen, shape.seqlen)
-        symbols = random_symbols(self.grid, shape.num_heads, request.density, 1.0)
+        symbols = exact_symbols(self.grid, shape.num_heads, request.density, 1.0)
         self.symbols = symbols.to(request.device)
         self.density = round(symbols.q_mask().float().mean().item(), 4)
         self.x = request.many(1, shape.seqlen, width)

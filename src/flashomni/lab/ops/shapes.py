@@ -36,7 +36,7 @@ SHAPES = {
 }
 
 
-def random_symbols(
+def exact_symbols(
     grid: Grid, num_heads: int, q_density: float, kv_density: float, seed: int = 0
 ) -> Symbols:
     """Independent random symbols of exactly these densities (to whole blocks) in every row.

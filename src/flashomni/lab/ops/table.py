@@ -1,14 +1,9 @@
-"""Measurements as rows, and rows as a CSV."""
+"""Measurements of an op, as rows."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from rich.table import Table
@@ -16,12 +11,11 @@ from rich.table import Table
 from flashomni.lab.ops.problems import PROBLEMS, Problem, Request
 from flashomni.lab.ops.shapes import SHAPES
 from flashomni.lab.ops.timing import interleaved
-from flashomni.lab.versions import commit, device_name
-from flashomni.util.files import write_text
+from flashomni.lab.results import origin
 
 
 @dataclass(frozen=True)
-class Row:
+class OpRow:
     """One measurement against one baseline.
 
     ``ratio`` is baseline_ms / ms; ``ideal`` what it would be if time fell with the work.
@@ -57,7 +51,7 @@ def measure(
     rounds: int,
     command: str,
     backend: str | None = None,
-) -> Iterator[tuple[list[Row], dict[str, str]]]:
+) -> Iterator[tuple[list[OpRow], dict[str, str]]]:
     """``(a row for each baseline, baselines that are missing and why)`` of each density.
 
     Raises:
@@ -79,7 +73,7 @@ def measure(
         ms = interleaved({"ours": problem.ours, **others}, device, rounds, problem.sets)
         yield (
             [
-                Row(
+                OpRow(
                     op=op,
                     shape=shape,
                     seqlen=SHAPES[shape].seqlen,
@@ -107,25 +101,7 @@ def _check(problem: Problem, dtype: torch.dtype) -> None:
         raise RuntimeError(f"relative error {error:.2e} is above {limit:.0e}: nothing is timed")
 
 
-def origin(device: torch.device, command: str) -> dict[str, Any]:
-    """The last columns of every row: GPU, versions, commit, command."""
-    return {
-        "gpu": device_name(device),
-        "torch": torch.__version__,
-        "triton": _triton(),
-        "commit": commit(),
-        "command": command,
-    }
-
-
-def _triton() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def tabulate(rows: list[Row]) -> Table:
+def tabulate_ops(rows: list[OpRow]) -> Table:
     """Rows of one op and shape, for the eye."""
     first = rows[0]
     columns = ("density", "ms", "baseline", "its ms", "speed-up", "of linear")
@@ -141,37 +117,3 @@ def tabulate(rows: list[Row]) -> Table:
             f"{row.of_ideal:.3f}",
         )
     return table
-
-
-def save(rows: Sequence[Any], path: Path) -> None:
-    """Append rows (dataclasses of one kind) to a CSV, with a header if it is new.
-
-    The file appears whole or not at all.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    write_text(path, extended(rows, read_rows(path, type(rows[0]))))
-
-
-def read_rows(path: Path, row: type) -> str:
-    """Text of a CSV of such rows; empty where there is no file.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
-    names = [column.name for column in fields(row)]
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if old and old.splitlines()[0] != ",".join(names):
-        raise ValueError(f"csv: {path} has other columns; allowed are {', '.join(names)}")
-    return old
-
-
-def extended(rows: Sequence[Any], old: str) -> str:
-    """``old``, the text of a CSV or nothing, with rows after it; ``None`` is an empty cell."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(asdict(rows[0])), lineterminator="\n")
-    if not old:
-        writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return old + buffer.getvalue()

@@ -1,34 +1,56 @@
-"""Pictures of the CSVs: seconds of a generation, parts of a step, time against sparsity."""
+"""Pictures of the CSVs: speed of ops, seconds of generations, parts of a step, sparsity."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from flashomni.lab import results
 from flashomni.lab.e2e.parts import PARTS
 from flashomni.lab.fidelity.peers import PEERS
-from flashomni.lab.ops.plot import MARKERS
 
 Rows = Sequence[dict[str, str]]
+MARKERS = "osD^vP*X"
 LINE = 46  # letters of a label
 
 
-def read(csv_path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV as text."""
-    with csv_path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def draw(csv_path: Path, picture: Path) -> None:
-    """Picture of a CSV of generations, of parts, or of sparsities: its columns tell which."""
-    rows = read(csv_path)
-    kinds = {"speedup": generations, "part": parts, "normalised": sparsities}
+    """Picture of a CSV of ops, generations, parts or sparsities: its columns tell which."""
+    rows = results.read(csv_path)
+    kinds = {"ratio": speedups, "speedup": generations, "part": parts, "normalised": sparsities}
     make = next(make for column, make in kinds.items() if column in rows[0])
     picture.parent.mkdir(parents=True, exist_ok=True)
     make(rows).savefig(picture, dpi=110)
+
+
+def speedups(rows: Sequence[dict[str, str]]) -> Figure:
+    """Each op and shape is a line: ratio against 1 - density, both of ops."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        key = (row["op"], row["shape"], row["baseline"])
+        lines.setdefault(key, []).append((1 - float(row["density"]), float(row["ratio"])))
+    furthest = max(x for points in lines.values() for x, _ in points)
+    skipped = [furthest * step / 50 for step in range(51)]
+    axis.plot(skipped, [1 / (1 - x) for x in skipped], "--", color="grey", label="linear")
+    for number, ((op, shape, baseline), points) in enumerate(sorted(lines.items())):
+        label = f"{op}, {shape}, against {baseline}"
+        axis.plot(
+            *zip(*sorted(points), strict=True), MARKERS[number % len(MARKERS)] + "-", label=label
+        )
+    axis.set(
+        xlabel="share of the work that is skipped",
+        ylabel="speed-up",
+        title=rows[0]["gpu"],
+        yscale="log",
+    )
+    axis.set_yticks([1, 2, 4, 8, 10], ["1", "2", "4", "8", "10"])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
 
 
 def generations(rows: Rows) -> Figure:
