@@ -1,14 +1,17 @@
 """FlashOmni: diffusion transformers without computing what hardly matters (arXiv 2509.25401)."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from flashomni.engine import Engine, Recipe, Summary
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
-from flashomni.models import accelerate
+from flashomni.models import accelerate, engine_of, restore
 from flashomni.symbols import Grid, Symbols
 
 __version__ = "0.2.0"
+
+logging.getLogger("flashomni").addHandler(logging.NullHandler())
 
 __all__ = [
     "Engine",
@@ -17,7 +20,9 @@ __all__ = [
     "Summary",
     "Symbols",
     "accelerate",
+    "engine_of",
     "gemm_o_update",
+    "restore",
     "sparse_attention",
     "sparse_gemm_o",
     "sparse_gemm_q",
@@ -37,6 +42,8 @@ if not TYPE_CHECKING:  # type checkers would take every name of a module with __
         """What code written for the authors' package looks for here; loaded on first use."""
         if name == "attention":
             return import_module("flashomni.attention")
+        if name == "zoo":  # where it was in version 0.1
+            return import_module("flashomni.lab.zoo")
         if name in _AUTHORS_NAMES:
             return getattr(import_module("flashomni.compat"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

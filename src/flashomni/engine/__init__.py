@@ -1,21 +1,24 @@
-"""Schedule, cache, forecast, recipe, and the engine that puts them together."""
+"""Schedule, state, forecast, recipe, and the engine that puts them together."""
 
 from flashomni.engine.clock import Clock
 from flashomni.engine.engine import Engine
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.recipe import Recipe, presets
-from flashomni.engine.schedules.interval import Schedule, StepKind
+from flashomni.engine.schedules import Plan, Schedule, Signals, StepKind, schedules
 from flashomni.engine.trace import Summary
 
 __all__ = [
     "Clock",
     "Engine",
     "LayerRun",
+    "Plan",
     "Recipe",
     "Schedule",
+    "Signals",
     "StepKind",
     "Summary",
     "forecasts",
     "presets",
+    "schedules",
 ]

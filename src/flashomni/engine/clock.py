@@ -1,98 +1,174 @@
-"""Which step of which generation this is, for which branch. No single source is trusted.
+"""Which step of which generation a call of the model is, for which branch.
 
-Most pipelines name no step, and many name no branch. What every pipeline does: it sets the
-timesteps anew for each generation, it advances its scheduler once a step, and it calls the model
-for its branches in the same order at every step. None of this needs a tensor's value.
+No single source is trusted, the best one that speaks is taken:
+
+1. what the caller announced (``engine.step``);
+2. what the pipeline says in diffusers' cache context (``step_index``, ``num_inference_steps``);
+3. the pipeline that is calling: how far its scheduler has come, and how many steps it plans;
+4. the scheduler of the pipeline that was accelerated, once a loop around it is under way.
+
+None of this needs a tensor's value.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from flashomni.engine.callers import StepCounter, calling_pipeline, step_index
 
 
 @dataclass(frozen=True)
-class Tick:
-    """One call of the model.
+class Position:
+    """Where a call of the model stands.
 
     Args:
-        step: index in this generation, from 0.
-        num_steps: of this generation.
-        branch: key of the conditioning branch.
-        new_run: whether this is the first call of a generation.
+        key: of the generation's owner: an announced name, or the pipeline that is calling.
+        index: the owner's own count of steps; it grows within a generation.
+        step: of the generation, from 0, where the owner says it; ``None`` where it is counted.
+        num_steps: of the generation.
+        branch: name of the conditioning branch, if the caller gives one.
+        timesteps: the scheduler's, whose identity is that of a run; ``None`` where none is known.
+        announced: whether the caller said it in so many words.
     """
 
-    step: int
+    key: Hashable
+    index: int
+    step: int | None
     num_steps: int
-    branch: str
-    new_run: bool
+    branch: str | None
+    timesteps: Tensor | None = None
+    announced: bool = False
 
 
 class Clock:
-    """Counts the calls of a model.
+    """Finds the position of each call.
 
     Args:
-        pipe: the pipeline whose scheduler tells the steps; ``None`` for a bare model, which needs
-            :meth:`announce` before each call.
+        model: the transformer.
+        pipe: the pipeline that was accelerated; ``None`` for a bare transformer.
     """
 
-    def __init__(self, pipe: Any = None) -> None:
-        self._pipe = pipe
-        self._announced: tuple[int, int, str | None] | None = None
-        self.reset()
+    def __init__(self, model: nn.Module, pipe: Any = None) -> None:
+        self._model = model
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._said = threading.local()  # each thread announces its own calls
+        self._counters: list[StepCounter] = []
+        if pipe is not None:
+            self._watch(getattr(pipe, "scheduler", None))
 
-    def reset(self) -> None:
-        """Forget the current generation: the next call starts one."""
-        self._timesteps: Tensor | None = None
-        self._index: int | None = None
-        self._step = -1
-        self._calls: dict[str, int] = {}
-
-    def announce(self, step: int, num_steps: int, branch: str | None) -> None:
-        """Say the position of the next call explicitly."""
-        if num_steps < 1 or not 0 <= step < num_steps:
-            raise ValueError(f"step must be from 0 to num_steps - 1, got {step} of {num_steps}")
-        self._announced = (step, num_steps, branch)
-
-    def tick(self, context: str | None) -> Tick:
-        """Position of the call that is about to run.
-
-        Args:
-            context: the branch's name, where the pipeline gives one.
+    def announce(
+        self, step: int, num_steps: int, branch: str | None, generation: Hashable = None
+    ) -> None:
+        """Say the position of this thread's next call.
 
         Raises:
-            ValueError: nothing tells the step.
+            ValueError: a number is out of range or of the wrong type.
         """
-        if self._announced is not None:
-            index, num_steps, branch = self._announced
-            self._announced = None
-            new_run = self._step < 0 or index < self._step
-            new_step, self._index = new_run or index > self._step, None
-            self._step = index
-            return self._count(branch or context, num_steps, new_run, new_step)
-        scheduler = getattr(self._pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is None or timesteps is None or not hasattr(scheduler, "step_index"):
-            raise ValueError(
-                "nothing tells the engine which step this is: accelerate a pipeline whose "
-                "scheduler has step_index, or call engine.step(i, num_steps) before each model call"
-            )
-        begin = getattr(scheduler, "begin_index", None) or 0
-        index = begin if scheduler.step_index is None else scheduler.step_index
-        new_run = timesteps is not self._timesteps or self._index is None or index < self._index
-        new_step = new_run or index != self._index
-        self._timesteps, self._index = timesteps, index
-        self._step = 0 if new_run else self._step + new_step
-        num_steps = getattr(self._pipe, "_num_timesteps", None) or len(timesteps) - begin
-        return self._count(context, max(num_steps, self._step + 1), new_run, new_step)
+        for name, value in (("step", step), ("num_steps", num_steps)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        if num_steps < 1 or not 0 <= step < num_steps:
+            raise ValueError(f"step must be from 0 to num_steps - 1, got {step} of {num_steps}")
+        if branch is not None and not isinstance(branch, str):
+            raise ValueError(f"branch must be a string or None, got {branch!r}")
+        key = ("announced", generation)
+        self._said.position = Position(key, step, step, num_steps, branch, announced=True)
 
-    def _count(self, context: str | None, num_steps: int, new_run: bool, new_step: bool) -> Tick:
-        """Name the branch: its context, and which call with it in this step."""
-        if new_step:
-            self._calls = {}
-        name = context or "call"
-        seen = self._calls.get(name, 0)
-        self._calls[name] = seen + 1
-        return Tick(self._step, num_steps, f"{name}#{seen}" if seen else name, new_run)
+    def forget(self) -> None:
+        """Drop what was announced."""
+        self._said.position = None
+
+    def remove(self) -> None:
+        """Take the counters off the schedulers."""
+        for counter in self._counters:
+            counter.release()
+        self._counters.clear()
+
+    def locate(self, context: Any) -> Position | None:
+        """The position of the call that is about to run.
+
+        Args:
+            context: diffusers' cache context: ``None``, a name, or an object with ``name``.
+
+        Returns:
+            ``None`` for a call outside of every denoising loop: it belongs to no generation.
+
+        Raises:
+            ValueError: a bare transformer, and nothing tells the step.
+        """
+        name = getattr(context, "name", context)
+        said = getattr(self._said, "position", None)
+        if said is not None:
+            self._said.position = None
+            if said.branch is None and name is not None:
+                said = Position(said.key, said.index, said.step, said.num_steps, name, None, True)
+            return said
+        pipe = calling_pipeline(self._model)
+        is_calling = pipe is not None
+        if pipe is None and self._pipe is not None:
+            pipe = self._pipe()
+        told, of = getattr(context, "step_index", None), getattr(context, "num_inference_steps", 0)
+        if isinstance(told, int) and isinstance(of, int) and 0 <= told < of:
+            timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+            return Position(_key(pipe), told, told, of, name, timesteps)
+        if pipe is None:
+            raise ValueError(
+                "nothing tells the engine which step this is: accelerate a pipeline, or call "
+                "engine.step(i, num_steps) before each call of the transformer"
+            )
+        return self._of_scheduler(pipe, name, is_calling)
+
+    def _of_scheduler(self, pipe: Any, name: str | None, is_calling: bool) -> Position | None:
+        scheduler = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            return None
+        self._watch(scheduler)
+        begin = getattr(scheduler, "begin_index", None) or 0
+        index = step_index(scheduler)
+        if not is_calling and (index is None or index >= len(timesteps)):
+            return None  # a call by itself, before or after a loop
+        planned = getattr(pipe, "_num_timesteps", None) if is_calling else None
+        num_steps = planned if isinstance(planned, int) and planned > 0 else len(timesteps) - begin
+        index = begin if index is None else index
+        return Position(_key(pipe), index, None, max(num_steps, 1), name, timesteps)
+
+    def _watch(self, scheduler: Any) -> None:
+        """Count the steps of a scheduler that does not."""
+        if hasattr(scheduler, "step_index") or not hasattr(scheduler, "step"):
+            return
+        counter = StepCounter.on(scheduler)
+        if counter not in self._counters:
+            counter.acquire()
+            self._counters.append(counter)
+
+
+class _PipelineKey:
+    """A pipeline as a key: equal while it lives, and it does not keep it alive."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._id, self._ref = id(pipe), weakref.ref(pipe)
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _PipelineKey) and other._id == self._id
+        return same and self._ref() is not None and self._ref() is other._ref()  # type: ignore[union-attr]
+
+    def belongs_to(self, pipe: Any) -> bool:
+        return self._ref() is pipe
+
+    @property
+    def alive(self) -> bool:
+        return self._ref() is not None
+
+
+def _key(pipe: Any) -> Hashable:
+    return "context" if pipe is None else _PipelineKey(pipe)

@@ -13,8 +13,9 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,9 @@ from flashomni.engine.linear import (
     project_joined,
     why_not_plain,
 )
+from flashomni.engine.forecasts import difference_weights
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.schedules.interval import StepKind
+from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, History, LayerCache
 from flashomni.engine.state.storage import Kept, Storage
 from flashomni.engine.trace import LayerRecord
@@ -45,6 +47,8 @@ from flashomni.kernels.elementwise.op import norm_rope_
 from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
 
+T = TypeVar("T")
+
 
 @dataclass
 class StepPlan:
@@ -52,59 +56,139 @@ class StepPlan:
 
     Args:
         kind: full, update or dispatch.
-        step: index of this step.
+        step: index of this step, of ``num_steps``.
+        num_steps: of the generation.
+        branch: name of the conditioning branch.
         records: whether a full step adds its outputs to the histories.
         probes: whether a full step measures the fraction for S_q.
+        optimistic: whether a full step that records before any fraction is known takes it that
+            layers will be cached whole.
         progress: fp32 scalar (step + 1) / num_steps.
-        coefficients: fp32, forecast weights of cached tiles at this step.
-        layer_coefficients: likewise of layers that are cached whole.
+        recipe: what to compute and what to cache.
         storage: how histories and bias terms of tiles are kept.
-        num_steps: of this generation.
-        branch: the conditioning branch of this call.
+        backend: take exactly this one in every op; ``None`` takes the best that accepts.
+        device: where the model computes.
+        num_layers: of the model.
     """
 
     kind: StepKind
     step: int
-    records: bool
-    probes: bool
-    progress: Tensor
-    coefficients: Tensor
-    layer_coefficients: Tensor
-    storage: Storage
     num_steps: int
     branch: str
+    records: bool
+    probes: bool
+    optimistic: bool
+    progress: Tensor
+    recipe: Recipe
+    storage: Storage
+    backend: str | None
+    device: torch.device
+    num_layers: int
+    _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def stores(self) -> bool:
         """Whether this step adds to the histories."""
         return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
 
+    def coefficients(self, times: tuple[int, ...]) -> Tensor:
+        """Weights of the terms of a history with these anchors, at this step: fp32, on the device.
+
+        Layers whose history began later have fewer anchors; most layers share one tensor.
+        """
+        if times not in self._weights:
+            values = difference_weights(self.recipe.forecast.name, times, self.step)
+            self._weights[times] = _to_device(values, self.device)
+        return self._weights[times]
+
 
 class LayerRun:
-    """One layer in one step. Made by the engine, used by an adapter, thrown away."""
+    """One layer in one step. Made by the runtime, used by an adapter, thrown away.
+
+    Attributes:
+        grid: blocks of the sequence, after :meth:`begin`.
+        kind: what the step does in this layer.
+    """
+
+    grid: Grid
 
     def __init__(
         self,
+        index: int,
         cache: LayerCache,
         plan: StepPlan,
-        recipe: Recipe,
-        grid: Grid,
         record: LayerRecord,
-        backend: str | None,
-        index: int,
-        num_layers: int,
+        shared: dict[Any, Any],
+        cacheable: bool = True,
     ) -> None:
-        self.grid = grid
-        self._index, self._num_layers = index, num_layers
-        self.kind = plan.kind
-        self._cache, self._plan, self._recipe = cache, plan, recipe
-        self._record, self._backend = record, backend
+        self.index, self._cacheable = index, cacheable
+        self.kind = plan.kind if cacheable else StepKind.FULL
+        self._cache, self._plan, self._recipe = cache, plan, plan.recipe
+        self._record, self._shared, self.backend = record, shared, plan.backend
         record.kind = self.kind.value
         cache.ops = record.ops  # filled while the block runs
-        if plan.stores:
-            self._decide_degradation(recipe.policy.known_fraction(grid))
+
+    def begin(
+        self,
+        seqlen: int,
+        *,
+        text: tuple[int, int] = (0, 0),
+        kv_len: Tensor | None = None,
+        shape: tuple[int, int, int] | None = None,
+        spans: tuple[tuple[str, int, int], ...] = (),
+    ) -> Grid:
+        """Say what the layer's sequence is, before anything else; also without attention of ours.
+
+        Args:
+            seqlen: tokens of the sequence.
+            text: token range of the text, at the start or at the end.
+            kv_len: int32 ``[B]``, valid keys of each batch item where padding sits at the end; one
+                tensor for all layers of a call (see :meth:`shared`).
+            shape: frames, height and width of the vision tokens, where the model knows them.
+            spans: further spans of text or reference tokens.
+
+        Returns:
+            The grid of the sequence.
+        """
+        key = ("grid", seqlen, text, id(kv_len), shape, spans)
+        if key not in self._shared:
+            sparse = self._recipe.sparse
+            self._shared[key] = Grid(
+                seqlen,
+                seqlen,
+                text,
+                sparse.block_m,
+                sparse.block_n,
+                kv_len,
+                shape=shape,
+                spans=spans,
+            )
+        self.grid = self._shared[key]
+        self._policy = self._recipe.policy_for(self.grid)
+        if self._stores:
+            self._decide_degradation(self._policy.known_fraction(self.grid))
         if self.kind is StepKind.DISPATCH:
+            cache, record = self._cache, self._record
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
+        return self.grid
+
+    def shared(self, make: Callable[..., T], *inputs: Any) -> T:
+        """``make(*inputs)``, once in each call of the model: for what all layers share.
+
+        Args:
+            make: a function of the inputs alone.
+            inputs: what tells two uses of ``make`` apart: numbers by value, tensors by identity.
+        """
+        if torch.compiler.is_compiling():
+            return make(*inputs)
+        key = (make, *map(_identity, inputs))
+        if key not in self._shared:
+            self._shared[key] = make(*inputs), inputs  # the inputs are held, so that ids stay theirs
+        return self._shared[key][0]
+
+    @property
+    def _stores(self) -> bool:
+        return self._cacheable and self._plan.stores
 
     def _decide_degradation(self, known: float | None) -> None:
         """S_q: cache the layer whole if little of it is computed; look again at each Update.
@@ -112,18 +196,23 @@ class LayerRun:
         A fraction that depends on the data is the one of the Update before (of the probe, at
         first), so that the host never waits for the device and every device decides alike.
         """
-        cache, threshold = self._cache, self._recipe.degrade_below
-        fraction = known
+        cache, plan, threshold = self._cache, self._plan, self._recipe.sparse.degrade_below
+        fraction, is_full = known, plan.kind is StepKind.FULL
         if known is None and cache.fraction is not None:
-            fraction = cache.fraction.read()
-        cache.degraded = threshold > 0 and fraction is not None and fraction <= threshold
+            just_measured = plan.step - cache.measured < 2  # it may be under way still
+            if not (plan.optimistic and is_full and just_measured):
+                fraction = cache.fraction.read()
+        if fraction is None:
+            cache.degraded = threshold > 0 and plan.optimistic and is_full
+        else:
+            cache.degraded = threshold > 0 and fraction <= threshold
         if cache.degraded:
             cache.forget_heads()
 
     @property
     def _caches_heads(self) -> bool:
         """Whether this layer has cached tiles of its own (not a whole cached layer)."""
-        return self._recipe.policy.caches and not self._cache.degraded
+        return self._cacheable and self._policy.caches and not self._cache.degraded
 
     def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
         """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
@@ -167,7 +256,7 @@ class LayerRun:
                 norm_eps=None if norm is None else _eps(norm, x.dtype),
                 rope=rope,
                 out=out,
-                backend=self._backend,
+                backend=self.backend,
             )
             return
         if sparse and weights is None:
@@ -190,7 +279,7 @@ class LayerRun:
             out.copy_(norm(out))
             norm = None
         eps = None if norm is None else _eps(norm, x.dtype)
-        norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self._backend)
+        norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
@@ -209,59 +298,63 @@ class LayerRun:
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
             self._record.add("attention", flops)
-            o = sparse_attention(q, k, v, kv_len=kv_len, backend=self._backend)
+            o = sparse_attention(q, k, v, kv_len=kv_len, backend=self.backend)
             if self.kind is StepKind.UPDATE:
                 self._choose_symbols(q, k, v)
-            elif self._plan.probes:
-                self._measure(self._recipe.policy(self._site(q, k, v)))
-            if self._plan.stores and self._caches_heads:
+            elif self._plan.probes and self._cacheable:
+                self._measure(self._choice(q, k, v))
+            if self._stores and self._caches_heads:
                 cache.projected = plain_weights(out_projection, q) is not None
             return o
         self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
         forecast = None
         if self._caches_heads and not cache.projected:
             assert cache.history is not None
-            forecast = ForecastTerms(cache.history.terms(), self._plan.coefficients, cache.rows[0])
+            weights = self._plan.coefficients(cache.history.times)
+            forecast = ForecastTerms(cache.history.terms(), weights, cache.rows[0])
         return sparse_attention(
-            q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self._backend
+            q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self.backend
         )
 
-    def _site(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionSite:
-        """What the policy is shown."""
+    def _choice(self, q: Tensor, k: Tensor, v: Tensor) -> Symbols:
+        """What the policy says of this layer now."""
         plan = self._plan
-        return AttentionSite(
-            q=q,
-            k=k,
-            v=v,
-            grid=self.grid,
-            layer=self._index,
-            num_layers=self._num_layers,
-            heads=range(q.shape[2]),
-            step=plan.step,
-            num_steps=plan.num_steps,
-            progress=plan.progress,
-            branch=plan.branch,
-            softmax_scale=q.shape[-1] ** -0.5,
-            backend=self._backend,
+        return self._policy(
+            AttentionSite(
+                q=q,
+                k=k,
+                v=v,
+                grid=self.grid,
+                layer=self.index,
+                num_layers=plan.num_layers,
+                heads=range(q.shape[2]),
+                step=plan.step,
+                num_steps=plan.num_steps,
+                progress=plan.progress,
+                branch=plan.branch,
+                softmax_scale=q.shape[-1] ** -0.5,
+                backend=self.backend,
+            )
         )
 
     def _choose_symbols(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        cache = self._cache
-        symbols = self._recipe.policy(self._site(q, k, v))
+        cache, sparse = self._cache, self._recipe.sparse
+        symbols = self._choice(q, k, v)
         self._measure(symbols)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for
             cache.symbols = None
             return
-        if self._recipe.min_skip > 0:
-            symbols = symbols.fill_rows(self._recipe.min_skip)
+        if sparse.min_skip > 0:
+            symbols = symbols.fill_rows(sparse.min_skip)
         cache.symbols = symbols
         cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()
 
     def _measure(self, symbols: Symbols) -> None:
         """Send the computed fraction on its way to the host, where S_q depends on it."""
-        if self._recipe.degrade_below > 0:
+        if self._recipe.sparse.degrade_below > 0:
             self._cache.fraction = Fraction(symbols.q_density())
+            self._cache.measured = self._plan.step
 
     def _symbols(self) -> Symbols:
         symbols = self._cache.symbols
@@ -302,7 +395,7 @@ class LayerRun:
         flops = 2 * o.shape[0] * o.shape[1] * width * out_features
         if always is not None:
             self._record.add("mlp", 2 * o.shape[0] * o.shape[1] * always.shape[2] * out_features)
-        if self._plan.stores and self._caches_heads:
+        if self._stores and self._caches_heads:
             terms = self._push_history(o, row_offset)
             if self.kind is StepKind.UPDATE and weights is not None:
                 cached = 1.0 - self._live_share(row_offset, o.shape[1])
@@ -314,11 +407,13 @@ class LayerRun:
                     self._symbols(),
                     always=always,
                     row_offset=row_offset,
-                    backend=self._backend,
+                    backend=self.backend,
                 )
                 if cache.bias_terms is None:
                     cache.bias_terms = Kept(self._plan.storage)
                 cache.bias_terms.put(bias_terms)
+                assert cache.history is not None
+                cache.bias_times = cache.history.times
                 return y
         elif self.kind is StepKind.DISPATCH and self._caches_heads and cache.projected:
             if weights is None or cache.bias_terms is None:
@@ -333,21 +428,21 @@ class LayerRun:
                 *weights,
                 self._symbols(),
                 bias_terms,
-                self._plan.coefficients[: len(bias_terms)],
+                self._plan.coefficients(cache.bias_times)[: len(bias_terms)],
                 always=always,
                 row_offset=row_offset,
-                backend=self._backend,
+                backend=self.backend,
             )
         self._record.add("gemm_o", flops)
         return project_joined(linear, o, always)
 
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""
-        cache, recipe = self._cache, self._recipe
+        cache, order = self._cache, self._recipe.forecast.order
         # Projected terms are made now; only what the next differences need has to be kept.
-        keep = recipe.order if cache.projected else recipe.order + 1
+        keep = order if cache.projected else order + 1
         if cache.history is None or cache.history.keep != keep:
-            cache.history = History(recipe.order, keep, self._plan.storage)
+            cache.history = History(order, keep, self._plan.storage)
         cache.rows = (row_offset, row_offset + o.shape[1])
         return cache.history.push(o, self._plan.step)
 
@@ -363,3 +458,14 @@ def _is_rms_norm(norm: nn.Module | None) -> bool:
 def _eps(norm: nn.Module, dtype: torch.dtype) -> float:
     eps = norm.eps
     return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]
+
+
+def _identity(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
+
+
+def _to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """A small fp32 tensor on the device, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

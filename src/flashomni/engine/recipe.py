@@ -1,4 +1,4 @@
-"""A recipe: policy + schedule + forecast + storage. Data, with a JSON round trip; no code in it."""
+"""A recipe: policy + schedule + forecast + storage + sparse. Data, with a JSON round trip."""
 
 from __future__ import annotations
 
@@ -10,17 +10,98 @@ from pathlib import Path
 from typing import Any
 
 from flashomni.engine.forecasts import forecasts
-from flashomni.engine.schedules.interval import Schedule
+from flashomni.engine.recipe_file import read_recipe, upgrade
+from flashomni.engine.schedules import Schedule, make_schedule, schedules
+from flashomni.engine.schedules import fields as schedule_fields
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
+from flashomni.symbols import Grid
 from flashomni.util.files import write_text
 from flashomni.util.settings import parse_settings
 
-FORMAT = 1
-PRESETS = Path(__file__).parent.parent / "recipes"
+FORMAT = 2
+RECIPES = Path(__file__).parent.parent / "recipes"
+METHODS = ("fora", "taylorseer")  # recipes of published methods, which are no presets
 HISTORY_DTYPES = ("compute", *DTYPES)
 HISTORY_DEVICES = ("compute", "host")
-_NOT_SETTINGS = ("name", "policy")
+LEVELS = ("layers", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastSettings:
+    """How cached values are carried forward.
+
+    Args:
+        name: a forecast (``flashomni show forecasts`` lists them).
+        order: of cached tiles, 0 to 3: the forecast uses one anchor more.
+        layer_order: of layers that are cached whole, and of the output, 0 to 3.
+        level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
+            needs policy ``cached``.
+    """
+
+    name: str = "taylor"
+    order: int = 1
+    layer_order: int = 0
+    level: str = "layers"
+
+    def __post_init__(self) -> None:
+        _check_choice("forecast.name", self.name, tuple(forecasts()))
+        check_int("order", self.order, 0, 3)
+        check_int("layer_order", self.layer_order, 0, 3)
+        _check_choice("level", self.level, LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """How histories and bias terms are kept.
+
+    Args:
+        history_dtype: ``compute``, ``bfloat16``, ``float16``, or ``float8`` (a scale for each
+            token; it halves the memory and costs precision).
+        history_device: ``compute`` keeps those of tiles beside the model, ``host`` in pinned host
+            memory: a layer's are on the device while it and the layer before it run.
+    """
+
+    history_dtype: str = "compute"
+    history_device: str = "compute"
+
+    def __post_init__(self) -> None:
+        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSettings:
+    """What is done with the symbols.
+
+    Args:
+        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
+            attention and MLP, until it rises again; 0 never does that.
+        min_skip: a row that would skip less than this share of its key blocks visits all of them:
+            below break-even, skipping costs more than it saves.
+        block_m: query tokens per block.
+        block_n: key tokens per block.
+    """
+
+    degrade_below: float = 0.0
+    min_skip: float = 0.0
+    block_m: int = 128
+    block_n: int = 128
+
+    def __post_init__(self) -> None:
+        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
+        check_range("min_skip", self.min_skip, 0.0, 1.0)
+        for name in ("block_m", "block_n"):
+            check_int(name, getattr(self, name), 16, 1024)
+            if getattr(self, name) % 16:
+                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
+
+
+SECTIONS: dict[str, type] = {
+    "forecast": ForecastSettings,
+    "storage": StorageSettings,
+    "sparse": SparseSettings,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,99 +109,119 @@ class Recipe:
     """Everything that decides what is computed, cached and skipped.
 
     Args:
-        name: what reports call it.
         policy: chooses the symbols on Update steps.
-        interval: N: one Update, then N - 1 Dispatch steps.
-        warmup: share of the steps that run dense first, 0 to 1.
-        forecast: basis that carries cached tiles forward (``flashomni show recipe`` lists them).
-        order: forecast order of cached tiles, 0 to 3.
-        layer_order: forecast order of layers that are cached whole, 0 to 3.
-        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
-            attention and MLP, until it rises again; 0 never does that.
-        min_skip: a row that would skip less than this share of its key blocks visits all of them:
-            below break-even, skipping costs more than it saves.
-        block_m: query tokens per block.
-        block_n: key tokens per block.
-        history_dtype: storage of histories and bias terms: ``compute``, ``bfloat16``, ``float16``,
-            ``float8`` (a scale for each token; it halves the memory and costs precision).
-        history_device: ``compute`` keeps histories and bias terms of tiles beside the model,
-            ``host`` in pinned host memory: a layer's are on the device while it and the layer
-            before it run.
+        name: what reports call it.
+        schedule: which steps compute.
+        forecast: how cached values are carried forward.
+        storage: how they are kept.
+        sparse: what is done with the symbols.
+        policy_without_text: what runs in place of a policy that needs text tokens in the attention
+            where there are none (Wan, LTX, ...); without it such a model is refused.
 
     Raises:
-        ValueError: a value is out of range; the message names the field and what is allowed.
+        ValueError: a value is not allowed, or two do not go together.
     """
 
     policy: Policy
     name: str = "custom"
-    interval: int = 6
-    warmup: float = 0.16
-    forecast: str = "taylor"
-    order: int = 1
-    layer_order: int = 0
-    degrade_below: float = 0.0
-    min_skip: float = 0.0
-    block_m: int = 128
-    block_n: int = 128
-    history_dtype: str = "compute"
-    history_device: str = "compute"
-    _schedule: Schedule = field(init=False, repr=False, compare=False)
+    schedule: Schedule = field(default_factory=lambda: make_schedule("interval"))
+    forecast: ForecastSettings = field(default_factory=ForecastSettings)
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    sparse: SparseSettings = field(default_factory=SparseSettings)
+    policy_without_text: Policy | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise ValueError(f"policy must be a Policy, got {self.policy!r}")
-        self.policy.to_dict()  # refuses one that could not be found again, before it is used
+        if self.policy_without_text is not None and not isinstance(
+            self.policy_without_text, Policy
+        ):
+            raise ValueError(
+                f"policy_without_text must be a Policy or None, got {self.policy_without_text!r}"
+            )
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
-        check_int("interval", self.interval, 1, 1000)
-        check_range("warmup", self.warmup, 0.0, 1.0)
-        _check_choice("forecast", self.forecast, tuple(forecasts()))
-        check_int("order", self.order, 0, 3)
-        check_int("layer_order", self.layer_order, 0, 3)
-        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
-        check_range("min_skip", self.min_skip, 0.0, 1.0)
-        for name in ("block_m", "block_n"):
-            check_int(name, getattr(self, name), 16, 1024)
-            if getattr(self, name) % 16:
-                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
-        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
-        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
-        order = max(self.order, self.layer_order)
-        object.__setattr__(self, "_schedule", Schedule(self.interval, self.warmup, order))
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, got {self.schedule!r}")
+        for section, cls in SECTIONS.items():
+            if not isinstance(getattr(self, section), cls):
+                raise ValueError(
+                    f"{section} must be {cls.__name__}, got {getattr(self, section)!r}"
+                )
+        if self.forecast.level == "output":
+            if self.policy.name != "cached":
+                raise ValueError(
+                    "forecast level 'output' caches all layers, so policy must be 'cached', got "
+                    f"{self.policy.name!r}"
+                )
+            if self.schedule.decides:
+                raise ValueError(
+                    f"schedule {self.schedule.name!r} decides inside a step, which forecast level "
+                    "'output' leaves out; use level 'layers'"
+                )
 
     @property
-    def schedule(self) -> Schedule:
-        return self._schedule
+    def skips(self) -> bool:
+        """Whether anything can be left out in a Dispatch step."""
+        return self.policy.name != "dense"
+
+    def policy_for(self, grid: Grid) -> Policy:
+        """The policy of a sequence: the other one where the first needs text and there is none."""
+        if self.policy.needs_text and not grid.text_spans and self.policy_without_text is not None:
+            return self.policy_without_text
+        return self.policy
 
     def replace(self, **changes: Any) -> Recipe:
-        """This recipe with other values; it is checked again."""
-        return dataclasses.replace(self, **changes)
+        """This recipe with other values, by section or by setting; it is checked again."""
+        own = {f.name for f in dataclasses.fields(self)}
+        whole = {
+            key: value
+            for key, value in changes.items()
+            if key in own and not (key == "forecast" and isinstance(value, str))
+        }
+        settings = {key: value for key, value in changes.items() if key not in whole}
+        recipe = dataclasses.replace(self, **whole) if whole else self
+        return recipe.with_settings(recipe.name, settings) if settings else recipe
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; :meth:`from_dict` gives the same recipe back."""
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return {"format": FORMAT, **settings, "policy": self.policy.to_dict()}
+        other = self.policy_without_text
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "policy": self.policy.to_dict(),
+            "policy_without_text": None if other is None else other.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            **{section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS},
+        }
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
-        """The inverse of :meth:`to_dict`; what is left out keeps its default."""
+        """The inverse of :meth:`to_dict`; what is left out keeps its default. Reads format 1 too.
+
+        Raises:
+            ValueError: a key or a value is not allowed; the message names it and what is.
+        """
         if not isinstance(data, Mapping):
             raise ValueError(f"a recipe must be a JSON object, got {type(data).__name__}")
-        settings = dict(data)
-        version = settings.pop("format", FORMAT)
-        if version != FORMAT:
-            raise ValueError(f"format of a recipe must be {FORMAT}, got {version!r}")
-        allowed = [f.name for f in dataclasses.fields(cls) if f.init]
-        for key in settings:
+        data = upgrade(dict(data), FORMAT)
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
             if key not in allowed:
                 raise ValueError(f"a recipe has {', '.join(allowed)}; got {key!r}")
-        chosen = settings.get("policy")
-        if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name"), str):
-            known = ", ".join(policies())
-            raise ValueError(
-                f'policy must be {{"name": one of {known}, setting: value}}, got {chosen!r}'
+        values: dict[str, Any] = {k: data[k] for k in ("name",) if k in data}
+        values["policy"] = _named("policy", data.get("policy"), policies(), make_policy)
+        if data.get("policy_without_text") is not None:
+            other = data["policy_without_text"]
+            values["policy_without_text"] = _named(
+                "policy_without_text", other, policies(), make_policy
             )
-        return cls(**{**settings, "policy": make_policy(**chosen)})
+        if "schedule" in data:
+            values["schedule"] = _named("schedule", data["schedule"], schedules(), make_schedule)
+        for section, kind in SECTIONS.items():
+            if section in data:
+                values[section] = _section(section, kind, data[section])
+        return cls(**values)
 
     def save(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -128,74 +229,150 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or the same in YAML (``.yaml``, ``.yml``).
 
         Raises:
-            ValueError: the file is missing, not JSON, or not a recipe.
+            ValueError: the file is missing, cannot be read, or is not a recipe.
         """
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"recipe {path} cannot be read: {error}") from error
+        data = read_recipe(Path(path))
         try:
             return cls.from_dict(data)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"recipe {path}: {error}") from error
 
     def with_settings(self, name: str, settings: Mapping[str, Any]) -> Recipe:
-        """This recipe under another name, with some of its own or its policy's settings replaced.
+        """This recipe under another name, with some settings of any section replaced.
+
+        A setting that only another schedule has selects that schedule: ``interval=3`` on a list of
+        steps gives the schedule ``interval``.
 
         Raises:
-            ValueError: a key is a setting of neither, or a value is not allowed.
+            ValueError: a key is no setting, or a value is not allowed.
         """
-        own = [f.name for f in dataclasses.fields(self) if f.init and f.name not in _NOT_SETTINGS]
-        policy = self.policy.to_dict()
+        data = self.to_dict()
+        sections = [data[section] for section in (*SECTIONS, "schedule", "policy")]
+        other: dict[str, Any] = {}
         for key, value in settings.items():
-            if key not in own and (key not in policy or key in _NOT_SETTINGS):
-                allowed = own + [known for known in policy if known not in _NOT_SETTINGS]
-                raise ValueError(f"settings of {self.name} are {', '.join(allowed)}; got {key!r}")
-            if key not in own:
-                policy[key] = value
-        changes = {key: value for key, value in settings.items() if key in own}
-        return self.replace(name=name, policy=make_policy(**policy), **changes)
+            if key in ("policy", "schedule", "forecast") and isinstance(value, str):
+                if key == "forecast":
+                    data["forecast"]["name"] = value
+                else:
+                    data[key] = {"name": value}
+                sections = [data[section] for section in (*SECTIONS, "schedule", "policy")]
+                continue
+            place = next((s for s in sections if key in s and key != "name"), None)
+            if key in data["schedule"]:
+                place = data["schedule"]
+            if place is not None:
+                place[key] = value
+            elif any(key == f.name for c in schedules().values() for f in schedule_fields(c)):
+                other[key] = value
+            else:
+                raise ValueError(
+                    f"settings of {self.name} are {', '.join(self._settings())}; got {key!r}"
+                )
+        if other:
+            data["schedule"] = _schedule_with(other, settings)
+        return Recipe.from_dict({**data, "name": name})
+
+    def _settings(self) -> list[str]:
+        data = self.to_dict()
+        parts = [data[section] for section in ("schedule", *SECTIONS, "policy")]
+        names = [key for part in parts for key in part if key != "name"]
+        others = [f.name for c in schedules().values() for f in schedule_fields(c)]
+        return list(dict.fromkeys([*names, "policy", "schedule", "forecast", *others]))
 
     @classmethod
-    def of(cls, recipe: Recipe | str | Path) -> Recipe:
-        """A recipe as users name it: an object, a preset, a policy, or a path to JSON.
+    def of(cls, recipe: Recipe | Policy | str | Path, **settings: Any) -> Recipe:
+        """A recipe as users name it.
 
-        Settings may follow the name of a preset or a policy: ``balanced:interval=3,tau_q=.5``.
+        Args:
+            recipe: a recipe, a policy, the name of a preset, of a method's recipe or of a policy
+                (settings may follow: ``balanced:interval=3,tau_q=.5``), or a path to JSON or YAML.
+            settings: further settings.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: it is none of these, or a setting is not allowed.
         """
+        if isinstance(recipe, Policy):
+            recipe = cls(policy=recipe)
         if isinstance(recipe, Recipe):
-            return recipe
+            return recipe.with_settings(recipe.name, settings) if settings else recipe
         if not isinstance(recipe, (str, Path)):
             raise ValueError(f"recipe must be a Recipe, a name or a path, got {recipe!r}")
         text = str(recipe)
         name = text.partition(":")[0].strip()
-        if name in presets():
-            base = cls.load(PRESETS / f"{name}.json")
+        if name in (*presets(), *METHODS):
+            base = cls.load(RECIPES / f"{name}.json")
         elif name in policies():
-            base = cls(name=name, policy=make_policy(name), **policies()[name].recipe)
-        elif text.endswith(".json") or Path(text).exists():
-            return cls.load(text)
+            base = cls(name=name, policy=make_policy(name))
+        elif text.endswith((".json", ".yaml", ".yml")) or _exists(text):
+            base, text = cls.load(text), ""
         else:
             raise ValueError(
-                f"recipe must be a preset ({', '.join(presets())}), a policy "
-                f"({', '.join(policies())}), one of these with settings (balanced:interval=3), or "
-                f"a path to a .json file, got {text!r}"
+                f"recipe must be a preset ({', '.join(presets())}), a method "
+                f"({', '.join(METHODS)}), a policy ({', '.join(policies())}), one of these with "
+                f"settings (balanced:interval=3), or a path to a .json or .yaml file, got {text!r}"
             )
-        settings = parse_settings(text)[1]
-        return base.with_settings(text, settings) if settings else base
+        said = parse_settings(text)[1] if text else {}
+        for key in settings:
+            if key in said:
+                raise ValueError(f"{key} is given twice, in {text!r} and as a keyword")
+        both = {**said, **settings}
+        return base.with_settings(text if said else base.name, both) if both else base
 
 
 def presets() -> list[str]:
-    """Names of the recipes that come with the library."""
-    return sorted(path.stem for path in PRESETS.glob("*.json"))
+    """Names of the recipes that are recommended; methods of papers are named beside them."""
+    return sorted(path.stem for path in RECIPES.glob("*.json") if path.stem not in METHODS)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a name too long, a null byte
+        return False
+
+
+def _schedule_with(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The one schedule that has all of these settings."""
+    fitting = [
+        name
+        for name, cls in schedules().items()
+        if set(wanted) <= {f.name for f in schedule_fields(cls)}
+    ]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"settings {', '.join(wanted)} belong to "
+            f"{'no schedule' if not fitting else 'several schedules: ' + ', '.join(fitting)}; "
+            f"name it, schedule={'interval' if not fitting else fitting[0]}"
+        )
+    known = {f.name for f in schedule_fields(schedules()[fitting[0]])}
+    return {"name": fitting[0], **{k: v for k, v in settings.items() if k in known}}
+
+
+def _named(what: str, chosen: Any, known: Mapping[str, Any], make: Any) -> Any:
+    """``{"name": ..., setting: value}`` as an object."""
+    if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name"), str):
+        raise ValueError(
+            f'{what} must be {{"name": one of {", ".join(known)}, setting: value}}, got {chosen!r}'
+        )
+    for key in chosen:
+        if not isinstance(key, str):
+            raise ValueError(f"settings of {what} must have names, got {key!r}")
+    return make(**chosen)
+
+
+def _section(what: str, cls: type, values: Any) -> Any:
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be an object of {', '.join(allowed)}, got {values!r}")
+    for key in values:
+        if key not in allowed:
+            raise ValueError(f"{what} has {', '.join(allowed)}; got {key!r}")
+    return cls(**values)
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

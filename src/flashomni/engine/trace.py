@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.schedules import StepKind
+from flashomni.util.stopwatch import Stopwatch
 
 OPS = ("qkv", "attention", "gemm_q", "gemm_o", "mlp")
 Number = float | Tensor
@@ -34,32 +37,6 @@ class LayerRecord:
         self.ops.append((op, flops, share))
 
 
-class Stopwatch:
-    """Seconds between start and stop; on CUDA by events, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start, self._stop = self._now(), None
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> None:
-        self._stop = self._now()
-
-    def seconds(self) -> float:
-        if self._stop is None:
-            return float("nan")
-        if not self._cuda:
-            return self._stop - self._start
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) / 1e3
-
-
 @dataclass
 class StepRecord:
     """One call of the model."""
@@ -68,6 +45,7 @@ class StepRecord:
     kind: str
     branch: str
     watch: Stopwatch
+    num_steps: int = 0
     layers: list[LayerRecord] = field(default_factory=list)
 
 
@@ -78,8 +56,9 @@ class Summary:
     Attributes:
         model: class of the transformer.
         recipe: the recipe as a dict.
-        steps: ``{step, branch, kind, seconds, q_density, kv_density}`` for each call of the model;
-            densities per layer, 0 and 0 for a layer that was cached whole.
+        steps: ``{step, branch, kind, seconds, q_density, kv_density, layer_kinds}`` for each call
+            of the model; densities and kinds per layer, 0, 0 and "bypass" for a layer that was
+            cached whole.
         layers: names of the layers.
         seconds_by_kind: ``{kind: {count, total, median}}``.
         flops_dense: FLOPs of the dense transformer blocks by op, over all steps.
@@ -87,7 +66,8 @@ class Summary:
         flops_skipped: 1 - executed / dense, over all ops.
         cache_bytes: peak of what the engine kept on the compute device.
         cache_bytes_host: peak of what it kept in pinned host memory.
-        notes: projections that ran dense, and why.
+        notes: what deserves attention: a run too short to gain anything, projections that ran
+            dense and why.
     """
 
     model: str
@@ -133,8 +113,10 @@ class Trace:
         self.steps: list[StepRecord] = []
         self.cache_bytes = self.cache_bytes_host = 0
 
-    def begin(self, step: int, kind: str, branch: str, device: torch.device) -> StepRecord:
-        record = StepRecord(step, kind, branch, Stopwatch(device))
+    def begin(
+        self, step: int, num_steps: int, kind: str, branch: str, device: torch.device
+    ) -> StepRecord:
+        record = StepRecord(step, kind, branch, Stopwatch(device), num_steps)
         self.steps.append(record)
         return record
 
@@ -142,12 +124,35 @@ class Trace:
         self.cache_bytes = max(self.cache_bytes, device)
         self.cache_bytes_host = max(self.cache_bytes_host, host)
 
-    def summary(self, model: str, recipe: dict[str, Any]) -> Summary:
+    def in_short(self) -> str:
+        """One line of what is known without waiting for the device."""
+        kinds = Counter(record.kind for record in self.steps)
+        layers = [layer.kind for record in self.steps for layer in record.layers]
+        share = layers.count(StepKind.BYPASS.value) / max(len(layers), 1)
+        calls = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{calls}; {share:.0%} of the blocks cached whole"
+
+    def gain_note(self, recipe: Recipe) -> str | None:
+        """Why nothing was skipped, if nothing was although the recipe would skip."""
+        steps = {record.step for record in self.steps}
+        if not steps or any(r.kind == StepKind.DISPATCH.value for r in self.steps):
+            return None
+        num_steps = max(record.num_steps for record in self.steps)
+        if len(steps) < num_steps or not recipe.skips:
+            return None
+        least = getattr(recipe.schedule, "min_steps", 0)
+        hint = f" (this recipe skips from {least} steps on)" if num_steps < least else ""
+        return f"0 Dispatch steps: nothing to gain at {num_steps} steps{hint}"
+
+    def summary(self, model: str, recipe: Recipe) -> Summary:
         """Read everything back. This is the only place that waits for the device."""
         dense: dict[str, float] = dict.fromkeys(OPS, 0.0)
         executed: dict[str, float] = dict.fromkeys(OPS, 0.0)
         steps, seconds = [], defaultdict(list)
         notes: dict[str, None] = {}
+        short = self.gain_note(recipe)
+        if short is not None:
+            notes[short] = None
         for record in self.steps:
             elapsed = record.watch.seconds()
             seconds[record.kind].append(elapsed)
@@ -171,9 +176,9 @@ class Trace:
         total = sum(dense.values())
         return Summary(
             model=model,
-            recipe=recipe,
+            recipe=recipe.to_dict(),
             steps=steps,
-            layers=[layer.name for layer in self.steps[0].layers] if self.steps else [],
+            layers=max(([x.name for x in r.layers] for r in self.steps), key=len, default=[]),
             seconds_by_kind={
                 kind: {
                     "count": len(times),

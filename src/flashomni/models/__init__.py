@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from flashomni.engine import Clock, Engine, Recipe
-from flashomni.kernels import OPS, registered
 from flashomni.registry import Registry
 
-BlockRun = Callable[..., tuple[Tensor, ...]]
+BlockRun = Callable[..., Any]
+Streams = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -28,18 +25,43 @@ class Site:
     Args:
         name: its path in the model.
         block: the module.
-        run: ``run(engine, index, block, *args, **kwargs)`` computes what ``block(*args, **kwargs)``
-            would, with the engine's calls. Its parameters carry the names of the block's own,
-            because models pass keywords. What all blocks of a call share (a valid length, RoPE
-            tables) goes through ``engine.memo``.
-        streams: the parameters of ``run`` that are the block's token streams, in the order in which
-            it returns them. A block that is cached whole only adds to them.
+        run: ``run(run, block, *args, **kwargs)`` computes what ``block(*args, **kwargs)`` would,
+            with the calls of the :class:`LayerRun` it gets first. Its parameters carry the names of
+            the block's own, because models pass keywords. What all blocks of a call share (a valid
+            length, RoPE tables) goes through ``run.shared``.
+        streams: the parameters of ``run`` that are the block's token streams. A block that is
+            cached whole only adds to them.
+        returns: what the block returns: ``None`` for a tuple of the streams in their order, a
+            stream's name for that tensor alone, or a tuple of names with ``None`` where the block
+            returns ``None``.
+        chain: whether the block may be cached in one with its neighbours. ``False`` where something
+            but the next block reads what it returns (skip connections, collected hidden states).
     """
 
     name: str
     block: nn.Module
     run: BlockRun
     streams: tuple[str, ...]
+    returns: str | tuple[str | None, ...] | None = None
+    chain: bool = True
+
+    def unpack(self, output: Any) -> Streams:
+        """The streams of what the block returned, in the order of ``streams``."""
+        if self.returns is None:
+            return tuple(output)
+        if isinstance(self.returns, str):
+            return (output,)
+        found = dict(zip(self.returns, output, strict=True))
+        return tuple(found[name] for name in self.streams)
+
+    def pack(self, streams: Streams) -> Any:
+        """What the block returns, of its streams."""
+        if self.returns is None:
+            return streams
+        if isinstance(self.returns, str):
+            return streams[0]
+        found = dict(zip(self.streams, streams, strict=True))
+        return tuple(None if name is None else found[name] for name in self.returns)
 
 
 class Adapter:
@@ -98,56 +120,9 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
-def accelerate(
-    pipe: Any, recipe: Recipe | str | Path = "balanced", *, backend: str | None = None
-) -> Engine:
-    """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
+from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
 
-    Args:
-        pipe: a pipeline whose ``transformer`` is supported, or such a transformer itself (then
-            call ``engine.step(i, num_steps)`` before each call of it).
-        recipe: a preset, a policy's name, a path to a recipe's JSON, or a ``Recipe``.
-        backend: take exactly this backend in every op; by default the best that accepts.
-
-    Returns:
-        The engine, which reports and can be removed; also a context manager.
-
-    Raises:
-        ValueError: the recipe, the backend or the model is unknown, or the pipeline is accelerated
-            already.
-        NotImplementedError: the model is in a state that cannot be accelerated; the message names
-            it. Nothing is left on the pipeline in either case.
-    """
-    recipe = Recipe.of(recipe)
-    names = sorted({each.name for op in OPS for each in registered(op)})
-    if backend is not None and backend not in names:
-        raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
-    is_module = isinstance(pipe, nn.Module)
-    model = pipe if is_module else getattr(pipe, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"pipe must be a diffusers pipeline with a transformer, or one of "
-            f"{', '.join(adapters())}; got {type(pipe).__name__}"
-        )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise NotImplementedError("the transformer is compiled: accelerate it first, then compile")
-    found = find_adapter(model)
-    found.check(model)
-    sites = found.sites(model)
-    if not is_module and not hasattr(getattr(pipe, "scheduler", None), "step_index"):
-        raise ValueError(
-            "the pipeline's scheduler must have step_index (the flow-match and multistep "
-            f"schedulers do), got {type(getattr(pipe, 'scheduler', None)).__name__}; accelerate "
-            "pipe.transformer instead and call engine.step(i, num_steps)"
-        )
-    engine = Engine(
-        type(model).__name__,
-        recipe,
-        [site.name for site in sites],
-        Clock(None if is_module else pipe),
-        backend,
-    )
-    from flashomni.models._attach import attach
-
-    attach(engine, model, sites)
-    return engine
+__all__ = [
+    "ADAPTERS", "Adapter", "BlockRun", "Site", "Streams",
+    "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore",
+]  # fmt: skip

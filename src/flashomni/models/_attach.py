@@ -1,19 +1,135 @@
-"""Put an engine on a model and take it off again, through the hooks torch and diffusers offer."""
+"""Put an engine on a model and take it off again, instance by instance.
+
+A block's ``forward`` is stood in for by a :class:`BlockForward`; the model itself carries torch
+hooks around each call, and a stateful hook that diffusers tells the cache context. What is put on
+an instance belongs to that instance: a deep copy or a pickle of the model is the stock model.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
-from torch import nn
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
+from torch import Tensor, nn
 
-from flashomni.engine import Engine
+from flashomni.engine.callers import calling_pipeline
+from flashomni.engine.layer import LayerRun
+from flashomni.engine.runtime import Runtime
 from flashomni.models import Site
 
 NAME = "flashomni"
+
+
+class InsteadOfForward:
+    """Stands in for the ``forward`` of one module, in its ``__dict__``, until it is taken off.
+
+    Args:
+        module: gets it at once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.active = module, True
+        self.slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        self.before = module.__dict__.get(self.slot)
+        self.original: Callable[..., Any] = getattr(module, self.slot)
+        self.__signature__ = inspect.signature(self.original)
+        module.__dict__[self.slot] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    def take_off(self) -> None:
+        """Restore what was there; what was put on top of it since goes on calling the original."""
+        self.active = False
+        for slot in ("forward", "_old_forward"):
+            if self.module.__dict__.get(slot) is self:
+                if self.before is None and slot == "forward":
+                    del self.module.__dict__[slot]
+                else:
+                    self.module.__dict__[slot] = self.before or self.original
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        """A copy of the module has its class's own forward."""
+        return _stock_forward(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return _stock_forward, (self.module,)
+
+
+def _stock_forward(module: nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)
+
+
+class BlockForward(InsteadOfForward):
+    """Runs a block through the engine while a call of its model is under way."""
+
+    def __init__(self, runtime: Runtime, index: int, site: Site) -> None:
+        super().__init__(site.block)
+        self.runtime, self.index, self.site = runtime, index, site
+        places = list(inspect.signature(site.run).parameters)[2:]  # behind the run and the block
+        self.places = {name: places.index(name) for name in site.streams}
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runtime, site = self.runtime, self.site
+        if not self.active or not runtime.running:  # the block is called by itself
+            return self.original(*args, **kwargs)
+        streams = tuple(
+            kwargs[name] if name in kwargs else args[place] for name, place in self.places.items()
+        )
+
+        def compute(run: LayerRun) -> tuple[Tensor, ...]:
+            return site.unpack(site.run(run, site.block, *args, **kwargs))
+
+        return site.pack(runtime.block(self.index, streams, compute, site.chain))
+
+
+class ModelForward(InsteadOfForward):
+    """Lets the engine forecast the model's output instead of running it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime.model)
+        self.runtime = runtime
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self.runtime.output(lambda: self.original(*args, **kwargs))
+
+
+def _inert(*_: Any) -> None:
+    """What the hooks below are in a copy of the model."""
+
+
+class CallHook:
+    """A torch hook of the model that tells the runtime about a call.
+
+    Args:
+        runtime: what to tell.
+        tell: called with the arguments of the hook, without the module.
+    """
+
+    def __init__(self, runtime: Runtime, tell: Callable[..., None]) -> None:
+        self.runtime, self.engine, self._tell = runtime, None, tell
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        if module is self.runtime.model:
+            self._tell(*values)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return _inert
+
+    def __reduce__(self) -> Any:
+        return "_inert"
 
 
 class _NoState(BaseState):
@@ -21,91 +137,167 @@ class _NoState(BaseState):
         """The engine keeps the state."""
 
 
-class BlockHook(ModelHook):
-    """Runs a block through the engine. Stateful, so that diffusers tells it the cache context."""
+class ContextHook(ModelHook):
+    """Is told the cache context by diffusers, and that a pipeline is done. Changes no forward."""
 
     _is_stateful = True
 
-    def __init__(self, engine: Engine, index: int, site: Site) -> None:
+    def __init__(self, runtime: Runtime | None = None) -> None:
         super().__init__()
-        self.engine, self.index, self.site = engine, index, site
-        places = list(inspect.signature(site.run).parameters)[3:]  # after engine, index and block
-        self.places = {name: places.index(name) for name in site.streams}
         self.manager = StateManager(_NoState)
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.engine.running:  # the block is called by itself, outside of the model
-            return self.fn_ref.original_forward(*args, **kwargs)
-        streams = tuple(
-            kwargs[name] if name in kwargs else args[place] for name, place in self.places.items()
-        )
-        return self.engine.block(
-            self.index,
-            streams,
-            lambda: self.site.run(self.engine, self.index, module, *args, **kwargs),
-        )
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """A pipeline is done: free the caches."""
-        self.manager.reset()
-        if self.index == 0 and not self.engine.running:
-            self.engine.reset()
-        return module
+        self.fn_ref = HookFunctionReference()
+        self._runtime = None if runtime is None else weakref.ref(runtime)
 
     @property
-    def context(self) -> str | None:
-        """Name of diffusers' cache context, where the pipeline enters one."""
-        context = getattr(self.manager, "_context", None) or getattr(
-            self.manager, "_current_context", None
-        )
-        return getattr(context, "name", context)
+    def context(self) -> Any:
+        """diffusers' cache context, or its name in older releases, or ``None``."""
+        manager = self.manager
+        return getattr(manager, "_context", None) or getattr(manager, "_current_context", None)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """A pipeline is done: free its caches."""
+        self.manager.reset()
+        runtime = None if self._runtime is None else self._runtime()
+        if runtime is not None and runtime.model is module:
+            runtime.done(calling_pipeline(module))
+        return module
+
+    def __deepcopy__(self, memo: dict) -> ContextHook:
+        return ContextHook()
+
+    def __reduce__(self) -> Any:
+        return ContextHook, ()
+
+    def put_on(self, model: nn.Module) -> None:
+        """Into the model's registry, in front of hooks that wrap forwards: it is no part of them."""
+        registry = HookRegistry.check_if_exists_or_initialize(model)
+        registry.hooks[NAME] = self
+        registry._hook_order.insert(0, NAME)
+        registry._fn_refs.insert(0, self.fn_ref)
+        _forget_children(model)
 
 
-def attach(engine: Engine, model: nn.Module, sites: list[Site]) -> None:
-    """Install ``engine``; on any failure nothing is left on ``model``."""
-    if getattr(model, "_is_cached", False):
-        raise NotImplementedError("cache-dit is enabled on the transformer: disable it first")
-    for site in sites:
-        _refuse_hooked(site)
-    hooks = [BlockHook(engine, index, site) for index, site in enumerate(sites)]
-    new_registries = [
-        module
-        for module in (model, *(site.block for site in sites))
-        if not hasattr(module, "_diffusers_hook")
-    ]
-    handles: list[Any] = []
+def take_off_context(model: nn.Module) -> None:
+    """Remove a :class:`ContextHook`, and the registry if nothing else is in it."""
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is None or NAME not in registry.hooks:
+        return
+    place = registry._hook_order.index(NAME)
+    del registry.hooks[NAME], registry._hook_order[place], registry._fn_refs[place]
+    if not registry.hooks:
+        del model._diffusers_hook
+    _forget_children(model)
+
+
+def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
+    """Install a runtime on its model; on any failure nothing is left there.
+
+    Returns:
+        What takes it off again.
+    """
+    model, installed, handles = runtime.model, [], []
+    clear_remains(model, sites)
 
     def detach() -> None:
         for handle in handles:
             handle.remove()
-        for site in sites:
-            registry = getattr(site.block, "_diffusers_hook", None)
-            if registry is not None and NAME in registry.hooks:
-                registry.remove_hook(NAME, recurse=False)
-                if not registry.hooks:
-                    site.block.__dict__.pop("forward", None)  # back to the class's own
-        for module in new_registries:
-            registry = getattr(module, "_diffusers_hook", None)
-            if registry is not None and not registry.hooks:
-                del module._diffusers_hook
-        _forget_children(model)
+        for stand_in in reversed(installed):
+            stand_in.take_off()
+        take_off_context(model)
 
+    def begin(args: tuple, kwargs: dict) -> None:
+        runtime.begin(context.context, _device(model, sites[0].block), args, kwargs)
+
+    context = ContextHook(runtime)
     try:
-        for site, hook in zip(sites, hooks, strict=True):
-            HookRegistry.check_if_exists_or_initialize(site.block).register_hook(hook, NAME)
-        _forget_children(model)
-        handles.append(
-            model.register_forward_pre_hook(
-                lambda module, *_: engine.begin(hooks[0].context, _device(module, sites[0].block)),
-                with_kwargs=True,
-            )
+        context.put_on(model)
+        for index, site in enumerate(sites):
+            installed.append(BlockForward(runtime, index, site))
+        if runtime.recipe.forecast.level == "output":
+            installed.append(ModelForward(runtime))  # type: ignore[arg-type]
+        pre, post, always = (
+            CallHook(runtime, begin),
+            CallHook(runtime, lambda *_: runtime.end()),
+            CallHook(runtime, lambda *_: runtime.abort()),
         )
-        handles.append(model.register_forward_hook(lambda *_: engine.end()))
-        handles.append(model.register_forward_hook(lambda *_: engine.abort(), always_call=True))
+        handles.append(model.register_forward_pre_hook(pre, with_kwargs=True))
+        handles.append(model.register_forward_hook(post))
+        handles.append(model.register_forward_hook(always, always_call=True))
     except BaseException:
         detach()
         raise
-    engine.attach(detach)
+    return detach
+
+
+def call_hook(model: nn.Module) -> CallHook | None:
+    """The hook by which an engine that is on ``model`` is found."""
+    hooks = model._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, CallHook)), None)
+
+
+def clear_remains(model: nn.Module, sites: list[Site]) -> None:
+    """Take off what an engine that was removed, or that is on another copy, left on ``model``.
+
+    It happens where another hook lay on top of ours when we went, and gave our forward back later.
+    """
+    for module in (model, *(site.block for site in sites)):
+        left = module.__dict__.get("forward")
+        if isinstance(left, InsteadOfForward) and not left.active:
+            left.take_off()
+        elif isinstance(left, types.MethodType) and left == _stock_forward(module):
+            del module.__dict__["forward"]
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook is _inert]:
+            del hooks[key]
+    if call_hook(model) is None:
+        take_off_context(model)
+
+
+def refuse_hooked(model: nn.Module, sites: list[Site]) -> None:
+    """Refuse, by name, what would be left out or run twice; ours are no reason.
+
+    Raises:
+        NotImplementedError: a diffusers cache, cache-dit, group or sequential offloading, a
+            compiled block, or a replaced forward.
+    """
+    if getattr(model, "_is_cached", False):
+        raise NotImplementedError("cache-dit is enabled on the transformer: disable it first")
+    cache = getattr(model, "_cache_config", None)
+    for site in sites:
+        _refuse_hooked_block(site)
+    if cache is not None:
+        raise NotImplementedError(
+            f"the transformer has a diffusers cache ({type(cache).__name__}), which cannot be "
+            "combined with ours; call transformer.disable_cache() first"
+        )
+
+
+def _refuse_hooked_block(site: Site) -> None:
+    block = site.block
+    others = list(getattr(getattr(block, "_diffusers_hook", None), "hooks", ()))
+    for module in block.modules():
+        # An attention module is never called as a whole: what hooks it (Pyramid Attention
+        # Broadcast) would be left out.
+        if module is not block and hasattr(module, "processor"):
+            others += getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+    if getattr(block, "_hf_hook", None) is not None:
+        others.append(type(block._hf_hook).__name__)
+    if others or _is_replaced(block):
+        raise NotImplementedError(
+            f"{site.name} carries the hook {', '.join(others) or 'of a replaced forward'} "
+            "(a diffusers cache, group offloading or sequential offloading), which cannot be "
+            "combined; disable it first. enable_model_cpu_offload works."
+        )
+    if getattr(block, "_compiled_call_impl", None) is not None:
+        raise NotImplementedError(f"{site.name} is compiled: accelerate it first, then compile")
+
+
+def _is_replaced(block: nn.Module) -> bool:
+    """Whether the block's forward is neither its class's nor ours."""
+    forward = block.__dict__.get("forward")
+    if forward is None or isinstance(forward, InsteadOfForward):
+        return False  # (a disabled cache leaves the class's own)
+    return not (isinstance(forward, types.MethodType) and forward == _stock_forward(block))
 
 
 def _device(model: nn.Module, block: nn.Module) -> torch.device:
@@ -122,35 +314,3 @@ def _forget_children(model: nn.Module) -> None:
     registry = getattr(model, "_diffusers_hook", None)
     if registry is not None and hasattr(registry, "invalidate_child_registries_cache"):
         registry.invalidate_child_registries_cache()
-
-
-def _is_replaced(block: nn.Module) -> bool:
-    """Whether the block's forward is not its class's (a disabled cache leaves just that one)."""
-    forward = block.__dict__.get("forward")
-    if forward is None:
-        return False
-    bound = getattr(forward, "__self__", None) is block
-    return not (bound and getattr(forward, "__func__", None) is type(block).forward)
-
-
-def _refuse_hooked(site: Site) -> None:
-    """A hook that is on the block already would be left out by ours: refuse it by name."""
-    registry = getattr(site.block, "_diffusers_hook", None)
-    if registry is not None and NAME in registry.hooks:
-        raise ValueError("the pipeline is accelerated already: call engine.remove() first")
-    others = [] if registry is None else list(registry.hooks)
-    for module in site.block.modules():
-        # An attention module is never called as a whole: what hooks it (Pyramid Attention
-        # Broadcast) would be left out.
-        if module is not site.block and hasattr(module, "processor"):
-            others += getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
-    if getattr(site.block, "_hf_hook", None) is not None:
-        others.append(type(site.block._hf_hook).__name__)
-    if others or _is_replaced(site.block):
-        raise NotImplementedError(
-            f"{site.name} carries the hook {', '.join(others) or 'of a replaced forward'} "
-            "(a diffusers cache, group offloading or sequential offloading), which cannot be "
-            "combined; disable it first. enable_model_cpu_offload works."
-        )
-    if getattr(site.block, "_compiled_call_impl", None) is not None:
-        raise NotImplementedError(f"{site.name} is compiled: accelerate it first, then compile")

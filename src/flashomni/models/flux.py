@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine import Engine, LayerRun
+from flashomni.engine import LayerRun
 from flashomni.engine.linear import join_tokens
-from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.common.rope import Rope, pack_rope
 from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models.blocks.fused import adaptive_norm, residual_norm
@@ -30,8 +30,6 @@ from flashomni.models.blocks.mmdit import (
     own_stream,
     require_processor,
     split_rope,
-    step_grid,
-    step_rope,
 )
 
 
@@ -72,22 +70,18 @@ class Flux(Adapter):
         }
 
 
-def _begin(
-    engine: Engine, index: int, vision: Tensor, text: Tensor, attention_kwargs: Any
-) -> LayerRun:
+def _begin(run: LayerRun, vision: Tensor, text: Tensor, attention_kwargs: Any) -> None:
     if attention_kwargs:
         raise NotImplementedError(
             f"joint_attention_kwargs {sorted(attention_kwargs)} are not supported by an "
             "accelerated FLUX; leave them out, or call engine.remove()"
         )
     num_text = text.shape[1]
-    seqlen = num_text + vision.shape[1]
-    return engine.layer(index, step_grid(engine, seqlen, (0, num_text), None))
+    run.begin(num_text + vision.shape[1], text=(0, num_text))
 
 
 def run_dual(
-    engine: Engine,
-    index: int,
+    run: LayerRun,
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -97,11 +91,11 @@ def run_dual(
 ) -> tuple[Tensor, Tensor]:
     """A ``FluxTransformerBlock``: ``(text, vision)`` streams."""
     x, c = hidden_states, encoder_hidden_states
-    run = _begin(engine, index, x, c, joint_attention_kwargs)
+    _begin(run, x, c, joint_attention_kwargs)
     norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
     norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
     text, vision = run.grid.text, run.grid.vision
-    rope = step_rope(engine, image_rotary_emb)
+    rope = run.shared(pack_rope, *image_rotary_emb)
     y, c_y = dual_attention(
         run,
         block.attn,
@@ -116,8 +110,7 @@ def run_dual(
 
 
 def run_single(
-    engine: Engine,
-    index: int,
+    run: LayerRun,
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -127,11 +120,11 @@ def run_single(
 ) -> tuple[Tensor, Tensor]:
     """A ``FluxSingleTransformerBlock``: one sequence, split again at the end."""
     num_text = encoder_hidden_states.shape[1]
-    run = _begin(engine, index, hidden_states, encoder_hidden_states, joint_attention_kwargs)
+    _begin(run, hidden_states, encoder_hidden_states, joint_attention_kwargs)
     x = join_tokens(encoder_hidden_states, hidden_states)
     norm_x, gate = adaptive_norm(block.norm, x, temb)
     mlp = gelu_up(run, block, norm_x)
-    rope = step_rope(engine, image_rotary_emb)
+    rope = run.shared(pack_rope, *image_rotary_emb)
     whole = own_stream(block.attn, norm_x, (0, x.shape[1]), rope)
     o = joint_attention(run, block.attn, [whole], block.proj_out)
     y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine import Engine, LayerRun
+from flashomni.engine import LayerRun
 from flashomni.engine.linear import join_tokens
-from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.common.rope import Rope, pack_rope
 from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models.blocks.fused import adaptive_norm, residual_norm
@@ -29,8 +29,6 @@ from flashomni.models.blocks.mmdit import (
     joint_attention,
     own_stream,
     require_processor,
-    step_grid,
-    step_rope,
 )
 
 
@@ -77,18 +75,20 @@ class HunyuanVideo(Adapter):
         }
 
 
-def _begin(
-    engine: Engine, index: int, vision: Tensor, text: Tensor, mask: Tensor | None
-) -> LayerRun:
+def _begin(run: LayerRun, vision: Tensor, text: Tensor, mask: Tensor | None) -> None:
     num_vision = vision.shape[1]
     seqlen = num_vision + text.shape[1]
-    count = None if mask is None else lambda: mask.flatten(1).sum(-1, dtype=torch.int32)
-    return engine.layer(index, step_grid(engine, seqlen, (num_vision, seqlen), count))
+    kv_len = None if mask is None else run.shared(_count_valid, mask)
+    run.begin(seqlen, text=(num_vision, seqlen), kv_len=kv_len)
+
+
+def _count_valid(mask: Tensor) -> Tensor:
+    """Valid keys of each batch item: int32 ``[B]``."""
+    return mask.flatten(1).sum(-1, dtype=torch.int32)
 
 
 def run_dual(
-    engine: Engine,
-    index: int,
+    run: LayerRun,
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -99,10 +99,10 @@ def run_dual(
 ) -> tuple[Tensor, Tensor]:
     """A ``HunyuanVideoTransformerBlock``: ``(vision, text)`` streams."""
     x, c = hidden_states, encoder_hidden_states
-    run = _begin(engine, index, x, c, attention_mask)
+    _begin(run, x, c, attention_mask)
     norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
     norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
-    rope = None if freqs_cis is None else step_rope(engine, freqs_cis)
+    rope = None if freqs_cis is None else run.shared(pack_rope, *freqs_cis)
     y, c_y = dual_attention(
         run,
         block.attn,
@@ -117,8 +117,7 @@ def run_dual(
 
 
 def run_single(
-    engine: Engine,
-    index: int,
+    run: LayerRun,
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -129,12 +128,12 @@ def run_single(
 ) -> tuple[Tensor, Tensor]:
     """A ``HunyuanVideoSingleTransformerBlock``: one sequence, split again at the end."""
     num_vision = hidden_states.shape[1]
-    run = _begin(engine, index, hidden_states, encoder_hidden_states, attention_mask)
+    _begin(run, hidden_states, encoder_hidden_states, attention_mask)
     x = join_tokens(hidden_states, encoder_hidden_states)
     norm_x, gate = adaptive_norm(block.norm, x, temb)
     mlp = gelu_up(run, block, norm_x)
     vision, text = run.grid.vision, run.grid.text
-    rope = None if image_rotary_emb is None else step_rope(engine, image_rotary_emb)
+    rope = None if image_rotary_emb is None else run.shared(pack_rope, *image_rotary_emb)
     streams = [
         own_stream(block.attn, norm_x[:, slice(*vision)], vision, rope),
         own_stream(block.attn, norm_x[:, slice(*text)], text, None),

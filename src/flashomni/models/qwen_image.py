@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine import Engine
+from flashomni.engine import LayerRun
 from flashomni.kernels.common.rope import Rope
 from flashomni.models import Adapter, Site, adapter
 from flashomni.models.blocks.mmdit import (
@@ -25,7 +25,6 @@ from flashomni.models.blocks.mmdit import (
     feed_forward,
     own_stream,
     require_processor,
-    step_grid,
 )
 
 
@@ -65,8 +64,7 @@ class QwenImage(Adapter):
 
 
 def run_block(
-    engine: Engine,
-    index: int,
+    run: LayerRun,
     block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -84,9 +82,8 @@ def run_block(
         )
     x, c, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
     num_vision, seqlen = x.shape[1], x.shape[1] + c.shape[1]
-    count = None if mask is None else lambda: num_vision + mask.sum(-1, dtype=torch.int32)
-    grid = step_grid(engine, seqlen, (num_vision, seqlen), count)
-    run = engine.layer(index, grid)
+    kv_len = None if mask is None else run.shared(_count_valid, mask, num_vision)
+    grid = run.begin(seqlen, text=(num_vision, seqlen), kv_len=kv_len)
 
     mod_x, mod_x2 = block.img_mod(temb).chunk(2, dim=-1)
     if block.zero_cond_t:
@@ -95,7 +92,7 @@ def run_block(
     norm_x, gate = block._modulate(block.img_norm1(x), mod_x, modulate_index)
     norm_c, c_gate = block._modulate(block.txt_norm1(c), mod_c)
 
-    ropes = engine.memo("rope", lambda: tuple(map(_real_tables, image_rotary_emb)))
+    ropes = tuple(run.shared(_real_tables, angles) for angles in image_rotary_emb)
     y, c_y = dual_attention(
         run,
         block.attn,
@@ -110,6 +107,11 @@ def run_block(
     if x.dtype == torch.float16:  # the stock block clips as well
         x, c = x.clip(-65504, 65504), c.clip(-65504, 65504)
     return c, x
+
+
+def _count_valid(mask: Tensor, num_vision: int) -> Tensor:
+    """Valid keys of each batch item: int32 ``[B]``."""
+    return num_vision + mask.sum(-1, dtype=torch.int32)
 
 
 def _real_tables(angles: Tensor) -> Rope:

@@ -6,23 +6,26 @@ Contraction by SIGMA keeps high orders from running away over long intervals.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from flashomni.engine.forecasts import forecast
+from flashomni.engine.forecasts import forecast, from_differences
 
 SIGMA = 0.5
 
 
-@forecast
-def coefficients(order: int, x: float) -> list[float]:
-    """``SIGMA ** i * (H_i(SIGMA * x) - H_i(0)) / i!`` with the physicists' H_i; 1 for i = 0.
+@forecast("hermite")
+def weights(times: Sequence[int], t: int, signals: object = None) -> list[float]:
+    """``sum_i SIGMA ** i (H_i(SIGMA x) - H_i(0)) / i! f_i`` with the physicists' H_i; 1 for i = 0.
 
-    The constant H_i(0) is left out, so that the forecast passes through the last value at x = 0.
+    x counts the steps behind the last anchor. The constant H_i(0) is left out, so that the forecast
+    passes through the last value at x = 0.
     """
-    weights = [1.0]
-    for i in range(1, order + 1):
+    x = t - times[-1]
+    coefficients = [1.0]
+    for i in range(1, len(times)):
         rise = _hermite(i, SIGMA * x) - _hermite(i, 0.0)
-        weights.append(SIGMA**i * rise / math.factorial(i))
-    return weights
+        coefficients.append(SIGMA**i * rise / math.factorial(i))
+    return from_differences(times, coefficients)
 
 
 def _hermite(n: int, x: float) -> float:

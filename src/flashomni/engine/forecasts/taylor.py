@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from flashomni.engine.forecasts import forecast
+from flashomni.engine.forecasts import forecast, from_differences
 
 
-@forecast
-def coefficients(order: int, x: float) -> list[float]:
-    """``x ** i / i!``; order 0 reuses the last value."""
-    return [x**i / math.factorial(i) for i in range(order + 1)]
+@forecast("taylor")
+def weights(times: Sequence[int], t: int, signals: object = None) -> list[float]:
+    """The differences taken for derivatives: ``sum_i x ** i / i! f_i``, x steps behind the last.
+
+    One anchor is reuse, two continue a line exactly whatever their distance. From three on it is
+    the paper's formula, no interpolation: a parabola is met but for ``x f_2 gap / 2``.
+    """
+    x = t - times[-1]
+    return from_differences(times, [x**i / math.factorial(i) for i in range(len(times))])

@@ -1,60 +1,41 @@
-"""Which step does what: dense warm-up, one Update and N - 1 Dispatch steps in turn, dense end."""
+"""Dense warm-up, then one Update and N - 1 Dispatch steps in turn, dense end.
+
+arXiv 2509.25401, section 3.2; the schedule of FORA (2407.01425) and TaylorSeer (2503.06923).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+
+from flashomni.engine.schedules import Plan, Schedule, schedule
+from flashomni.policies import check_int, check_range
 
 
-class StepKind(Enum):
-    """What a step does in every layer."""
-
-    FULL = "full"
-    UPDATE = "update"
-    DISPATCH = "dispatch"
-
-
+@schedule("interval")
 @dataclass(frozen=True)
-class Schedule:
-    """Step index and number of steps -> kind (arXiv 2509.25401, section 3.2).
+class Interval(Schedule):
+    """One Update every N steps after a dense warm-up.
 
     Args:
         interval: N, the distance between two Updates.
         warmup: share of the steps that run dense first; the last of them is the first Update.
-        order: forecast order: as many steps before the first Update record their output, so that
-            the first interval already has all its differences.
+        min_steps: runs of fewer steps compute everything; 0 never protects a run.
     """
 
-    interval: int
-    warmup: float
-    order: int = 0
+    interval: int = 6
+    warmup: float = 0.16
+    min_steps: int = 0
 
-    def first_update(self, num_steps: int) -> int:
-        """Index of the first Update."""
-        return max(math.ceil(self.warmup * num_steps) - 1, 0)
+    def __post_init__(self) -> None:
+        check_int("interval", self.interval, 1, 1000)
+        check_range("warmup", self.warmup, 0.0, 1.0)
+        check_int("min_steps", self.min_steps, 0, 1000)
 
-    def kind(self, step: int, num_steps: int) -> StepKind:
-        """What ``step`` (from 0) of ``num_steps`` does. The last step is always dense."""
-        last, since = num_steps - 1, step - self.first_update(num_steps)
-        if step >= last or since < 0:
-            return StepKind.FULL
-        if since % self.interval:
-            return StepKind.DISPATCH
-        # An Update that no Dispatch step follows would choose symbols for nobody.
-        useless = self.interval == 1 or step + 1 >= last
-        return StepKind.FULL if useless else StepKind.UPDATE
-
-    def records(self, step: int, num_steps: int) -> bool:
-        """Whether a dense warm-up step must add its output to the history."""
-        first = self.first_update(num_steps)
-        return first - self.order <= step < first
-
-    def probes(self, step: int, num_steps: int) -> bool:
-        """Whether a dense warm-up step measures what share of the tiles the policy would compute.
-
-        It lies two steps before the first that records, so that the host finds the number there
-        without waiting, and the first interval can cache whole layers already.
-        """
-        first = self.first_update(num_steps)
-        return first > 0 and step == max(first - self.order - 2, 0)
+    def plan(self, num_steps: int, order: int) -> Plan:
+        """Warm-up, then every N-th step, and the last."""
+        if num_steps < self.min_steps:
+            return Plan.of(range(num_steps), num_steps, order)
+        first = max(math.ceil(self.warmup * num_steps) - 1, 0)
+        later = range(first, num_steps, self.interval)
+        return Plan.of({*range(first), *later, num_steps - 1}, num_steps, order)

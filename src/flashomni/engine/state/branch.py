@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.cache import LayerCache
+from flashomni.engine.state.output import Output
 from flashomni.engine.state.span import Spans, Streams
 from flashomni.engine.state.storage import Storage
 
@@ -14,25 +17,39 @@ class Branch:
     Attributes:
         layers: what each layer remembers of its own.
         spans: layers that are cached whole.
-        last_update: step of the last Update, ``None`` before the first.
+        output: of the whole model, where the recipe caches that.
+        computed: the steps that this branch has computed, in order.
+        stored: the last of them that added to the histories, ``None`` before the first.
+        memory: scratch of a schedule that decides late.
     """
 
-    def __init__(self, num_layers: int, recipe: Recipe) -> None:
-        self._num_layers, self._recipe = num_layers, recipe
+    def __init__(self, num_layers: int, recipe: Recipe, backend: str | None = None) -> None:
+        self._num_layers, self._recipe, self._backend = num_layers, recipe, backend
+        self.computed: list[int] = []
+        self.memory: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
+        """Drop everything that is kept; the steps that were computed stay known."""
+        order, storage = self._recipe.forecast.layer_order, self._recipe.storage
+        kept = Storage(storage.history_dtype, backend=self._backend)
         self.layers = [LayerCache() for _ in range(self._num_layers)]
-        self.spans = Spans(self._recipe.layer_order, Storage(self._recipe.history_dtype))
-        self.last_update: int | None = None
-        self._signatures: dict[int, tuple] = {}
+        self.spans = Spans(order, kept)
+        self.output = Output(order, kept)
+        self.stored: int | None = None
+        self._signatures: dict[Any, tuple] = {}
 
-    def expect(self, index: int, streams: Streams) -> None:
-        """Start afresh if layer ``index`` gets another shape, dtype or device than before."""
+    def matches(self, key: Any, signature: tuple) -> bool:
+        """Whether what ``key`` gets has the shapes, dtypes and devices it had before."""
+        return self._signatures.setdefault(key, signature) == signature
+
+    def expect(self, index: int, streams: Streams) -> bool:
+        """Start afresh, and say so, if layer ``index`` gets other streams than before."""
         signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
-        if self._signatures.get(index, signature) != signature:
-            self.reset()
-        self._signatures[index] = signature
+        if self.matches(index, signature):
+            return False
+        self.reset()
+        return not self.matches(index, signature)
 
     def prefetch(self, index: int, stores: bool) -> None:
         """Layer ``index`` runs soon, if there is one and it is not cached whole."""
@@ -43,7 +60,7 @@ class Branch:
         """Bytes kept on the compute device and on the host."""
         device = host = 0
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
-        for tensor in tensors + self.spans.tensors():
+        for tensor in tensors + self.spans.tensors() + self.output.tensors():
             size = tensor.untyped_storage().nbytes()
             if tensor.device.type == "cpu" and tensor.is_pinned():
                 host += size

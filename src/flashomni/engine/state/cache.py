@@ -14,32 +14,46 @@ from flashomni.symbols import Symbols
 
 
 class History:
-    """A value and its backward differences per step: F_0 .. F_order (TaylorSeer, 2503.06923).
+    """A value at its last steps, as the value and its differences per step: f_0 .. f_order.
 
-    Differences are exact only between values of one quantity; they are taken in fp32.
+    f_i is i! times the divided difference over the newest i + 1 anchors, whatever their distances
+    (for equal ones the backward differences of TaylorSeer, arXiv 2503.06923). Differences are exact
+    only between values of one quantity; they are taken in fp32.
 
     Args:
         order: highest difference to give.
         keep: how many terms to keep from one push to the next: ``order`` is enough to go on,
             ``order + 1`` to evaluate a forecast from the history itself.
         storage: how to keep them.
+        wide: keep terms of fp16 values in fp32: a sum over layers, or a difference of two, may be
+            out of the range of fp16 where the values are not.
+
+    Attributes:
+        times: steps of the anchors that the terms are of, oldest first.
     """
 
-    def __init__(self, order: int, keep: int, storage: Storage) -> None:
-        self.order, self.keep, self.storage = order, keep, storage
+    def __init__(self, order: int, keep: int, storage: Storage, wide: bool = False) -> None:
+        self.order, self.keep, self.storage, self._wide = order, keep, storage, wide
+        self.times: tuple[int, ...] = ()
         self._kept: list[Kept] = []
-        self._step: int | None = None
         self._dtype = torch.float32
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def push(self, value: Tensor, step: int, minus: Tensor | None = None) -> list[Tensor]:
-        """Add the value (less ``minus``) of ``step``; return the terms F_0 .. F_i known by now."""
-        steps = 0 if self._step is None else step - self._step
-        old = [kept.get() for kept in self._kept[: self.order]] if steps > 0 else []
-        terms = differences(value, minus, old, max(steps, 1))
-        self._step, self._dtype = step, value.dtype
+        """Add the value (less ``minus``) of ``step``; return the terms f_0 .. f_i known by now."""
+        if self.times and step <= self.times[-1]:
+            self.times, self._kept = (), []
+        old = [kept.get() for kept in self._kept[: self.order]][: len(self.times)]
+        gaps = [(step - self.times[-i]) / i for i in range(1, len(old) + 1)]
+        is_wide = self._wide and value.dtype == torch.float16
+        dtype = torch.float32 if is_wide else value.dtype
+        terms = differences(
+            value, minus, old, gaps, dtype, backend=self.storage.backend
+        )
+        self.times = (*self.times, step)[-len(terms) :]
+        self._dtype = value.dtype
         while len(self._kept) < min(len(terms), self.keep):
             self._kept.append(Kept(self.storage))
         for kept, term in zip(self._kept, terms, strict=False):
@@ -51,8 +65,9 @@ class History:
         return [kept.get() for kept in self._kept]
 
     def predict(self, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
-        """``base + sum_i coefficients[i] * F_i``, of the terms that are kept."""
-        return weighted_sum(self.terms(), coefficients, base, self._dtype)
+        """``base + sum_i coefficients[i] * f_i``, of the terms that are kept."""
+        backend = self.storage.backend
+        return weighted_sum(self.terms(), coefficients, base, self._dtype, backend=backend)
 
     def prefetch(self) -> None:
         """The terms are needed soon."""
@@ -100,7 +115,9 @@ class LayerCache:
         kv_density: share of block pairs visited in them.
         live_shares: share of computed (token, head) pairs by stream.
         ops: what the layer recorded when it last ran: the FLOPs that a bypass saves.
-        fraction: computed fraction of S_c, as measured at the last Update.
+        fraction: computed fraction of S_c, as measured at the last Update (or by a probe).
+        measured: the step of that.
+        bias_times: anchors of ``bias_terms``.
     """
 
     symbols: Symbols | None = None
@@ -114,6 +131,8 @@ class LayerCache:
     live_shares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     ops: list[tuple[str, int, Any]] = field(default_factory=list)
     fraction: Fraction | None = None
+    measured: int = -1
+    bias_times: tuple[int, ...] = ()
 
     def forget_heads(self) -> None:
         """Drop what only per-head caching needs."""

@@ -24,6 +24,7 @@ class Span:
     Attributes:
         before: streams at the entrance, while the step runs in which they are recorded.
         after: streams at the exit, likewise.
+        versions: how often ``before`` and ``after`` had been written to when the block returned.
         histories: of what the run adds, for each stream.
     """
 
@@ -31,6 +32,7 @@ class Span:
     stop: int
     before: Streams
     after: Streams
+    versions: tuple[int, ...]
     histories: list[History] = field(default_factory=list)
 
 
@@ -38,8 +40,14 @@ class Spans:
     """The spans of one branch: recorded in an Update step, replayed in Dispatch steps.
 
     A span ends where a layer is computed, where the model itself changes a stream between two
-    blocks (a ControlNet's residual), and where a span of the interval before ended: differences
-    need the same quantity twice.
+    blocks (a ControlNet's residual, added in place or not), where something but the next block
+    reads what a block returns, and where a span of the interval before ended: differences need the
+    same quantity twice.
+
+    What a run adds is taken when it ends. A model that writes into a block's output before that
+    shows by the tensors' versions: then nothing of the step is kept, and from the next one on that
+    block's addition is taken as soon as it returns. (Tensors made under inference mode have no
+    versions; there a site must say ``chain=False``.)
 
     Args:
         order: forecast order.
@@ -51,6 +59,13 @@ class Spans:
         self._current: list[Span] = []
         self._new: list[Span] = []
         self._open: Span | None = None
+        self._exposed: set[int] = set()  # layers whose output the model writes to
+        self._whole = True
+
+    def times(self, index: int) -> tuple[int, ...]:
+        """The anchors of the span that layer ``index`` is in; none if it is not cached whole."""
+        span = self._at(index)
+        return () if span is None else span.histories[0].times
 
     def replay(self, index: int, streams: Streams, coefficients: Tensor) -> Streams | None:
         """The streams behind layer ``index``; ``None`` if it is not cached whole."""
@@ -62,17 +77,28 @@ class Spans:
         pairs = zip(span.histories, streams, strict=True)
         return tuple(history.predict(coefficients, stream) for history, stream in pairs)
 
-    def record(self, index: int, before: Streams, after: Streams, step: int) -> None:
-        """Layer ``index`` is cached whole from now on and led from ``before`` to ``after``."""
-        span = self._open
-        if span is not None and self._continues(span, index, before):
+    def record(
+        self, index: int, before: Streams, after: Streams, step: int, chain: bool = True
+    ) -> None:
+        """Layer ``index`` is cached whole from now on and led from ``before`` to ``after``.
+
+        Args:
+            chain: whether the next layer may join its span. If not, what it adds is taken at once,
+                before anybody can write to ``after``.
+        """
+        span, chain = self._open, chain and index not in self._exposed
+        if span is not None and chain and self._continues(span, index, before):
             span.stop, span.after = index + 1, after
+            span.versions = _versions(span.before, after)
             return
         self.close(step)
-        self._open = Span(index, index + 1, before, after)
+        self._open = Span(index, index + 1, before, after, _versions(before, after))
+        if not chain:
+            self.close(step)
 
     def _continues(self, span: Span, index: int, before: Streams) -> bool:
         untouched = all(a is b for a, b in zip(span.after, before, strict=True))
+        untouched = untouched and span.versions == _versions(span.before, span.after)
         return span.stop == index and untouched and self._at(index) is self._at(index - 1)
 
     def close(self, step: int) -> None:
@@ -80,21 +106,33 @@ class Spans:
         span, self._open = self._open, None
         if span is None:
             return
+        if span.versions != _versions(span.before, span.after):
+            self._exposed.update((span.start - 1, span.stop - 1))
+            self._whole = False
+            return
         old = self._at(span.start)
         if old is not None and (old.start, old.stop) == (span.start, span.stop):
             span.histories = old.histories
         else:
             keep = self._order + 1
-            span.histories = [History(self._order, keep, self._storage) for _ in span.before]
+            span.histories = [
+                History(self._order, keep, self._storage, wide=True) for _ in span.before
+            ]
         for history, before, after in zip(span.histories, span.before, span.after, strict=True):
             history.push(after, step, minus=before)
         span.before = span.after = ()
         self._new.append(span)
 
-    def finish(self, step: int) -> None:
-        """The step that recorded is over: its spans are the current ones."""
+    def finish(self, step: int) -> bool:
+        """The step that recorded is over: its spans are the current ones.
+
+        Returns:
+            Whether all of them could be kept.
+        """
         self.close(step)
-        self._current, self._new = self._new, []
+        whole, self._whole = self._whole, True
+        self._current, self._new = self._new if whole else [], []
+        return whole
 
     def clear(self) -> None:
         self._current, self._new, self._open = [], [], None
@@ -106,3 +144,8 @@ class Spans:
         """Everything that is kept, for accounting."""
         spans = self._current + self._new
         return [t for span in spans for history in span.histories for t in history.tensors()]
+
+
+def _versions(before: Streams, after: Streams) -> tuple[int, ...]:
+    """How often each tensor was written to; inference tensors count nothing and give -1."""
+    return tuple(-1 if x.is_inference() else x._version for x in (*before, *after))

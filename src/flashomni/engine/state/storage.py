@@ -68,10 +68,12 @@ class Storage:
         dtype: ``compute`` keeps the dtype, others as the recipe names them. ``float8`` has a scale
             for each row of the last dim.
         lane: copies to the host and back; ``None`` keeps everything on the device.
+        backend: of the passes over what is kept; ``None`` takes the best that accepts.
     """
 
     dtype: str = "compute"
     lane: Lane | None = None
+    backend: str | None = None
 
     def resolve(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a tensor of ``dtype`` is kept."""

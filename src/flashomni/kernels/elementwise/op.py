@@ -71,7 +71,8 @@ class DifferencesCall:
     value: Tensor
     minus: Tensor | None
     old: Sequence[Tensor]
-    steps: int
+    gaps: Sequence[float]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -144,22 +145,25 @@ def differences(
     value: Tensor,
     minus: Tensor | None,
     old: Sequence[Tensor],
-    steps: int,
+    gaps: Sequence[float],
+    dtype: torch.dtype | None = None,
     *,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """A value and its backward differences per step: ``F_0 = value - minus``, ``F_1``, ...
+    """A value and its differences: ``f_0 = value - minus``, ``f_i = (f_{i-1} - old_{i-1}) / gap``.
 
     Args:
         value: any shape.
         minus: what to subtract from it, or ``None``.
-        old: the terms ``F_0 ..`` of the value ``steps`` steps ago, up to three.
-        steps: distance in steps.
+        old: the terms ``f_0 ..`` at the anchor before, up to three.
+        gaps: for each of them what its difference is divided by, not 0.
+        dtype: of the result; by default that of ``value``.
 
     Returns:
-        ``len(old) + 1`` new tensors in the dtype of ``value``.
+        ``len(old) + 1`` new tensors.
     """
-    return list(execute("differences", DifferencesCall(value, minus, old, steps), backend))
+    dtype = value.dtype if dtype is None else dtype
+    return list(execute("differences", DifferencesCall(value, minus, old, gaps, dtype), backend))
 
 
 def weighted_sum(
@@ -250,10 +254,13 @@ def _norm_rope(call: NormRopeCall) -> None:
 
 @_definition("differences")
 def _differences(call: DifferencesCall) -> list[Tensor]:
-    value, minus = call.value, call.minus
-    terms = [value.clone() if minus is None else value - minus]
-    for term in call.old:
-        terms.append(((terms[-1].float() - term.float()) / call.steps).to(value.dtype))
+    value, minus, dtype = call.value, call.minus, call.dtype
+    if minus is None:
+        terms = [value.to(dtype, copy=True)]
+    else:
+        terms = [value.to(dtype) - minus.to(dtype)]
+    for term, gap in zip(call.old, call.gaps, strict=True):
+        terms.append(((terms[-1].float() - term.float()) / gap).to(dtype))
     return terms
 
 

@@ -96,10 +96,10 @@ def _elements(count, IS_LONG: tl.constexpr, BLOCK: tl.constexpr):
     return at, at < count
 
 
-@triton.jit(do_not_specialize=["per_step"])  # a count that 16 divides makes loads wide
+@triton.jit(do_not_specialize=["per_0", "per_1", "per_2"])  # a count that 16 divides makes loads wide
 def _differences_kernel(
     value, minus, old_0, old_1, old_2, new_0, new_1, new_2, new_3, count, value_stride,
-    minus_stride, per_step, VALUE_WIDTH: tl.constexpr, MINUS_WIDTH: tl.constexpr,
+    minus_stride, per_0, per_1, per_2, VALUE_WIDTH: tl.constexpr, MINUS_WIDTH: tl.constexpr,
     IS_LONG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at, inside = _elements(count, IS_LONG, BLOCK)
@@ -108,13 +108,13 @@ def _differences_kernel(
         term -= _load(minus, minus_stride, at, inside, MINUS_WIDTH)
     tl.store(new_0 + at, term.to(new_0.dtype.element_ty), inside)
     if old_0 is not None:
-        term = (term - _load(old_0, 0, at, inside, 0)) * per_step
+        term = (term - _load(old_0, 0, at, inside, 0)) * per_0
         tl.store(new_1 + at, term.to(new_1.dtype.element_ty), inside)
     if old_1 is not None:
-        term = (term - _load(old_1, 0, at, inside, 0)) * per_step
+        term = (term - _load(old_1, 0, at, inside, 0)) * per_1
         tl.store(new_2 + at, term.to(new_2.dtype.element_ty), inside)
     if old_2 is not None:
-        term = (term - _load(old_2, 0, at, inside, 0)) * per_step
+        term = (term - _load(old_2, 0, at, inside, 0)) * per_2
         tl.store(new_3 + at, term.to(new_3.dtype.element_ty), inside)
 
 
@@ -195,9 +195,14 @@ def norm_rope_(q: Tensor, weight: Tensor | None, eps: float | None, rope: Rope |
 
 
 def differences(
-    value: Tensor, minus: Tensor | None, old: Sequence[Tensor], steps: int
+    value: Tensor,
+    minus: Tensor | None,
+    old: Sequence[Tensor],
+    gaps: Sequence[float],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    new = [torch.empty(value.shape, dtype=value.dtype, device=value.device) for _ in (0, *old)]
+    new = [torch.empty(value.shape, dtype=dtype, device=value.device) for _ in (0, *old)]
+    per = [*(1 / gap for gap in gaps), 0.0, 0.0, 0.0][:3]
     value, value_stride, value_width = _as_rows(value)
     minus_stride = minus_width = 0
     if minus is not None:
@@ -205,7 +210,7 @@ def differences(
     count = value.numel()
     _differences_kernel[(triton.cdiv(count, BLOCK),)](
         value, minus, *_padded([term.contiguous() for term in old], 3), *_padded(new, 4), count,
-        value_stride, minus_stride, 1 / steps, VALUE_WIDTH=value_width, MINUS_WIDTH=minus_width,
+        value_stride, minus_stride, *per, VALUE_WIDTH=value_width, MINUS_WIDTH=minus_width,
         IS_LONG=_is_long(count), BLOCK=BLOCK,
     )  # fmt: skip
     return new
@@ -277,5 +282,5 @@ _register(
     lambda c: gated_residual_norm(c.x, c.y, c.gate, c.scale, c.shift, c.eps),
 )
 _register("norm_rope", lambda c: norm_rope_(c.q, c.weight, c.eps, c.rope))
-_register("differences", lambda c: differences(c.value, c.minus, c.old, c.steps))
+_register("differences", lambda c: differences(c.value, c.minus, c.old, c.gaps, c.dtype))
 _register("weighted_sum", lambda c: weighted_sum(c.terms, c.coefficients, c.base, c.dtype))

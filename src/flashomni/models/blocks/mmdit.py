@@ -6,17 +6,15 @@ D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from flashomni.engine import Engine, LayerRun
-from flashomni.kernels.common.rope import Rope, pack_rope
+from flashomni.engine import LayerRun
+from flashomni.kernels.common.rope import Rope
 from flashomni.models import BlockRun, Site
 from flashomni.models.blocks.fused import gelu_linear, mlp
-from flashomni.symbols import Grid
 
 
 @dataclass(frozen=True)
@@ -119,29 +117,6 @@ def gelu_up(run: LayerRun, block: Any, x: Tensor) -> Tensor:
     run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
     is_tanh = type(block.act_mlp) is nn.GELU and block.act_mlp.approximate == "tanh"
     return gelu_linear(block.proj_mlp, x) if is_tanh else block.act_mlp(block.proj_mlp(x))
-
-
-def step_grid(
-    engine: Engine, seqlen: int, text: tuple[int, int], kv_len: Callable[[], Tensor] | None
-) -> Grid:
-    """The grid of a step, made once for all layers.
-
-    Args:
-        seqlen: tokens of the sequence.
-        text: token range of the text.
-        kv_len: makes the number of valid keys of each batch item, where there is padding.
-    """
-
-    def make() -> Grid:
-        recipe, length = engine.recipe, None if kv_len is None else kv_len()
-        return Grid(seqlen, seqlen, text, recipe.block_m, recipe.block_n, length)
-
-    return engine.memo("grid", make)
-
-
-def step_rope(engine: Engine, tables: Rope) -> Rope:
-    """The RoPE tables of a step, packed once for all layers."""
-    return engine.memo("rope", lambda: pack_rope(*tables))
 
 
 def split_rope(rope: Rope, start: int, stop: int) -> Rope:

@@ -1,0 +1,385 @@
+"""What runs behind an engine: it places each call of the model and hands each block its run.
+
+Hooks and adapters talk to it; users have :class:`flashomni.Engine`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.clock import Clock
+from flashomni.engine.layer import LayerRun, StepPlan
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.schedules import Signals, StepKind
+from flashomni.engine.state.branch import Branch
+from flashomni.engine.state.generation import Generation, Tick
+from flashomni.engine.state.span import Streams
+from flashomni.engine.state.storage import Lane, Storage
+from flashomni.engine.trace import LayerRecord, StepRecord, Trace
+
+MAX_GENERATIONS = 8  # that have begun and not ended
+log = logging.getLogger("flashomni")
+
+
+@dataclass
+class Call:
+    """A call of the model that is under way."""
+
+    generation: Generation
+    branch: Branch
+    tick: Tick
+    plan: StepPlan
+    record: StepRecord
+    inputs: Mapping[str, Any]
+    decided: bool | None = None  # by a schedule that decides inside a step
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+class Runtime:
+    """State of one accelerated model.
+
+    One call at a time: calls of two threads may alternate, and an overlapping one is refused.
+
+    Args:
+        model: the transformer.
+        recipe: what to compute and what to cache.
+        layers: names of the blocks, in order.
+        clock: finds the position of each call.
+        backend: take exactly this backend in every op; by default the best that accepts.
+        check: raises where the model is not, or no longer, in a state that can be accelerated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        layers: list[str],
+        clock: Clock,
+        backend: str | None,
+        check: Callable[[], None],
+    ) -> None:
+        self.model, self.recipe, self.clock, self.backend = model, recipe, clock, backend
+        self.layers, self._check = layers, check
+        self.generations: dict[Hashable, Generation] = {}
+        self.last: Generation | None = None
+        self._call: Call | None = None
+        self._owner: int | None = None
+        self._guard = threading.Lock()
+        self._lane: Lane | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def running(self) -> bool:
+        """Whether a call of the model is under way in this thread."""
+        return self._call is not None and self._owner == threading.get_ident()
+
+    @property
+    def trace(self) -> Trace:
+        """Of the generation that called last."""
+        return Trace() if self.last is None else self.last.trace
+
+    def reset(self) -> None:
+        """Drop all caches; the next call of the model starts a generation."""
+        self.generations.clear()
+        self.clock.forget()
+
+    def begin(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> None:
+        """A call of the model starts.
+
+        Args:
+            context: diffusers' cache context, its name, or ``None``.
+            device: where the model computes.
+            args: of the call, like ``kwargs``.
+
+        Raises:
+            ValueError: gradients are on, nothing tells the step, or there are too many branches.
+            NotImplementedError: the model was changed into something that is not supported.
+            RuntimeError: another call is under way.
+        """
+        if torch.is_grad_enabled():
+            raise ValueError("an accelerated model is for inference: call it under torch.no_grad()")
+        self._enter()
+        try:
+            self._call = self._place(context, device, args, kwargs)
+        except BaseException:
+            self._leave()
+            raise
+        if self._call is None:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._guard:
+            if self._owner is not None:
+                raise RuntimeError(
+                    f"two calls of one accelerated {type(self.model).__name__} overlap: one is "
+                    "under way while another thread (or the model itself) starts the next. Let "
+                    "them take turns with a lock around each call, or give each its own transformer"
+                )
+            self._owner = threading.get_ident()
+
+    def _leave(self) -> None:
+        self._call = None
+        self._owner = None
+
+    def _place(
+        self, context: Any, device: torch.device, args: tuple, kwargs: dict
+    ) -> Call | None:
+        position = self.clock.locate(context)
+        if position is None:
+            self._warn(
+                "outside",
+                "%s was called outside of any denoising loop: such calls run dense, one by one; "
+                "call engine.step(i, num_steps) before each to accelerate them",
+                type(self.model).__name__,
+            )
+            return None
+        generation = self.generations.get(position.key)
+        if generation is None or not generation.continues(position):
+            self._check()
+            generation = self._start(Generation(position, len(self.layers), self.recipe, self.backend))
+        tick = generation.advance(position)
+        self.last = generation
+        branch = generation.branches[tick.branch]
+        inputs = self._named(args, kwargs)
+        signature = tuple(_signature(value) for value in (*args, *kwargs.values()))
+        if not branch.matches("call", signature):
+            branch.reset()
+            branch.matches("call", signature)
+        if tick.step == tick.num_steps - 1 and generation.plan is not None:
+            if generation.plan.kinds[tick.step] is not StepKind.DISPATCH:
+                branch.reset()  # the last step is dense: its memory can go before it peaks
+        kind = self._kind(generation, tick, branch, inputs)
+        record = generation.trace.begin(
+            tick.step, tick.num_steps, kind.value, tick.branch, device
+        )
+        plan = self._plan(generation, kind, tick, device)
+        branch.prefetch(0, plan.stores)
+        return Call(generation, branch, tick, plan, record, inputs)
+
+    def _start(self, generation: Generation) -> Generation:
+        """Remember a new generation, and forget those that have ended."""
+        alive = {
+            key: old
+            for key, old in self.generations.items()
+            if key != generation.key and not old.finished and getattr(key, "alive", True)
+        }
+        while len(alive) >= MAX_GENERATIONS:
+            oldest = next(iter(alive))
+            del alive[oldest]
+            self._warn(
+                "generations",
+                "more than %d generations are under way on one transformer: the oldest lost its "
+                "caches, and computes its next step",
+                MAX_GENERATIONS,
+            )
+        self.generations = {**alive, generation.key: generation}
+        return generation
+
+    def _named(self, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+        """The arguments of the call by name, for schedules that look at them."""
+        schedule = self.recipe.schedule
+        if not args or not (schedule.decides or schedule.plan(1, 0) is None):
+            return kwargs
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _signals(
+        self, tick: Tick, branch: Branch, inputs: Mapping[str, Any], streams: Streams = ()
+    ) -> Signals:
+        return Signals(
+            step=tick.step,
+            num_steps=tick.num_steps,
+            computed=tuple(branch.computed),
+            inputs=inputs,
+            streams=streams,
+            memory=branch.memory,
+        )
+
+    def _kind(
+        self, generation: Generation, tick: Tick, branch: Branch, inputs: Mapping[str, Any]
+    ) -> StepKind:
+        """What this call does; an Update is due where a Dispatch would use what is too old."""
+        kind = generation.kind(lambda: self._signals(tick, branch, inputs))
+        if kind is not StepKind.DISPATCH:
+            return kind
+        due = generation.computed_before()
+        missed = due is not None and (not branch.computed or branch.computed[-1] < due)
+        return StepKind.UPDATE if branch.stored is None or missed else kind
+
+    def _plan(
+        self, generation: Generation, kind: StepKind, tick: Tick, device: torch.device
+    ) -> StepPlan:
+        planned, at_output = generation.plan, self.recipe.forecast.level == "output"
+        return StepPlan(
+            kind=kind,
+            step=tick.step,
+            num_steps=tick.num_steps,
+            branch=tick.branch,
+            records=planned is None or planned.records[tick.step],
+            probes=planned is not None and planned.probes[tick.step] and not at_output,
+            optimistic=planned is None or planned.optimistic,
+            progress=torch.full((), (tick.step + 1) / tick.num_steps, device=device),
+            recipe=self.recipe,
+            storage=self._storage(device),
+            backend=self.backend,
+            device=device,
+            num_layers=len(self.layers),
+        )
+
+    def _storage(self, device: torch.device) -> Storage:
+        settings = self.recipe.storage
+        on_host = settings.history_device == "host" and device.type == "cuda"
+        if on_host and (self._lane is None or self._lane.device != device):
+            self._lane = Lane(device)
+        return Storage(settings.history_dtype, self._lane if on_host else None, self.backend)
+
+    def end(self) -> None:
+        """A call of the model is over."""
+        if not self.running:
+            return
+        call = self._current()
+        plan, branch, generation = call.plan, call.branch, call.generation
+        if plan.stores:
+            whole = branch.spans.finish(plan.step)
+            # Where a block's output was written to before it could be kept, nothing was stored.
+            branch.stored = plan.step if whole else None
+        if plan.kind is not StepKind.DISPATCH and call.record.layers:
+            branch.computed.append(plan.step)
+        generation.trace.saw_bytes(*generation.nbytes())
+        is_last = call.tick.step == call.tick.num_steps - 1
+        if is_last:
+            branch.reset()
+        self._stop()
+        if is_last and log.isEnabledFor(logging.INFO):
+            log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
+
+    def abort(self) -> None:
+        """A call of the model has raised, if one is under way here: its branch starts afresh."""
+        if self.running:
+            call = self._current()
+            call.branch.reset()
+            call.branch.computed.clear()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._call is not None:
+            self._call.record.watch.stop()
+        if self._lane is not None:
+            self._lane.flush()
+        self._leave()
+
+    def done(self, pipe: Any) -> None:
+        """A pipeline says that it is done: free what its generation keeps.
+
+        Args:
+            pipe: the pipeline, or ``None`` where it is not known; then all that have ended.
+        """
+        for key, generation in list(self.generations.items()):
+            is_its = pipe is not None and getattr(key, "belongs_to", lambda _: False)(pipe)
+            if (is_its or generation.finished) and not self.running:
+                generation.free()
+                del self.generations[key]
+
+    def block(
+        self,
+        index: int,
+        streams: Streams,
+        compute: Callable[[LayerRun], Streams],
+        chain: bool = True,
+    ) -> Streams:
+        """Run block ``index``, or replay it where it is cached whole.
+
+        Args:
+            index: position in the list of layers.
+            streams: what the block gets and returns, ``[B, R, K]`` each.
+            compute: runs the block with its run; gives the streams behind it.
+            chain: whether the block may share a span with its neighbours.
+        """
+        call = self._current()
+        plan, branch = call.plan, call.branch
+        if branch.expect(index, streams) and plan.kind is StepKind.DISPATCH:
+            self._update_instead(call)
+        schedule = self.recipe.schedule
+        inner = schedule.front <= index < len(self.layers) - schedule.back
+        if schedule.decides and inner and plan.kind is StepKind.DISPATCH and call.decided is None:
+            signals = self._signals(call.tick, branch, call.inputs, streams)
+            call.decided = bool(schedule.decide(index, signals))
+            if call.decided:
+                self._update_instead(call)
+        if plan.kind is StepKind.DISPATCH and inner:
+            times = branch.spans.times(index)
+            if times:
+                behind = branch.spans.replay(index, streams, plan.coefficients(times))
+                if behind is not None:
+                    self._bypassed(index, call)
+                    return behind
+        branch.prefetch(index + 1, plan.stores)
+        record = LayerRecord(self.layers[index], plan.kind.value)
+        run = LayerRun(index, branch.layers[index], plan, record, call.shared, cacheable=inner)
+        behind = compute(run)
+        call.record.layers.append(record)
+        if plan.stores:
+            if inner and branch.layers[index].degraded:
+                branch.spans.record(index, streams, behind, plan.step, chain=chain)
+            else:
+                branch.spans.close(plan.step)
+        return behind
+
+    def _update_instead(self, call: Call) -> None:
+        """The step turns out to be one that computes."""
+        call.plan.kind = StepKind.UPDATE
+        call.record.kind = StepKind.UPDATE.value
+
+    def _bypassed(self, index: int, call: Call) -> None:
+        """Record that a layer was left out, and what it would have cost."""
+        record = LayerRecord(self.layers[index], StepKind.BYPASS.value, 0.0, 0.0)
+        for op, flops, _ in call.branch.layers[index].ops:
+            record.add(op, flops, 0.0)
+        call.record.layers.append(record)
+
+    def output(self, compute: Callable[[], Any]) -> Any:
+        """The model's output, forecast where the recipe caches it (``level: output``).
+
+        Args:
+            compute: runs the model.
+        """
+        if self.recipe.forecast.level != "output" or not self.running:
+            return compute()
+        call = self._current()
+        plan, kept = call.plan, call.branch.output
+        if plan.kind is StepKind.DISPATCH:
+            for index in range(len(self.layers)):
+                self._bypassed(index, call)
+            return kept.predict(plan.coefficients(kept.times))
+        output = compute()
+        if plan.stores and not kept.record(output, plan.step):
+            raise NotImplementedError(
+                f"forecast.level 'output': {type(self.model).__name__} returned "
+                f"{type(output).__name__}, which holds no tensor; use level 'layers'"
+            )
+        return output
+
+    def _warn(self, key: str, message: str, *values: object) -> None:
+        """Log a warning once."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(message, *values)
+
+    def _current(self) -> Call:
+        assert self._call is not None, "no call is under way"
+        return self._call
+
+
+def _signature(value: Any) -> Any:
+    """What of an argument the caches depend on: tensors of tokens, by shape, dtype and device."""
+    if isinstance(value, Tensor) and value.ndim > 2:
+        return value.shape, value.dtype, value.device
+    return value if isinstance(value, bool) else None

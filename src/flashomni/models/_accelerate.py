@@ -1,0 +1,120 @@
+"""``accelerate`` and its ways back: ``restore`` and ``engine_of``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashomni.dispatch import OPS, registered
+from flashomni.engine import Clock, Engine, Recipe
+from flashomni.engine.runtime import Runtime
+from flashomni.models import adapters, find_adapter
+
+log = logging.getLogger("flashomni")
+
+
+def accelerate(
+    pipe: Any,
+    recipe: Recipe | str | Path = "balanced",
+    *,
+    backend: str | None = None,
+    **settings: Any,
+) -> Engine:
+    """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
+
+    Args:
+        pipe: a pipeline whose ``transformer`` is supported, or such a transformer itself. A
+            transformer is accelerated for every pipeline that calls it; in a loop of your own call
+            ``engine.step(i, num_steps)`` before each call of it.
+        recipe: a preset, a method's or policy's name, a path to a recipe's JSON or YAML, or a
+            ``Recipe``.
+        backend: take exactly this backend in every op; by default the best that accepts.
+        settings: settings of the recipe to replace, by name: ``interval=3``.
+
+    Returns:
+        The engine, which reports and can be removed; also a context manager.
+
+    Raises:
+        ValueError: the recipe, a setting, the backend or the model is unknown, or the pipeline is
+            accelerated already.
+        NotImplementedError: the model is in a state that cannot be accelerated; the message names
+            it. Nothing is left on the pipeline in either case.
+    """
+    recipe = Recipe.of(recipe, **settings)
+    names = sorted({each.name for op in OPS for each in registered(op)})
+    if backend is not None and backend not in names:
+        raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
+    model = _transformer(pipe)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"pipe must be a diffusers pipeline with a transformer, or one of "
+            f"{', '.join(adapters())}; got {type(pipe).__name__}"
+        )
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or isinstance(model, torch._dynamo.OptimizedModule):
+        raise NotImplementedError("the transformer is compiled: accelerate it first, then compile")
+    found = find_adapter(model)
+    if engine_of(model) is not None:
+        raise ValueError("the pipeline is accelerated already: call engine.remove() first")
+    from flashomni.models import _attach
+
+    sites = found.sites(model)
+    _attach.clear_remains(model, sites)
+
+    def check() -> None:
+        _attach.refuse_hooked(model, sites)
+        found.check(model)
+
+    check()
+    clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe)
+    layers = [site.name for site in sites]
+    runtime = Runtime(model, recipe, layers, clock, backend, check)
+    detach = _attach.attach(runtime, sites)
+    engine = Engine(runtime, pipe, detach)
+    hook = _attach.call_hook(model)
+    assert hook is not None
+    hook.engine = engine
+    log.info(
+        "%s accelerated with recipe %s: %d blocks, schedule %s, backend %s",
+        type(model).__name__,
+        recipe.name,
+        len(sites),
+        recipe.schedule.name,
+        backend or "automatic",
+    )
+    return engine
+
+
+def engine_of(pipe: Any) -> Engine | None:
+    """The engine on a pipeline or a transformer, or ``None``.
+
+    Args:
+        pipe: what :func:`accelerate` took, or another pipeline with the same transformer.
+    """
+    model = _transformer(pipe)
+    if not isinstance(model, nn.Module):
+        return None
+    from flashomni.models import _attach
+
+    hook = _attach.call_hook(getattr(model, "_orig_mod", model))
+    return None if hook is None else hook.engine
+
+
+def restore(pipe: Any) -> bool:
+    """Take the engine off a pipeline or a transformer, without the handle.
+
+    Returns:
+        Whether there was one.
+    """
+    engine = engine_of(pipe)
+    if engine is not None:
+        engine.remove()
+    return engine is not None
+
+
+def _transformer(pipe: Any) -> Any:
+    return pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
