@@ -16,12 +16,12 @@ from flashomni.symbols import Symbols
 STEPS = 10
 ADAPTERS = sorted(adapters())
 # Every tile computed, every block visited, but through the sparse ops and with a history.
-ONES = Recipe(
-    policy=make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
+ONES = Recipe.of(
+    make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
 )
 # A sparse recipe whose symbols change between Updates, with first-order forecasts.
-SPARSE = Recipe(
-    policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
+SPARSE = Recipe.of(
+    make_policy("topk", q_density=0.5, kv_density=0.6), interval=4, warmup=0.2, order=1
 )
 
 

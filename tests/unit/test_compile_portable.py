@@ -147,7 +147,10 @@ def test_elementwise(name, arch, tmp_path):
     kernel = getattr(elementwise, name)
     pointers = ("y", "gate", "scale", "shift", "sum_out", "value", "minus", "base",
                 *(f"{kind}_{i}" for kind in ("old", "new", "term") for i in range(4)))  # fmt: skip
-    types = dict.fromkeys(pointers, "*bf16") | {"eps": "fp32", **dict.fromkeys(("per_0", "per_1", "per_2"), "fp32")}
+    types = dict.fromkeys(pointers, "*bf16") | {
+        "eps": "fp32",
+        **dict.fromkeys(("per_0", "per_1", "per_2"), "fp32"),
+    }
     compiled = compile_kernel(kernel, arch, "bf16", ELEMENTWISE[name], types=types, num_warps=8)
     check(compiled, arch, tmp_path)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]

@@ -1,6 +1,7 @@
 """Every adapter, on its own tiny random model: what the engine promises about a model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,10 +182,10 @@ def test_a_generation_that_breaks_off_leaves_nothing(tiny):
         for step in range(7):
             engine.step(step, STEPS)
             call(model, inputs)
-        kept = sum(sum(branch.nbytes()) for branch in engine._branches.values())
+        kept = sum(engine._runtime.last.nbytes())
         engine.step(0, STEPS)
         assert torch.equal(call(model, inputs), alone[0])
-        left = sum(sum(branch.nbytes()) for branch in engine._branches.values())
+        left = sum(engine._runtime.last.nbytes())
         assert 0 < left < 0.5 * kept  # what a warm-up step records, and no more
         assert torch.equal(generation(engine, model, inputs), alone)
 
@@ -283,12 +284,14 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
         def known_fraction(self, grid):
             return None
 
-    recipe = Recipe(policy=Wave(), interval=2, warmup=0.0, order=1, degrade_below=0.7)
+    recipe = replace(
+        Recipe.of("topk", interval=2, warmup=0.0, order=1, degrade_below=0.7), policy=Wave()
+    )
     with flashomni.accelerate(model, recipe) as engine:
         for step in range(16):
             engine.step(step, 16)
             call(model, inputs)
-            for layer in engine._branches["call"].layers:  # never both kinds of memory
+            for layer in engine._runtime.last.branches["call"].layers:  # never both kinds of memory
                 assert not layer.degraded or (layer.bias_terms is None and not layer.history)
         kinds = [s["layer_kinds"][0] for s in engine.report().steps]
     assert "bypass" in kinds and kinds[1] == "dispatch"  # measured at one Update, used at the next
@@ -302,7 +305,7 @@ def test_whole_layer_caching_keeps_no_heads(tiny):
         for step in range(4):
             engine.step(step, STEPS)
             call(model, inputs)
-        branch = engine._branches["call"]
+        branch = engine._runtime.last.branches["call"]
         assert all(not layer.history and layer.bias_terms is None for layer in branch.layers)
         kept = sorted(tuple(t.shape) for t in branch.spans.tensors())
         assert len(kept) == 2 and kept[0][0] == 2  # one term of either stream, for all layers
@@ -320,8 +323,8 @@ def test_histories_in_bfloat16_take_half_the_memory(tiny):
 def test_the_first_interval_can_cache_whole_layers(tiny):
     """S_q is decided by a probe in the warm-up, so the first Dispatch already bypasses layers."""
     model, inputs = tiny
-    light = Recipe(
-        policy=make_policy("flashomni", tau_q=1.0, tau_kv=0.0, power=0.0),
+    light = Recipe.of(
+        make_policy("flashomni", tau_q=1.0, tau_kv=0.0, power=0.0),
         interval=3,
         warmup=0.5,
         order=1,

@@ -8,8 +8,8 @@ from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.policies import make_policy
 
-SPARSE = Recipe(
-    policy=make_policy("topk", q_density=0.5, kv_density=0.6), interval=3, warmup=0.2, order=1
+SPARSE = Recipe.of(
+    make_policy("topk", q_density=0.5, kv_density=0.6), interval=3, warmup=0.2, order=1
 )
 SMALL = {
     "tiny-image": {"height": 88, "width": 72, "num_inference_steps": 8},
@@ -137,7 +137,7 @@ def test_caches_are_freed_when_a_generation_ends(loaded):
     """After the last step the engine holds no tensor."""
     with flashomni.accelerate(loaded.pipe, SPARSE) as engine:
         generate(loaded)
-        assert sum(sum(branch.nbytes()) for branch in engine._branches.values()) == 0
+        assert sum(engine._runtime.last.nbytes()) == 0
 
 
 def test_pipelines_survive_a_round_trip_to_disk(loaded, tmp_path):

@@ -1,6 +1,6 @@
 """Spans: layers that are cached whole replay together exactly what they added together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -106,7 +106,9 @@ def test_spans_between_computed_layers(no_grad, tiny):
     """Some layers cached whole, some by tile: constant inputs give the outputs of the Update."""
     model, inputs = tiny
     policy = Alternate(q_density=1.0, kv_density=1.0)
-    recipe = Recipe(policy=policy, interval=3, warmup=0.0, order=1, degrade_below=0.5)
+    recipe = replace(
+        Recipe.of("topk", interval=3, warmup=0.0, order=1, degrade_below=0.5), policy=policy
+    )
     stock = call(model, inputs)
     with flashomni.accelerate(model, recipe) as engine:
         for step in range(3):

@@ -254,22 +254,24 @@ def _show_recipe(name: str | None) -> None:
     import json
 
     from flashomni.engine import Recipe, presets
+    from flashomni.engine.recipe import METHODS
 
     if name is not None:
         console.print_json(json.dumps(Recipe.of(name).to_dict()))
         return
-    columns = ("recipe", "policy", "N", "warm-up", "order", "S_q", "settings")
-    table = Table(*columns, title="presets")
-    for preset in presets():
+    columns = ("recipe", "policy", "schedule", "forecast", "S_q", "settings of the policy")
+    table = Table(*columns, title="presets, and recipes of published methods")
+    for preset in (*presets(), *METHODS):
         recipe = Recipe.of(preset)
-        settings = {k: v for k, v in recipe.policy.to_dict().items() if k != "name"}
+        policy, schedule = recipe.policy.to_dict(), recipe.schedule.to_dict()
+        settings = {k: v for k, v in policy.items() if k != "name"}
+        when = ", ".join(f"{k}={v}" for k, v in schedule.items() if k != "name")
         table.add_row(
             preset,
             recipe.policy.name,
-            str(recipe.interval),
-            f"{recipe.warmup:.0%}",
-            f"{recipe.forecast} {recipe.order}",
-            f"{recipe.degrade_below:g}",
+            f"{recipe.schedule.name} {when}",
+            f"{recipe.forecast.name} {recipe.order}",
+            f"{recipe.sparse.degrade_below:g}",
             ", ".join(f"{k}={v}" for k, v in settings.items()),
         )
     console.print(table)

@@ -159,8 +159,10 @@ class _PipelineKey:
         return hash(self._id)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _PipelineKey) and other._id == self._id
-        return same and self._ref() is not None and self._ref() is other._ref()  # type: ignore[union-attr]
+        if not isinstance(other, _PipelineKey):
+            return False
+        pipe = self._ref()
+        return pipe is not None and pipe is other._ref()
 
     def belongs_to(self, pipe: Any) -> bool:
         return self._ref() is pipe

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flashomni.engine.forecasts import difference_weights
 from flashomni.engine.linear import (
     is_hooked,
     linear_flops,
@@ -28,7 +29,6 @@ from flashomni.engine.linear import (
     project_joined,
     why_not_plain,
 )
-from flashomni.engine.forecasts import difference_weights
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, History, LayerCache
@@ -183,7 +183,8 @@ class LayerRun:
             return make(*inputs)
         key = (make, *map(_identity, inputs))
         if key not in self._shared:
-            self._shared[key] = make(*inputs), inputs  # the inputs are held, so that ids stay theirs
+            # The inputs are held, so that their ids stay theirs.
+            self._shared[key] = make(*inputs), inputs
         return self._shared[key][0]
 
     @property

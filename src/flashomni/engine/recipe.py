@@ -11,7 +11,7 @@ from typing import Any
 
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.recipe_file import read_recipe, upgrade
-from flashomni.engine.schedules import Schedule, make_schedule, schedules
+from flashomni.engine.schedules import Plan, Schedule, make_schedule, schedules
 from flashomni.engine.schedules import fields as schedule_fields
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
@@ -161,6 +161,15 @@ class Recipe:
                 )
 
     @property
+    def order(self) -> int:
+        """The highest forecast order that is asked for."""
+        return max(self.forecast.order, self.forecast.layer_order)
+
+    def plan(self, num_steps: int) -> Plan | None:
+        """The steps of a generation; ``None`` where the schedule decides them one by one."""
+        return self.schedule.plan(num_steps, self.order)
+
+    @property
     def skips(self) -> bool:
         """Whether anything can be left out in a Dispatch step."""
         return self.policy.name != "dense"
@@ -180,6 +189,10 @@ class Recipe:
             if key in own and not (key == "forecast" and isinstance(value, str))
         }
         settings = {key: value for key, value in changes.items() if key not in whole}
+        if isinstance(whole.get("schedule"), Mapping):
+            whole["schedule"] = _named("schedule", whole["schedule"], schedules(), make_schedule)
+        if isinstance(whole.get("schedule"), str):
+            settings["schedule"] = whole.pop("schedule")
         recipe = dataclasses.replace(self, **whole) if whole else self
         return recipe.with_settings(recipe.name, settings) if settings else recipe
 
@@ -295,7 +308,7 @@ class Recipe:
             ValueError: it is none of these, or a setting is not allowed.
         """
         if isinstance(recipe, Policy):
-            recipe = cls(policy=recipe)
+            recipe = cls(policy=recipe, name=settings.pop("name", "custom"))
         if isinstance(recipe, Recipe):
             return recipe.with_settings(recipe.name, settings) if settings else recipe
         if not isinstance(recipe, (str, Path)):

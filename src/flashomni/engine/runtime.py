@@ -129,9 +129,7 @@ class Runtime:
         self._call = None
         self._owner = None
 
-    def _place(
-        self, context: Any, device: torch.device, args: tuple, kwargs: dict
-    ) -> Call | None:
+    def _place(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> Call | None:
         position = self.clock.locate(context)
         if position is None:
             self._warn(
@@ -144,7 +142,9 @@ class Runtime:
         generation = self.generations.get(position.key)
         if generation is None or not generation.continues(position):
             self._check()
-            generation = self._start(Generation(position, len(self.layers), self.recipe, self.backend))
+            generation = self._start(
+                Generation(position, len(self.layers), self.recipe, self.backend)
+            )
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
@@ -153,13 +153,12 @@ class Runtime:
         if not branch.matches("call", signature):
             branch.reset()
             branch.matches("call", signature)
-        if tick.step == tick.num_steps - 1 and generation.plan is not None:
-            if generation.plan.kinds[tick.step] is not StepKind.DISPATCH:
-                branch.reset()  # the last step is dense: its memory can go before it peaks
+        planned = generation.plan
+        is_last = tick.step == tick.num_steps - 1
+        if is_last and planned is not None and planned.kinds[-1] is not StepKind.DISPATCH:
+            branch.reset()  # the last step is dense: its memory can go before it peaks
         kind = self._kind(generation, tick, branch, inputs)
-        record = generation.trace.begin(
-            tick.step, tick.num_steps, kind.value, tick.branch, device
-        )
+        record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         plan = self._plan(generation, kind, tick, device)
         branch.prefetch(0, plan.stores)
         return Call(generation, branch, tick, plan, record, inputs)

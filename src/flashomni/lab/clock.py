@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from flashomni.engine.trace import Stopwatch
+from flashomni.util.stopwatch import Stopwatch
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
+from flashomni.engine import Engine
 from flashomni.engine.callers import calling_pipeline
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
@@ -109,6 +110,10 @@ def _inert(*_: Any) -> None:
     """What the hooks below are in a copy of the model."""
 
 
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
 class CallHook:
     """A torch hook of the model that tells the runtime about a call.
 
@@ -118,7 +123,8 @@ class CallHook:
     """
 
     def __init__(self, runtime: Runtime, tell: Callable[..., None]) -> None:
-        self.runtime, self.engine, self._tell = runtime, None, tell
+        self.runtime, self._tell = runtime, tell
+        self.engine: Engine | None = None
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, *values: Any) -> None:
@@ -129,7 +135,7 @@ class CallHook:
         return _inert
 
     def __reduce__(self) -> Any:
-        return "_inert"
+        return _make_inert, ()
 
 
 class _NoState(BaseState):
@@ -169,7 +175,7 @@ class ContextHook(ModelHook):
         return ContextHook, ()
 
     def put_on(self, model: nn.Module) -> None:
-        """Into the model's registry, in front of hooks that wrap forwards: it is no part of them."""
+        """Into the model's registry, in front of hooks that wrap forwards: it wraps none."""
         registry = HookRegistry.check_if_exists_or_initialize(model)
         registry.hooks[NAME] = self
         registry._hook_order.insert(0, NAME)
@@ -195,7 +201,9 @@ def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
     Returns:
         What takes it off again.
     """
-    model, installed, handles = runtime.model, [], []
+    model = runtime.model
+    installed: list[InsteadOfForward] = []
+    handles: list[Any] = []
     clear_remains(model, sites)
 
     def detach() -> None:
@@ -214,7 +222,7 @@ def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
         for index, site in enumerate(sites):
             installed.append(BlockForward(runtime, index, site))
         if runtime.recipe.forecast.level == "output":
-            installed.append(ModelForward(runtime))  # type: ignore[arg-type]
+            installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),
             CallHook(runtime, lambda *_: runtime.end()),
@@ -282,6 +290,11 @@ def _refuse_hooked_block(site: Site) -> None:
             others += getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
     if getattr(block, "_hf_hook", None) is not None:
         others.append(type(block._hf_hook).__name__)
+    if any(parameter.device.type == "meta" for parameter in block.parameters()):
+        raise NotImplementedError(
+            f"{site.name}: its weights are elsewhere (sequential offloading), which is not "
+            "supported; enable_model_cpu_offload is"
+        )
     if others or _is_replaced(block):
         raise NotImplementedError(
             f"{site.name} carries the hook {', '.join(others) or 'of a replaced forward'} "

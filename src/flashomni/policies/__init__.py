@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from flashomni.policies._site import AttentionSite
@@ -27,13 +27,11 @@ class Policy:
     Attributes:
         caches: whether S_c bits can be 0. If not, no history is kept for this policy.
         needs_text: whether it chooses by the text, so that a grid without text is refused.
-        recipe: settings of a recipe that the method asks for, by field name of ``Recipe``.
     """
 
     name: ClassVar[str]
     caches: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
-    recipe: ClassVar[Mapping[str, Any]] = {}
 
     def __call__(self, site: AttentionSite) -> Symbols:
         """Choose what the coming Dispatch steps compute. Never synchronises with the host.

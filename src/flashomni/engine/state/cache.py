@@ -49,9 +49,7 @@ class History:
         gaps = [(step - self.times[-i]) / i for i in range(1, len(old) + 1)]
         is_wide = self._wide and value.dtype == torch.float16
         dtype = torch.float32 if is_wide else value.dtype
-        terms = differences(
-            value, minus, old, gaps, dtype, backend=self.storage.backend
-        )
+        terms = differences(value, minus, old, gaps, dtype, backend=self.storage.backend)
         self.times = (*self.times, step)[-len(terms) :]
         self._dtype = value.dtype
         while len(self._kept) < min(len(terms), self.keep):

@@ -93,8 +93,7 @@ class Generation:
         num_steps = max(position.num_steps, self.step + 1)
         if num_steps != self.num_steps:
             self.num_steps = num_steps
-            schedule, forecast = self._recipe.schedule, self._recipe.forecast
-            self.plan = schedule.plan(num_steps, max(forecast.order, forecast.layer_order))
+            self.plan = self._recipe.plan(num_steps)
         name = position.branch or "call"
         seen = self._calls[name] = self._calls.get(name, 0) + 1
         if position.announced and seen > 1:

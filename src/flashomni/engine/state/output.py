@@ -41,7 +41,9 @@ class Output:
             return False
         if shape != self._shape:
             keep = self._order + 1
-            self._histories = [History(self._order, keep, self._storage, wide=True) for _ in tensors]
+            self._histories = [
+                History(self._order, keep, self._storage, wide=True) for _ in tensors
+            ]
         for history, tensor in zip(self._histories, tensors, strict=True):
             history.push(tensor, step)
         self._shape = shape

@@ -255,10 +255,8 @@ def _norm_rope(call: NormRopeCall) -> None:
 @_definition("differences")
 def _differences(call: DifferencesCall) -> list[Tensor]:
     value, minus, dtype = call.value, call.minus, call.dtype
-    if minus is None:
-        terms = [value.to(dtype, copy=True)]
-    else:
-        terms = [value.to(dtype) - minus.to(dtype)]
+    wide = value.to(dtype)
+    terms = [wide.clone() if minus is None else wide - minus.to(dtype)]
     for term, gap in zip(call.old, call.gaps, strict=True):
         terms.append(((terms[-1].float() - term.float()) / gap).to(dtype))
     return terms

@@ -96,7 +96,9 @@ def _elements(count, IS_LONG: tl.constexpr, BLOCK: tl.constexpr):
     return at, at < count
 
 
-@triton.jit(do_not_specialize=["per_0", "per_1", "per_2"])  # a count that 16 divides makes loads wide
+@triton.jit(
+    do_not_specialize=["per_0", "per_1", "per_2"]
+)  # a count that 16 divides makes loads wide
 def _differences_kernel(
     value, minus, old_0, old_1, old_2, new_0, new_1, new_2, new_3, count, value_stride,
     minus_stride, per_0, per_1, per_2, VALUE_WIDTH: tl.constexpr, MINUS_WIDTH: tl.constexpr,

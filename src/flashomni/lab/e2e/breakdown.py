@@ -14,8 +14,8 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from flashomni.engine import Recipe, StepKind
-from flashomni.lab.e2e.methods import short, warm_up
+from flashomni.engine import Recipe
+from flashomni.lab.e2e.methods import planned_kinds, short, warm_up
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.parts import IDLE, OTHER, PARTS, part_of
 from flashomni.lab.e2e.run import free, generate
@@ -69,8 +69,8 @@ def profile_recipe(recipe: Recipe, model: Model, backend: str | None = None) -> 
     """The last step of each kind of a short run (see ``methods.short``), compiled before."""
     warm_up(recipe, model, backend)
     brief, steps = short(recipe)
-    kinds = [brief.schedule.kind(i, steps) for i in range(steps)]
-    chosen = {len(kinds) - 1 - kinds[::-1].index(kind): kind.value for kind in StepKind}
+    kinds = planned_kinds(brief, steps)
+    chosen = {i: kind.value for i, kind in enumerate(kinds) if kind not in kinds[i + 1 :]}
     with accelerate(model.pipe, brief, backend=backend), _profiled(model, chosen) as found:
         generate(model, steps)
     return found

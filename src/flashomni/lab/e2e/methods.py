@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from flashomni.engine import Recipe, Summary
-from flashomni.engine.schedules.interval import Schedule
+from flashomni.engine import Recipe, StepKind, Summary
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.run import Clocked, OnStep, generate, silent
 from flashomni.lab.e2e.stock import Stock
@@ -96,7 +95,7 @@ def parse_recipe(text: str) -> tuple[str, Recipe]:
         ValueError: it is none.
     """
     recipe = Recipe.of(text)
-    return (recipe.name if text.endswith(".json") else text), recipe
+    return (recipe.name if text.endswith((".json", ".yaml", ".yml")) else text), recipe
 
 
 # ---------------------------------------------------------------- stock
@@ -144,8 +143,8 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
     Where all steps do the same (policy ``dense``) a few steps of each kind stand for all.
     """
     warm_up(recipe, model, plan.backend)
-    alike = recipe.policy.name == "dense" and not plan.whole
-    count = few_steps(recipe.schedule, plan) if alike else plan.steps
+    alike = not recipe.skips and recipe.plan(plan.steps) is not None and not plan.whole
+    count = few_steps(recipe, plan) if alike else plan.steps
     with accelerate(model.pipe, recipe, backend=plan.backend) as engine:
         run = generate(model, count, on_step)
         summary = engine.report()
@@ -153,7 +152,7 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
     calls = grouped(kinds, run.calls, skip_first=alike)
     seconds, planned = run.seconds, kinds
     if alike:
-        planned = [recipe.schedule.kind(i, plan.steps).value for i in range(plan.steps)]
+        planned = [kind.value for kind in planned_kinds(recipe, plan.steps)]
         seconds = sum(statistics.median(calls[kind]) for kind in planned)
     return Timing(
         calls,
@@ -172,10 +171,10 @@ def short(recipe: Recipe) -> tuple[Recipe, int]:
     The warm-up is as long as the forecasts need, the interval is 2; policy, orders and storage,
     which decide what kernels run, are the recipe's own.
     """
-    first = max(recipe.order, recipe.layer_order)
+    first = recipe.order
     steps = first + 5
     warmup = (first + 0.5) / steps  # ceil of it x steps is the first Update's index + 1
-    return recipe.replace(interval=2, warmup=warmup), steps
+    return recipe.replace(schedule={"name": "interval", "interval": 2, "warmup": warmup}), steps
 
 
 def warm_up(recipe: Recipe, model: Model, backend: str | None) -> None:
@@ -183,16 +182,31 @@ def warm_up(recipe: Recipe, model: Model, backend: str | None) -> None:
     brief, steps = short(recipe)
     with accelerate(model.pipe, brief, backend=backend):
         generate(model, steps)
-    if recipe.degrade_below > 0:  # which layers are cached whole may differ in the long run
+    if recipe.sparse.degrade_below > 0:  # which layers are cached whole may differ in the long run
         with accelerate(model.pipe, brief.replace(degrade_below=0.0), backend=backend):
             generate(model, steps, stop_after=steps - 3)  # one Update, one Dispatch step
 
 
-def few_steps(schedule: Schedule, plan: Plan) -> int:
+def planned_kinds(recipe: Recipe, steps: int) -> tuple[StepKind, ...]:
+    """What each step of a generation does.
+
+    Raises:
+        ValueError: the schedule decides that while it runs.
+    """
+    plan = recipe.plan(steps)
+    if plan is None:
+        raise ValueError(
+            f"schedule {recipe.schedule.name} decides at each step, so its steps are not known "
+            "before; take a schedule that plans (interval, steps)"
+        )
+    return plan.kinds
+
+
+def few_steps(recipe: Recipe, plan: Plan) -> int:
     """Fewest steps, ``stock_steps`` or more, that have each kind of a whole run after the first."""
-    wanted = {schedule.kind(i, plan.steps) for i in range(plan.steps)}
+    wanted = set(planned_kinds(recipe, plan.steps))
     for steps in range(plan.stock_steps, plan.steps):
-        if wanted <= {schedule.kind(i, steps) for i in range(1, steps)}:
+        if wanted <= set(planned_kinds(recipe, steps)[1:]):
             return steps
     return plan.steps
 

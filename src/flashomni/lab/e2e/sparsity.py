@@ -83,8 +83,8 @@ def point_for(mode: str, sparsity: float, dispatch_steps: int) -> Point:
         raise ValueError(f"dispatch-steps must be at least 1, got {dispatch_steps}")
     q_density, kv_density = MODES[mode](1.0 - sparsity)
     steps = dispatch_steps + 3  # and the dense last step, which is not run
-    recipe = Recipe(
-        policy=make_policy("topk", q_density=q_density, kv_density=kv_density),
+    recipe = Recipe.of(
+        make_policy("topk", q_density=q_density, kv_density=kv_density),
         name=f"{mode} {sparsity:g}",
         interval=dispatch_steps + 1,
         warmup=1.5 / steps,
@@ -130,7 +130,7 @@ def tabulate_sparsity(rows: list[SparsityRow]) -> Table:
 
 def _dense_ms(model: Model, steps: int, backend: str | None) -> float:
     """Median of our own dense steps, the first left out."""
-    dense = Recipe(policy=make_policy("dense"), name="dense", interval=1, warmup=0.0)
+    dense = Recipe.of(make_policy("dense"), name="dense", interval=1, warmup=0.0)
     with accelerate(model.pipe, dense, backend=backend):
         return statistics.median(generate(model, steps).calls[1:]) * 1e3
 
