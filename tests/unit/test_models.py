@@ -277,9 +277,11 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
     class Wave(type(make_policy("topk"))):
         """Computes little at first and everything later."""
 
-        def __call__(self, q, k, grid, progress):
-            density = 0.3 if float(progress) < 0.6 else 1.0
-            return make_policy("topk", q_density=density, kv_density=1.0)(q, k, grid, progress)
+        name = "wave"
+
+        def __call__(self, site):
+            density = 0.3 if float(site.progress) < 0.6 else 1.0
+            return make_policy("topk", q_density=density, kv_density=1.0)(site)
 
         def known_fraction(self, grid):
             return None

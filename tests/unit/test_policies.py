@@ -126,8 +126,8 @@ def test_unknown_policies_and_settings_list_the_known():
         make_policy("magic")
     with pytest.raises(ValueError, match="policy topk takes q_density, kv_density, share_heads"):
         make_policy("topk", density=0.5)
-    with pytest.raises(ValueError, match="policy fora takes no settings, got 'order'"):
-        make_policy("fora", order=1)
+    with pytest.raises(ValueError, match="policy cached takes no settings, got 'order'"):
+        make_policy("cached", order=1)
 
 
 def low_mass_loop(mass, tau):
@@ -450,7 +450,7 @@ def test_the_engine_tells_a_policy_where_it_is(no_grad, tiny):
 
     POLICIES.remove("looks")
     model, arguments = tiny
-    recipe = Recipe(policy=Looks(), interval=2, warmup=0.0)
+    recipe = Recipe.of(Looks(), interval=2, warmup=0.0)
     with flashomni.accelerate(model, recipe, backend="reference") as engine:
         for step in range(4):
             engine.step(step, 6, "cond")

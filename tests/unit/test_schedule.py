@@ -1,13 +1,11 @@
 """Steps, forecasts, histories, and the clock that tells them without reading a tensor."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashomni.engine import Clock, Schedule, StepKind, forecasts
+from flashomni.engine import Schedule, StepKind, forecasts
 from flashomni.engine.state.cache import History
 from flashomni.engine.state.storage import Storage
 
@@ -107,82 +105,3 @@ def test_history_copies_what_it_keeps():
     history.push(value, 0)
     value.zero_()
     assert history.predict(torch.ones(1)).tolist() == [1, 1, 1]
-
-
-def pipeline(num_steps=4, **attributes):
-    scheduler = SimpleNamespace(timesteps=torch.arange(num_steps), step_index=None, **attributes)
-    return SimpleNamespace(scheduler=scheduler)
-
-
-def advance(pipe):
-    scheduler = pipe.scheduler
-    scheduler.step_index = 1 + (scheduler.step_index or 0)
-
-
-def test_clock_follows_the_scheduler():
-    """Steps count from 0; the first call is a new run, the others are not."""
-    pipe = pipeline()
-    clock = Clock(pipe)
-    for step in range(4):
-        tick = clock.tick("cond")
-        assert (tick.step, tick.num_steps, tick.branch) == (step, 4, "cond")
-        assert tick.new_run == (step == 0)
-        advance(pipe)
-
-
-@pytest.mark.parametrize("names", [("cond", "uncond"), (None, None)])
-def test_clock_tells_branches_apart(names):
-    """By name where there is one, else by the order of calls within a step."""
-    pipe = pipeline()
-    clock = Clock(pipe)
-    seen = []
-    for _ in range(3):
-        seen.append([clock.tick(name) for name in names])
-        advance(pipe)
-    expected = ["call", "call#1"] if names[0] is None else list(names)
-    assert [[tick.branch for tick in ticks] for ticks in seen] == [expected] * 3
-    assert [ticks[1].step for ticks in seen] == [0, 1, 2]
-    assert [tick.new_run for tick in seen[0]] == [True, False]
-
-
-def test_clock_sees_a_new_generation():
-    """New timesteps, or an index that goes back: also after a run that broke off."""
-    pipe = pipeline()
-    clock = Clock(pipe)
-    clock.tick(None)
-    advance(pipe)
-    clock.tick(None)
-    pipe.scheduler.timesteps, pipe.scheduler.step_index = torch.arange(7), None
-    tick = clock.tick(None)
-    assert tick.new_run and (tick.step, tick.num_steps) == (0, 7)
-    advance(pipe)
-    clock.tick(None)
-    pipe.scheduler.step_index = 0
-    assert clock.tick(None).new_run
-    clock.reset()
-    assert clock.tick(None).new_run
-
-
-def test_clock_counts_from_where_the_pipeline_begins():
-    """img2img starts in the middle of the timesteps."""
-    pipe = pipeline(10, begin_index=6)
-    clock = Clock(pipe)
-    assert (clock.tick(None).step, clock.tick(None).num_steps) == (0, 4)
-    pipe.scheduler.step_index = 7
-    assert clock.tick(None).step == 1
-
-
-def test_clock_takes_an_explicit_step_once():
-    """announce() wins over everything, for one call; going back is a new run."""
-    clock = Clock()
-    clock.announce(3, 9, "left")
-    tick = clock.tick("cond")
-    assert (tick.step, tick.num_steps, tick.branch, tick.new_run) == (3, 9, "left", True)
-    clock.announce(4, 9, None)
-    assert clock.tick(None) == type(tick)(4, 9, "call", False)
-    clock.announce(0, 9, None)
-    assert clock.tick(None).new_run
-    with pytest.raises(ValueError, match="nothing tells the engine which step this is"):
-        clock.tick(None)
-    with pytest.raises(ValueError, match="step must be from 0 to num_steps - 1, got 9 of 9"):
-        clock.announce(9, 9, None)

@@ -90,6 +90,8 @@ def test_nothing_is_kept_of_layers_that_are_computed_again(spans):
 class Alternate(type(make_policy("topk"))):
     """Says of every second layer that little of it is computed."""
 
+    name = "alternate"
+
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "calls", [])

@@ -13,26 +13,25 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.forecasts import difference_weights
 from flashomni.engine.linear import (
-    is_hooked,
+    is_rms_norm,
     linear_flops,
+    norm_eps,
     plain_weights,
     project_into,
     project_joined,
     why_not_plain,
 )
-from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, History, LayerCache
-from flashomni.engine.state.storage import Kept, Storage
+from flashomni.engine.state.storage import Kept
+from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord
 from flashomni.kernels import (
     ForecastTerms,
@@ -48,58 +47,6 @@ from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
 
 T = TypeVar("T")
-
-
-@dataclass
-class StepPlan:
-    """What all layers share in one call of the model.
-
-    Args:
-        kind: full, update or dispatch.
-        step: index of this step, of ``num_steps``.
-        num_steps: of the generation.
-        branch: name of the conditioning branch.
-        records: whether a full step adds its outputs to the histories.
-        probes: whether a full step measures the fraction for S_q.
-        optimistic: whether a full step that records before any fraction is known takes it that
-            layers will be cached whole.
-        progress: fp32 scalar (step + 1) / num_steps.
-        recipe: what to compute and what to cache.
-        storage: how histories and bias terms of tiles are kept.
-        backend: take exactly this one in every op; ``None`` takes the best that accepts.
-        device: where the model computes.
-        num_layers: of the model.
-    """
-
-    kind: StepKind
-    step: int
-    num_steps: int
-    branch: str
-    records: bool
-    probes: bool
-    optimistic: bool
-    progress: Tensor
-    recipe: Recipe
-    storage: Storage
-    backend: str | None
-    device: torch.device
-    num_layers: int
-    _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-
-    @property
-    def stores(self) -> bool:
-        """Whether this step adds to the histories."""
-        return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
-
-    def coefficients(self, times: tuple[int, ...]) -> Tensor:
-        """Weights of the terms of a history with these anchors, at this step: fp32, on the device.
-
-        Layers whose history began later have fewer anchors; most layers share one tensor.
-        """
-        if times not in self._weights:
-            values = difference_weights(self.recipe.forecast.name, times, self.step)
-            self._weights[times] = _to_device(values, self.device)
-        return self._weights[times]
 
 
 class LayerRun:
@@ -245,7 +192,7 @@ class LayerRun:
         weights = plain_weights(linear, x)
         is_text = self.grid.is_text(row_offset, row_offset + rows)  # never cached
         sparse = self.kind is StepKind.DISPATCH and self._caches_heads and not is_text
-        if sparse and weights is not None and _is_rms_norm(norm):
+        if sparse and weights is not None and is_rms_norm(norm):
             self._record.add("gemm_q", flops, self._live_share(row_offset, rows))
             sparse_gemm_q(
                 x,
@@ -254,7 +201,7 @@ class LayerRun:
                 self._symbols(),
                 row_offset=row_offset,
                 norm_weight=getattr(norm, "weight", None),
-                norm_eps=None if norm is None else _eps(norm, x.dtype),
+                norm_eps=None if norm is None else norm_eps(norm, x.dtype),
                 rope=rope,
                 out=out,
                 backend=self.backend,
@@ -276,10 +223,10 @@ class LayerRun:
     ) -> None:
         """Like :meth:`project_q` for all heads of all tokens, uncounted: keys and values."""
         project_into(linear, x, out)
-        if norm is not None and not _is_rms_norm(norm):
+        if norm is not None and not is_rms_norm(norm):
             out.copy_(norm(out))
             norm = None
-        eps = None if norm is None else _eps(norm, x.dtype)
+        eps = None if norm is None else norm_eps(norm, x.dtype)
         norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
@@ -448,25 +395,5 @@ class LayerRun:
         return cache.history.push(o, self._plan.step)
 
 
-def _is_rms_norm(norm: nn.Module | None) -> bool:
-    """Whether a norm over head_dim can be fused: torch's and diffusers' RMSNorm without bias."""
-    if norm is None:
-        return True
-    plain = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None
-    return plain and not is_hooked(norm)
-
-
-def _eps(norm: nn.Module, dtype: torch.dtype) -> float:
-    eps = norm.eps
-    return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]
-
-
 def _identity(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
-
-
-def _to_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """A small fp32 tensor on the device, without waiting for it."""
-    if device.type != "cuda":
-        return torch.tensor(values, device=device)
-    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)

@@ -108,3 +108,16 @@ def join_tokens(first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second], dim=1)
     shape = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
     return first.as_strided(shape, first.stride(), first.storage_offset())
+
+
+def is_rms_norm(norm: nn.Module | None) -> bool:
+    """Whether a norm over head_dim can be fused: torch's and diffusers' RMSNorm without bias."""
+    if norm is None:
+        return True
+    plain = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None
+    return plain and not is_hooked(norm)
+
+
+def norm_eps(norm: nn.Module, dtype: torch.dtype) -> float:
+    eps = norm.eps
+    return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]

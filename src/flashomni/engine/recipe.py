@@ -12,7 +12,6 @@ from typing import Any
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.recipe_file import read_recipe, upgrade
 from flashomni.engine.schedules import Plan, Schedule, make_schedule, schedules
-from flashomni.engine.schedules import fields as schedule_fields
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import Policy, check_int, check_range, make_policy, policies
 from flashomni.symbols import Grid
@@ -104,6 +103,14 @@ SECTIONS: dict[str, type] = {
 }
 
 
+# Settings that name a thing: what they make of a recipe's part.
+_BY_NAME: dict[str, Any] = {
+    "policy": lambda recipe, name: make_policy(name),
+    "schedule": lambda recipe, name: make_schedule(name),
+    "forecast": lambda recipe, name: dataclasses.replace(recipe.forecast, name=name),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what is computed, cached and skipped.
@@ -133,12 +140,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise ValueError(f"policy must be a Policy, got {self.policy!r}")
-        if self.policy_without_text is not None and not isinstance(
-            self.policy_without_text, Policy
-        ):
-            raise ValueError(
-                f"policy_without_text must be a Policy or None, got {self.policy_without_text!r}"
-            )
+        other = self.policy_without_text
+        if other is not None and not isinstance(other, Policy):
+            raise ValueError(f"policy_without_text must be a Policy or None, got {other!r}")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
         if not isinstance(self.schedule, Schedule):
@@ -148,6 +152,7 @@ class Recipe:
                 raise ValueError(
                     f"{section} must be {cls.__name__}, got {getattr(self, section)!r}"
                 )
+        self.to_dict()  # what has no name or is no JSON is found here, not at the report
         if self.forecast.level == "output":
             if self.policy.name != "cached":
                 raise ValueError(
@@ -262,38 +267,35 @@ class Recipe:
         Raises:
             ValueError: a key is no setting, or a value is not allowed.
         """
-        data = self.to_dict()
-        sections = [data[section] for section in (*SECTIONS, "schedule", "policy")]
+        parts: dict[str, Any] = {s: getattr(self, s) for s in ("schedule", *SECTIONS, "policy")}
+        named = {key: settings[key] for key in _BY_NAME if isinstance(settings.get(key), str)}
+        for key, value in named.items():
+            parts[key] = _BY_NAME[key](self, value)
         other: dict[str, Any] = {}
+        changes: dict[str, dict[str, Any]] = {}
         for key, value in settings.items():
-            if key in ("policy", "schedule", "forecast") and isinstance(value, str):
-                if key == "forecast":
-                    data["forecast"]["name"] = value
-                else:
-                    data[key] = {"name": value}
-                sections = [data[section] for section in (*SECTIONS, "schedule", "policy")]
+            if key in named:
                 continue
-            place = next((s for s in sections if key in s and key != "name"), None)
-            if key in data["schedule"]:
-                place = data["schedule"]
+            place = next((s for s, part in parts.items() if key in _names(part)), None)
             if place is not None:
-                place[key] = value
-            elif any(key == f.name for c in schedules().values() for f in schedule_fields(c)):
+                changes.setdefault(place, {})[key] = tuple(value) if _is_list(value) else value
+            elif any(key in _names(cls) for cls in schedules().values()):
                 other[key] = value
             else:
                 raise ValueError(
-                    f"settings of {self.name} are {', '.join(self._settings())}; got {key!r}"
+                    f"settings of {self.name} are {', '.join(self._settings(parts))}; got {key!r}"
                 )
         if other:
-            data["schedule"] = _schedule_with(other, settings)
-        return Recipe.from_dict({**data, "name": name})
+            parts["schedule"] = _schedule_with({**other, **changes.pop("schedule", {})})
+        for place, values in changes.items():
+            parts[place] = dataclasses.replace(parts[place], **values)
+        return dataclasses.replace(self, name=name, **parts)
 
-    def _settings(self) -> list[str]:
-        data = self.to_dict()
-        parts = [data[section] for section in ("schedule", *SECTIONS, "policy")]
-        names = [key for part in parts for key in part if key != "name"]
-        others = [f.name for c in schedules().values() for f in schedule_fields(c)]
-        return list(dict.fromkeys([*names, "policy", "schedule", "forecast", *others]))
+    @staticmethod
+    def _settings(parts: Mapping[str, Any]) -> list[str]:
+        names = [name for part in parts.values() for name in _names(part)]
+        others = [name for cls in schedules().values() for name in _names(cls)]
+        return list(dict.fromkeys([*names, *_BY_NAME, *others]))
 
     @classmethod
     def of(cls, recipe: Recipe | Policy | str | Path, **settings: Any) -> Recipe:
@@ -347,21 +349,24 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _schedule_with(wanted: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule_with(wanted: Mapping[str, Any]) -> Schedule:
     """The one schedule that has all of these settings."""
-    fitting = [
-        name
-        for name, cls in schedules().items()
-        if set(wanted) <= {f.name for f in schedule_fields(cls)}
-    ]
+    fitting = [name for name, cls in schedules().items() if set(wanted) <= set(_names(cls))]
     if len(fitting) != 1:
+        several = "no schedule" if not fitting else f"several schedules, {', '.join(fitting)}"
         raise ValueError(
-            f"settings {', '.join(wanted)} belong to "
-            f"{'no schedule' if not fitting else 'several schedules: ' + ', '.join(fitting)}; "
-            f"name it, schedule={'interval' if not fitting else fitting[0]}"
+            f"settings {', '.join(wanted)} together belong to {several}: name one, schedule=..."
         )
-    known = {f.name for f in schedule_fields(schedules()[fitting[0]])}
-    return {"name": fitting[0], **{k: v for k, v in settings.items() if k in known}}
+    return make_schedule(fitting[0], **wanted)
+
+
+def _names(part: Any) -> list[str]:
+    """Names of the settings of a section, a schedule or a policy."""
+    return [f.name for f in dataclasses.fields(part) if f.name != "name"]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _named(what: str, chosen: Any, known: Mapping[str, Any], make: Any) -> Any:

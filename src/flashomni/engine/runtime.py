@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine.clock import Clock
-from flashomni.engine.layer import LayerRun, StepPlan
+from flashomni.engine.layer import LayerRun
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Signals, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.state.generation import Generation, Tick
 from flashomni.engine.state.span import Streams
 from flashomni.engine.state.storage import Lane, Storage
+from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord, StepRecord, Trace
 
 MAX_GENERATIONS = 8  # that have begun and not ended

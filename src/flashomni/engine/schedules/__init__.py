@@ -136,7 +136,16 @@ class Schedule:
         raise TypeError(f"schedule {type(self).__name__} does not implement decide")
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"name": ..., field: value}``, all JSON values."""
+        """``{"name": ..., field: value}``, all JSON values.
+
+        Raises:
+            ValueError: the class has no name of its own.
+        """
+        if "name" not in vars(type(self)):
+            raise ValueError(
+                f"{type(self).__qualname__} is not registered: put @schedule(name) above "
+                "@dataclass(frozen=True)"
+            )
         values = {f.name: getattr(self, f.name) for f in fields(type(self))}
         lists = {k: list(v) for k, v in values.items() if isinstance(v, tuple)}
         return {"name": self.name, **values, **lists}

@@ -1,0 +1,73 @@
+"""What all layers share in one call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashomni.engine.forecasts import difference_weights
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.schedules import StepKind
+from flashomni.engine.state.storage import Storage
+
+
+@dataclass
+class StepPlan:
+    """What all layers share in one call of the model.
+
+    Args:
+        kind: full, update or dispatch.
+        step: index of this step, of ``num_steps``.
+        num_steps: of the generation.
+        branch: name of the conditioning branch.
+        records: whether a full step adds its outputs to the histories.
+        probes: whether a full step measures the fraction for S_q.
+        optimistic: whether a full step that records before any fraction is known takes it that
+            layers will be cached whole.
+        progress: fp32 scalar (step + 1) / num_steps.
+        recipe: what to compute and what to cache.
+        storage: how histories and bias terms of tiles are kept.
+        backend: take exactly this one in every op; ``None`` takes the best that accepts.
+        device: where the model computes.
+        num_layers: of the model.
+    """
+
+    kind: StepKind
+    step: int
+    num_steps: int
+    branch: str
+    records: bool
+    probes: bool
+    optimistic: bool
+    progress: Tensor
+    recipe: Recipe
+    storage: Storage
+    backend: str | None
+    device: torch.device
+    num_layers: int
+    _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def stores(self) -> bool:
+        """Whether this step adds to the histories."""
+        return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
+
+    def coefficients(self, times: tuple[int, ...]) -> Tensor:
+        """Weights of the terms of a history with these anchors, at this step: fp32, on the device.
+
+        Layers whose history began later have fewer anchors; most layers share one tensor.
+        """
+        if times not in self._weights:
+            values = difference_weights(self.recipe.forecast.name, times, self.step)
+            self._weights[times] = _to_device(values, self.device)
+        return self._weights[times]
+
+
+def _to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """A small fp32 tensor on the device, without waiting for it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
