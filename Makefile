@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints/ci.txt
 STAMP := $(VENV)/.installed
 
+# Tests run in as many processes as there are cores, each with one thread; eight are enough.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo demo-video test lint compile interpret bench clean
+.PHONY: demo demo-video quick test unit lint compile interpret bench wheels clean
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo
@@ -17,12 +21,16 @@ demo: $(STAMP)  ## generate one picture dense and accelerated, and write a repor
 demo-video: $(STAMP)  ## the same for a short video
 	$(BIN)/flashomni generate --model tiny-video --recipe balanced --compare --out out/demo-video
 
-test: lint  ## format, lint, types, and every test that runs without a GPU
-	$(BIN)/python -m pytest
-	$(MAKE) interpret compile
+quick: $(STAMP)  ## under a minute: of every test that is not slow, the first and the last case
+	$(PYTEST) --quick tests/unit
+
+test: lint unit interpret compile  ## format, lint, types, and every test that runs without a GPU
+
+unit: $(STAMP)  ## every test that runs here, those of the built wheels among them
+	$(PYTEST)
 
 interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest \
+	TRITON_INTERPRET=1 $(PYTEST) \
 		-k "portable or live_tiles or head_words or elementwise" \
 		tests/unit/test_live_tiles.py tests/unit/test_elementwise.py tests/unit/test_portable.py \
 		tests/unit/test_portable_symbols.py tests/unit/test_attention.py tests/unit/test_attention_forecast.py \
@@ -30,7 +38,7 @@ interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
 
 compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton, without a GPU
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)
-	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest tests/unit/test_compile_portable.py \
+	PYTHONPATH=$(VENV)/newest $(PYTEST) tests/unit/test_compile_portable.py \
 		tests/unit/test_compile_sm90.py tests/unit/test_compile_sm90_gemm.py
 
 lint: $(STAMP)  ## format, lint and types
@@ -49,6 +57,10 @@ $(STAMP): pyproject.toml packages/flashomni-assets/pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) \
 		-e packages/flashomni-assets -e '.[dev]'
 	touch $@
+
+wheels: $(STAMP)  ## both distributions, into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+		. packages/flashomni-assets
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -154,3 +154,29 @@ def residue(model):
         or module._forward_hooks
         or module._forward_pre_hooks
     ]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="of each test the first and the last case, none slow"
+    )
+
+
+def quick(items):
+    """Which of the collected tests `make quick` runs: every function that is not slow, two cases.
+
+    The first case and the last one lie far apart in whatever a test is parametrised by.
+    """
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None and item.get_closest_marker("gpu") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = {id(some[index]) for some in cases.values() for index in (0, -1)}
+    return [item for item in items if id(item) in chosen]
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        kept = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept

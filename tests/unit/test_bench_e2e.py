@@ -120,6 +120,7 @@ def test_structure_makes_attention_uneven_layer_by_layer(model):
 # ---------------------------------------------------------------- methods
 
 
+@pytest.mark.slow
 def test_methods_leave_the_model_as_it_was(model, eager_compiler):
     """After stock, recipes, peers and compiled blocks, in turns: same latents, nothing left."""
     before = latents(model)
@@ -134,6 +135,7 @@ def test_methods_leave_the_model_as_it_was(model, eager_compiler):
     assert all(len(timing.runs) == 2 for timing in results.baselines.values())
 
 
+@pytest.mark.slow
 def test_steps_that_are_run(model, monkeypatch):
     """Stock methods and lossless run a few steps; recipes and peers a complete generation."""
     counts = []
@@ -187,6 +189,7 @@ def test_a_peer_is_split_into_slow_and_fast():
     assert methods.slow_and_fast([1.0, 1.1]) == ["step", "step"]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_does_not_cost_the_rest(model):
     """It is named with its reason; without any baseline there is nothing to compare with."""
     baselines = {"eager": stock.Stock(), "nonsense": stock.Stock("_flash_3")}
@@ -208,6 +211,7 @@ def test_latents_that_are_not_finite_are_refused(model):
 # ---------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_e2e_writes_rows(name, tmp_path):
     """A row for each kind of step and for the generation, of each method, against each baseline."""
@@ -230,6 +234,7 @@ def test_e2e_writes_rows(name, tmp_path):
     assert len(read(path)) >= 2 * len(rows) - 2
 
 
+@pytest.mark.slow
 def test_profile_writes_parts(tmp_path):
     """One step of each kind, by part; the picture is drawn from the file."""
     path, plot = tmp_path / "parts.csv", tmp_path / "parts.png"
@@ -243,6 +248,7 @@ def test_profile_writes_parts(tmp_path):
     assert {row["part"] for row in rows} <= set(parts.PARTS) and plot.stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_sparsity_writes_points(tmp_path):
     """A row for each mode and point, with the density that came of it."""
     path, plot = tmp_path / "sparsity.csv", tmp_path / "sparsity.png"

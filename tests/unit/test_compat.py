@@ -32,6 +32,7 @@ def test_the_names_are_found_where_the_authors_have_them():
         _ = flashomni.flash_omni
 
 
+@pytest.mark.slow
 def test_the_names_are_loaded_on_first_use():
     """``import flashomni`` alone loads nothing of them."""
     code = "import sys, flashomni; sys.exit('flashomni.compat' in sys.modules)"

@@ -232,6 +232,7 @@ def test_cuda_graph_buffers_hold_the_plan():
         Wrapper(torch.empty(1), "NHD", use_cuda_graph=True)
 
 
+@pytest.mark.slow
 def test_run_reads_nothing_on_the_host():
     """One graph without breaks, symbols included: nothing waits for a value."""
     problem = Requests()

@@ -174,6 +174,7 @@ def test_gemm_q(arch, dtype, head_dim, tmp_path):
     check(compile_kernel(gemm_q_kernel, arch, dtype, constants, config), arch, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
 @pytest.mark.parametrize("mode", ["dispatch", "update"])
 def test_gemm_o(arch, dtype, head_dim, mode, tmp_path):

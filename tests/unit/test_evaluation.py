@@ -144,6 +144,7 @@ def test_flops_of_the_stock_model_are_those_of_the_engine(either):
     assert 0.85 < share < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("calm")
 def test_a_campaign_goes_on_where_it_was_stopped(loaded, tmp_path):
     """Finished cases are read, not run again; more methods add cases; nothing is half-written."""
@@ -365,6 +366,7 @@ def test_temporal_psnr_sees_flicker_only():
         metrics.temporal_psnr(clip[:1], clip[:1])
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     """Rows, page and pictures appear; a second call runs nothing and gives the same rows."""
     stored = small()

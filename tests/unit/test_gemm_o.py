@@ -193,6 +193,7 @@ def test_replays_in_a_cuda_graph_with_other_symbols(backend):
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_passes_opcheck():
     """Both ops: one opaque node each; schema, fake and functionalisation are right."""
     layer = Layer("cpu")

@@ -60,6 +60,7 @@ def test_a_sparse_recipe_changes_little_and_reports_it(loaded):
     assert all(step["seconds"] > 0 for step in summary.steps)
 
 
+@pytest.mark.slow
 def test_calls_do_not_leak_into_each_other(loaded):
     """Other steps, size, batch, guidance and prompts in between: every call equals it alone."""
     calls = [
@@ -90,6 +91,7 @@ def test_images_per_prompt(loaded):
     assert torch.equal(two, again)
 
 
+@pytest.mark.slow
 def test_true_guidance_keeps_its_branches_apart(loaded):
     """With real CFG, cond and uncond have caches of their own: equal prompts, equal branches."""
     with flashomni.accelerate(loaded.pipe, SPARSE) as engine:

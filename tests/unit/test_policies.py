@@ -68,6 +68,7 @@ def test_contract(name, grid):
         assert q_mask.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_never_synchronises(name):
     """One graph without a break: no value of a tensor is read on the way."""

@@ -77,6 +77,7 @@ def point(name, value):
     return EntryPoint(name, value, "flashomni.policies")
 
 
+@pytest.mark.slow
 def test_two_policies_of_one_script_keep_their_names():
     """Both are of the module __main__; each recipe comes back from JSON as what it was."""
     text = "".join(
@@ -112,6 +113,7 @@ def test_a_file_named_window_does_not_replace_the_window(folder, names):
     assert policies()["window"] is ours and make_policy("window").name == "window"
 
 
+@pytest.mark.slow
 def test_a_builtin_keeps_its_name_in_a_script_that_comes_first():
     """The user's class registers before anything was looked for: it is refused all the same."""
     done = script(SOURCE.format(name="window", cls="Window", share=1.0))
@@ -119,6 +121,7 @@ def test_a_builtin_keeps_its_name_in_a_script_that_comes_first():
     assert "NameTakenError: policy 'window' is registered twice" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_definition_may_come_again(folder, names):
     """A module that is reloaded, and a cell that is run again: the newest counts."""
     names.append("again")
@@ -280,6 +283,7 @@ def test_a_reference_to_an_unknown_name_lists_the_known():
         POLICIES.get(["dense"])
 
 
+@pytest.mark.slow
 def test_threads_that_look_at_once_all_find_everything():
     """Whoever comes first: nobody gets a part, and nobody waits for ever."""
     done = script("""

@@ -34,6 +34,7 @@ class Row:
     value: float | None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["append", "book"])
 def test_writers_into_one_file_lose_nothing(how, tmp_path):
     """Four programs at once: every row of each is there, once, in its order."""

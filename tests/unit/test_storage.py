@@ -24,6 +24,7 @@ def test_a_tensor_comes_back_in_its_dtype(dtype, error):
     assert torch.equal(back, value) == (error == 0)
 
 
+@pytest.mark.slow
 def test_float8_takes_a_quarter_of_float32(no_grad, tiny):
     """Of the memory, scales included; and the pictures stay close."""
     model, inputs = tiny

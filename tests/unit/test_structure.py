@@ -14,6 +14,7 @@ from flashomni.models import adapters
 from flashomni.policies import policies
 
 ROOT = Path(flashomni.__file__).parent
+TESTS = Path(__file__).parent
 # Part of the package -> parts it may import. Tools stand above everything.
 MAY_IMPORT = {
     "registry": set(),
@@ -112,6 +113,7 @@ def test_files_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
+@pytest.mark.slow
 def test_import_loads_no_heavy_library():
     """``import flashomni`` loads neither diffusers nor triton nor matplotlib."""
     code = (
@@ -183,3 +185,40 @@ def test_the_command_line_is_frozen():
             names.add(max(parameter.opts, key=len) if is_option else parameter.name.upper())
         found[name] = names - {"--help"}
     assert found == CLI
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("test_*.py")), ids=lambda path: path.stem)
+def test_every_file_of_tests_takes_part_in_make_quick(path):
+    """A contract that the quick loop never tries is found broken too late."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    whole = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "pytestmark"
+    ]
+    assert not [node for node in whole if "slow" in ast.dump(node)], "the whole file is slow"
+    tests = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    fast = [node for node in tests if not any("'slow'" in ast.dump(d) for d in node.decorator_list)]
+    assert fast, "every test is marked slow: leave one to `make quick`"
+
+
+def test_quick_takes_every_test_and_few_cases(pytestconfig):
+    """The first and the last case of each function that is not slow."""
+
+    class Item:
+        def __init__(self, nodeid, *marks):
+            self.nodeid, self.marks = nodeid, marks
+
+        def get_closest_marker(self, name):
+            return name if name in self.marks else None
+
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    quick = next(plugin.quick for plugin in plugins if hasattr(plugin, "quick"))
+    items = [Item("a::x"), *(Item(f"a::y[{i}]") for i in range(9)), Item("a::z", "slow")]
+    items += [Item("b::w[1]", "gpu"), Item("b::w[2]"), Item("b::v[[odd]]")]
+    names = [item.nodeid for item in quick(items)]
+    assert names == ["a::x", "a::y[0]", "a::y[8]", "b::w[2]", "b::v[[odd]]"]

@@ -38,6 +38,7 @@ def test_every_point_has_a_meaning(name):
     assert len(set(places)) == len(places)
 
 
+@pytest.mark.slow
 def test_a_study_writes_its_page(monkeypatch, tmp_path):
     """Run, table, plot and page, on a pipeline of random weights."""
     import _study

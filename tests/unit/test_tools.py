@@ -34,7 +34,9 @@ def test_every_script_starts(path):
     assert "usage:" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["fuzz_attention", "fuzz_gemm"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("fuzz_attention", marks=pytest.mark.slow), "fuzz_gemm"]
+)
 def test_random_cases_hold_on_the_cpu(name):
     """A few cases of each campaign."""
     path = ROOT / "tests" / "fuzz" / f"{name}.py"

@@ -112,6 +112,7 @@ def test_metadata_of_the_wheel(wheel):
     assert {"gpu", "lab", "demo", "dev"} <= set(metadata.get_all("Provides-Extra"))
 
 
+@pytest.mark.slow
 def test_assets_are_a_distribution_of_their_own(tmp_path):
     """Both pipelines, complete, and what their loading reads."""
     built = build(ROOT / "packages" / "flashomni-assets", tmp_path)
@@ -136,6 +137,7 @@ def test_sdist_builds_and_is_small(tmp_path):
     assert built.stat().st_size < 2**20
 
 
+@pytest.mark.slow
 def test_doctor_runs_from_the_wheel(installed):
     """Without typer and rich it still says what runs here, and what is missing."""
     (command,) = (installed.parents[1] / "lib").glob("python*/site-packages/bin/flashomni")
@@ -147,6 +149,7 @@ def test_doctor_runs_from_the_wheel(installed):
         assert "commit" in done.stdout and "unknown" in done.stdout
 
 
+@pytest.mark.slow
 def test_other_commands_say_what_to_install(installed):
     """One sentence, no traceback."""
     done = run(installed, "-m", "flashomni", "generate")
@@ -155,6 +158,7 @@ def test_other_commands_say_what_to_install(installed):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_bundled_pipeline_says_what_to_install(installed):
     """The weights are not in the wheel, and the error says where they are."""
     code = "from flashomni.lab import zoo; zoo.load('tiny-image')"
@@ -162,6 +166,7 @@ def test_a_bundled_pipeline_says_what_to_install(installed):
     assert "ValueError" in done.stderr and "flashomni-assets" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_tiny_generation_runs_from_the_wheel(installed):
     """A FLUX with random weights generates, accelerated, through the Python interface alone."""
     code = textwrap.dedent("""
