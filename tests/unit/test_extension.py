@@ -45,6 +45,7 @@ def test_what_is_installed_is_found_by_its_name(site):
     assert bare.returncode == 0, bare.stderr
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_generation(site):
     """A policy, a schedule and a forecast on a model of the library, all three on its own model."""
     done = python(
@@ -76,6 +77,7 @@ def test_it_runs_in_a_generation(site):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_recipe_of_it_round_trips(site, tmp_path):
     """Through a file of JSON that another process reads; without the package the name is said."""
     path = tmp_path / "recipe.json"
@@ -104,6 +106,7 @@ TAKEN = {"policy": "window", "schedule": "interval", "forecast": "taylor"}
 TAKEN["adapter"] = "FluxTransformer2DModel"
 
 
+@pytest.mark.slow
 def test_names_of_the_library_are_refused_by_name_and_package(tmp_path):
     """A second package asks for names that are taken: each list says who, never which of two."""
     found, pyproject = examples(), examples()["pyproject"].replace("-extras", "-rival")
@@ -122,6 +125,7 @@ def test_names_of_the_library_are_refused_by_name_and_package(tmp_path):
         assert f"{taken!r}" in last and distribution(pyproject) in last, done.stderr
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported_is_a_reason(tmp_path):
     """The rest of the library works; who asks for it reads why."""
     modules = {name: "import a_package_that_is_nowhere\n" for name in MODULES}
