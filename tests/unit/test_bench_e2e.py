@@ -166,17 +166,17 @@ def test_the_short_run_has_every_kind(name):
     """Full, Update and Dispatch steps occur, with every forecast term at the first Update."""
     recipe = Recipe.of(name)
     brief, steps = methods.short(recipe)
-    kinds = [brief.schedule.kind(i, steps).value for i in range(steps)]
-    order = max(recipe.order, recipe.layer_order)
+    kinds = [kind.value for kind in brief.plan(steps).kinds]
+    order = recipe.order
     assert kinds == ["full"] * order + ["update", "dispatch"] * 2 + ["full"]
-    assert brief.policy == recipe.policy and brief.order == recipe.order
+    assert brief.policy == recipe.policy and brief.forecast == recipe.forecast
 
 
 def test_density_and_kinds_come_from_the_engine(model):
     """A share that was asked for is the share in the table; kinds are the schedule's."""
     recipe = Recipe.of("topk:q_density=1,kv_density=.5,interval=3,warmup=.1")
     timing = methods.time_recipe(recipe, model, PLAN)
-    kinds = [recipe.schedule.kind(i, PLAN.steps).value for i in range(PLAN.steps)]
+    kinds = [kind.value for kind in recipe.plan(PLAN.steps).kinds]
     assert {k: len(v) for k, v in timing.calls.items()} == {k: kinds.count(k) for k in kinds}
     assert timing.densities["full"] == timing.densities["update"] == 1.0
     assert timing.densities["dispatch"] == pytest.approx(0.5, abs=0.05)
@@ -294,7 +294,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, tmp_path):
 def test_a_point_is_one_update_and_dispatch_steps(mode):
     """The schedule has one full step that records, one Update, and the Dispatch steps."""
     point = sparsity.point_for(mode, 0.75, 3)
-    kinds = [point.recipe.schedule.kind(i, point.steps).value for i in range(point.steps)]
+    kinds = [kind.value for kind in point.recipe.plan(point.steps).kinds]
     assert kinds == ["full", "update", "dispatch", "dispatch", "dispatch", "full"]
     policy = point.recipe.policy
     assert policy.q_density * policy.kv_density == pytest.approx(0.25)

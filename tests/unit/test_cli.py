@@ -83,7 +83,7 @@ def test_show(topic):
     done = run("show", topic)
     assert done.exit_code == 0, done.output
     expected = {
-        "recipe": "lossless", "policies": "taylorseer", "backends": "gemm_o_update",
+        "recipe": "taylorseer", "policies": "spargeattn", "backends": "gemm_o_update",
         "models": "FluxTransformer2DModel",
     }  # fmt: skip
     assert expected[topic] in done.output

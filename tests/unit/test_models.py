@@ -1,7 +1,6 @@
 """Every adapter, on its own tiny random model: what the engine promises about a model."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -286,9 +285,7 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
         def known_fraction(self, grid):
             return None
 
-    recipe = replace(
-        Recipe.of("topk", interval=2, warmup=0.0, order=1, degrade_below=0.7), policy=Wave()
-    )
+    recipe = Recipe.of(Wave(), interval=2, warmup=0.0, order=1, degrade_below=0.7)
     with flashomni.accelerate(model, recipe) as engine:
         for step in range(16):
             engine.step(step, 16)

@@ -1,99 +1,293 @@
-"""Recipes: JSON there and back, and a sentence for everything that is wrong with one."""
+"""Recipes: JSON and YAML there and back, and a sentence for everything that is wrong with one."""
 
 import json
 import os
+from dataclasses import dataclass
 
 import pytest
 
-from flashomni.engine import Recipe, presets
-from flashomni.policies import make_policy, policies
+from flashomni.engine import Recipe, StepKind, presets
+from flashomni.engine.recipe import METHODS
+from flashomni.engine.recipe_file import MAX_BYTES
+from flashomni.engine.recipe_parts import SparseSettings
+from flashomni.engine.schedules import make_schedule
+from flashomni.policies import POLICIES, Policy, make_policy, policies, policy
+from flashomni.symbols import Grid
 
-NAMES = sorted({*presets(), *policies()})
+NAMES = sorted({*presets(), *METHODS, *policies()})
+# What version 0.1 wrote for `balanced`, with settings of its own in every place.
+FLAT = {
+    "format": 1,
+    "policy": {"name": "flashomni", "tau_q": 0.9, "tau_kv": 0.0, "power": 0.0},
+    "name": "mine",
+    "interval": 4,
+    "warmup": 0.25,
+    "forecast": "hermite",
+    "order": 2,
+    "layer_order": 3,
+    "degrade_below": 0.5,
+    "min_skip": 0.1,
+    "block_m": 64,
+    "block_n": 64,
+    "history_dtype": "float8",
+    "history_device": "host",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip(name, tmp_path):
-    """Every preset and every policy's name gives a recipe that survives JSON and disk."""
+    """Every preset, method and policy's name gives a recipe that survives JSON, YAML and disk."""
     recipe = Recipe.of(name)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
     path = tmp_path / "folder" / "recipe.json"
     recipe.save(path)
     assert Recipe.of(path) == Recipe.of(str(path)) == Recipe.of(recipe) == recipe
+    for suffix in (".yaml", ".YML"):
+        other = path.with_suffix(suffix)
+        other.write_text(path.read_text())  # JSON is YAML
+        assert Recipe.of(other) == recipe
 
 
 def test_presets_are_what_they_say():
-    """The four presets exist under their own names; lossless computes everything."""
+    """Four presets and two methods, under their own names; lossless computes everything."""
     assert presets() == ["balanced", "fast", "lossless", "quality"]
-    assert all(Recipe.of(name).name == name for name in presets())
-    assert not Recipe.of("lossless").policy.caches
+    assert all(Recipe.of(name).name == name for name in (*presets(), *METHODS))
+    assert not Recipe.of("lossless").skips and all(Recipe.of(m).skips for m in METHODS)
 
 
-def test_a_policy_brings_its_own_settings():
+def test_methods_bring_their_own_settings():
     """taylorseer forecasts whole layers with order 1, fora reuses them."""
-    assert Recipe.of("taylorseer").layer_order == 1 and Recipe.of("fora").layer_order == 0
-    assert Recipe.of("fora").degrade_below == 1.0
+    fora, taylorseer = (Recipe.of(name) for name in METHODS)
+    assert (fora.forecast.layer_order, taylorseer.forecast.layer_order) == (0, 1)
+    for recipe in (fora, taylorseer):
+        assert recipe.policy.name == "cached" and recipe.sparse.degrade_below == 1.0
+
+
+def test_presets_name_what_runs_without_text():
+    """A policy that needs text gives way to another where there is none, if one is named."""
+    recipe = Recipe.of("balanced")
+    assert recipe.policy_for(Grid(256, 256, (0, 32))) is recipe.policy
+    assert recipe.policy_for(Grid(256, 256)).name == "cached"
+    alone = recipe.replace(policy_without_text=None)
+    assert alone.policy_for(Grid(256, 256)) is alone.policy
+    assert Recipe.of("topk", policy_without_text="cached").policy_for(Grid(64, 64)).name == "topk"
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("policy", "topk", "policy must be a Policy"),
+        ("policy", 3, "policy must be a Policy"),
+        ("policy", "magic", "policy must be one of cached, dense"),
         ("name", "", "name must be a non-empty string"),
+        ("schedule", 3, "schedule must be a Schedule, got 3"),
+        ("schedule", "tea", "schedule must be one of interval, steps, got 'tea'"),
         ("interval", 0, "interval must be an integer from 1 to 1000, got 0"),
         ("interval", 2.5, "interval must be an integer"),
         ("interval", True, "interval must be an integer"),
-        ("warmup", float("nan"), "warmup must be a number from 0.0 to 1.0, got nan"),
-        ("warmup", "0.2", "warmup must be a number"),
+        ("min_steps", -1, "min_steps must be an integer from 0"),
+        ("warmup", float("nan"), "warmup must be a number"),
+        ("warmup", "0.2", "warmup must be a number from 0.0 to 1.0, got '0.2'"),
+        ("warmup", 10**400, "warmup must be a number"),
+        ("steps", [0, 9, 3], "steps must be ascending"),
+        ("steps", 3, "steps must be ascending"),
         ("forecast", "fourier", "forecast must be one of hermite, taylor, got 'fourier'"),
+        ("forecast", {"speed": 3}, "forecast has name, order, layer_order, level; got 'speed'"),
         ("order", 4, "order must be an integer from 0 to 3, got 4"),
         ("layer_order", -1, "layer_order must be an integer from 0 to 3"),
+        ("level", "pixels", "level must be one of layers, output, got 'pixels'"),
+        ("level", "output", "policy must be 'cached', got 'dense'"),
         ("degrade_below", 1.5, "degrade_below must be a number from 0.0 to 1.0"),
         ("min_skip", -0.1, "min_skip must be a number from 0.0 to 1.0"),
         ("block_m", 100, "block_m must be a multiple of 16, got 100"),
         ("block_n", 8, "block_n must be an integer from 16 to 1024, got 8"),
+        ("sparse", 3, "sparse must be a SparseSettings, got 3"),
         (
             "history_dtype",
             "int4",
             "history_dtype must be one of compute, bfloat16, float16, float8",
         ),
         ("history_device", "moon", "history_device must be one of compute, host"),
+        ("policy_without_text", 3, "policy_without_text must be a Policy or None, got 3"),
+        ("speed", 9, "settings of custom are policy, name, schedule, .*interval.*; got 'speed'"),
+        ("tau_q", 0.5, "settings of custom are .*; got 'tau_q'"),
     ],
 )
 def test_values_out_of_range(field, value, message):
-    """The error names the field, what it got and what is allowed."""
+    """The error names the setting, what it got and what is allowed; wherever it is said."""
     with pytest.raises(ValueError, match=message):
-        Recipe(**{"policy": make_policy("dense"), field: value})
+        Recipe.of(make_policy("dense"), **{field: value})
+    with pytest.raises(ValueError, match=message):
+        Recipe(policy=make_policy("dense")).replace(**{field: value})
+
+
+def nested(depth, open="[", close="]"):
+    return open * depth + close * depth
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "cannot be read"),
+        ("", "cannot be read|must be a JSON object"),
         ("{", "cannot be read"),
         ("\xff\xfe", "must be a JSON object|cannot be read"),
-        ("[]", "a recipe must be a JSON object, got list"),
+        ("[]", "a recipe must be a JSON object, got"),
         ("{}", "policy must be"),
         ('{"policy": "topk"}', "policy must be"),
         ('{"policy": {"name": 3}}', "policy must be"),
         ('{"policy": {"name": "magic"}}', "policy must be one of cached, dense"),
         ('{"policy": {"name": "topk", "q_density": NaN}}', "q_density must be a number"),
+        ('{"policy": {"name": "topk", "q_density": -Infinity}}', "q_density must be a number"),
+        ('{"policy": {"name": "topk", "q_density": 1e999}}', "q_density must be a number"),
+        ('{"policy": {"name": "topk", "q_density": ' + "9" * 400 + "}}", "q_density must be a n"),
+        (
+            '{"policy": {"name": "topk", "q_density": ' + "9" * 9000 + "}}",
+            "q_density must be a n|4300",
+        ),
+        (
+            '{"policy": {"name": "dense", "speed": 1}}',
+            "policy dense takes no settings, got 'speed'",
+        ),
         ('{"policy": {"name": "dense"}, "speed": 9}', "a recipe has policy, name, .*got 'speed'"),
-        ('{"policy": {"name": "dense"}, "format": 2}', "format of a recipe must be 1, got 2"),
         ('{"policy": {"name": "dense"}, "order": "two"}', "order must be an integer"),
+        (
+            '{"policy": {"name": "dense"}, "policy": {"name": "topk"}}',
+            "key 'policy' is given twice",
+        ),
+        (
+            '{"policy": {"name": "topk", "q_density": 1, "q_density": 0}}',
+            "key 'q_density' is given",
+        ),
+        ('{"policy": {"name": "dense"}, "format": 3}', "format of a recipe must be 1 or 2, got 3"),
+        ('{"policy": {"name": "dense"}, "format": true}', "format .* must be 1 or 2, got True"),
+        ('{"policy": {"name": "dense"}, "format": 1.0}', "format .* must be 1 or 2, got 1.0"),
+        ('{"policy": {"name": "dense"}, "format": "1"}', "format .* must be 1 or 2, got '1'"),
+        ('{"policy": {"name": "dense"}, "format": null}', "format .* must be 1 or 2, got None"),
+        ('{"policy": {"name": "dense"}, "format": [1]}', "format .* must be 1 or 2, got "),
+        ('{"policy": {"name": "dense"}, "schedule": "interval"}', "schedule must be {.*interval"),
+        ('{"policy": {"name": "dense"}, "schedule": {}}', "schedule must be {.*interval, steps"),
+        ('{"policy": {"name": "dense"}, "schedule": {"name": "tea"}}', "one of interval, steps"),
+        (
+            '{"policy": {"name": "dense"}, "schedule": {"name": "interval", "speed": 3}}',
+            "schedule interval takes interval, warmup, min_steps, got 'speed'",
+        ),
+        ('{"policy": {"name": "dense"}, "format": 2, "forecast": "taylor"}', "forecast must be an"),
+        ('{"policy": {"name": "dense"}, "forecast": {"degree": 1}}', "forecast has name, order"),
+        ('{"policy": {"name": "dense"}, "forecast": {"name": ["a"]}}', "forecast must be one of"),
+        ('{"policy": {"name": "dense"}, "storage": []}', "storage must be an object of history_d"),
+        ('{"policy": {"name": "dense"}, "storage": {"history_dtype": 3}}', "history_dtype must be"),
+        ('{"policy": {"name": "dense"}, "sparse": {"min_skip": {}}}', "min_skip must be a number"),
+        ('{"policy": {"name": "dense"}, "name": {"first": 3}}', "name must be a non-empty string"),
+        ('{"policy": {"name": "dense"}, "policy_without_text": 3}', "policy_without_text must be"),
+        ('{"policy": {"name": "dense"}, "format": 1, "schedule": {}}', "format 1 has .*'schedule'"),
+        (nested(50), "must be a JSON object|nested too deep"),
+        (nested(200_000), "nested too deep|must be a JSON object"),
+        ('{"policy": {"name": "topk", "q_density": ' + nested(40) + "}}", "nested too deep"),
+        ('{"policy": ' * 100_000, "nested too deep|cannot be read"),
+        (" " * (MAX_BYTES + 1), f"larger than {MAX_BYTES} bytes"),
     ],
+    ids=lambda value: value[:60],
 )
-def test_corrupt_files(tmp_path, content, message):
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_corrupt_files(tmp_path, content, message, suffix):
     """A ValueError that names the file and what is wrong in it."""
-    path = tmp_path / "recipe.json"
+    path = tmp_path / f"recipe{suffix}"
     path.write_text(content, encoding="latin-1")
+    if suffix == ".yaml" and any(word in content for word in ("NaN", "Infinity", "1e999")):
+        content, message = "", "must be"  # strings in YAML
+    if suffix == ".yaml" and content.startswith(("[[[[", '{"policy": {"policy', '{"policy": ' * 2)):
+        message += "|Error|cannot be read"
     with pytest.raises(ValueError, match=message) as error:
         Recipe.of(path)
-    assert "recipe.json" in str(error.value)
+    assert f"recipe{suffix}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("policy: {name: dense}\npolicy: {name: topk}", "key 'policy' is given twice"),
+        ("policy: {name: topk, q_density: .nan}", "policy.q_density must be a number"),
+        ("policy: {name: topk, q_density: .inf}", "policy.q_density must be a number"),
+        ("policy: {name: topk, q_density: 2020-01-01}", "policy.q_density must be a number"),
+        ("policy: {name: topk, q_density: !!set {a}}", "policy.q_density must be a number"),
+        ("policy: {name: topk, q_density: !!bool maybe}", "cannot be read"),
+        ("policy: {name: topk, q_density: !!int ''}", "cannot be read"),
+        ("policy: {name: topk, q_density: !!timestamp x}", "cannot be read"),
+        ("policy: !!python/object/apply:os.getcwd []", "cannot be read"),
+        (
+            "policy: &a {name: dense}\npolicy_without_text: *a",
+            r"aliases \(\*name\) are not allowed",
+        ),
+        ("policy: {name: dense}\non: 3", "keys of a recipe must be strings, got True"),
+        ("policy: {name: dense}\n3: 3", "keys of a recipe must be strings, got 3"),
+        ("policy: {name: dense}\n---\npolicy: {name: dense}", "cannot be read"),
+        ("policy: {name: dense", "cannot be read"),
+        ("? [a]\n: 3", "cannot be read"),
+        ("policy: {name: dense}\nformat: yes", "format of a recipe must be 1 or 2, got True"),
+    ],
+)
+def test_corrupt_yaml(tmp_path, content, message):
+    """YAML has its own ways to be wrong; nothing in it runs."""
+    path = tmp_path / "recipe.yml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Recipe.of(path)
+    assert "recipe.yml" in str(error.value)
+
+
+def test_yaml_as_people_write_it(tmp_path):
+    """Comments, blocks, lists; left out is the default."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "# a ramp\nname: ramp\npolicy:\n  name: cached\n"
+        "schedule: {name: steps, steps: [0, 1, 2, 5, 9], of: 10}\n"
+        "forecast:\n  name: hermite\n  layer_order: 2\nsparse: {degrade_below: 1}\n"
+    )
+    recipe = Recipe.of(path)
+    assert recipe.name == "ramp" and recipe.schedule.steps == (0, 1, 2, 5, 9)
+    assert recipe.forecast.order == Recipe.of("topk").forecast.order
+    assert Recipe.of(path, min_steps=5, interval=3).schedule == make_schedule(
+        "interval", interval=3, min_steps=5
+    )
+    bom = tmp_path / "bom.json"
+    bom.write_bytes(b"\xef\xbb\xbf" + json.dumps(recipe.to_dict()).encode())
+    assert Recipe.of(bom) == recipe
+
+
+def test_what_is_no_file(tmp_path):
+    """Folders, pipes, names too long or with a null byte: the error names them."""
+    os.mkfifo(tmp_path / "pipe.json")
+    places = [tmp_path, tmp_path / "pipe.json", "x" * 5000 + ".json", "a\0b.json", "a\0b"]
+    for place in places:
+        with pytest.raises(ValueError, match=r"cannot be read|recipe must be a preset"):
+            Recipe.of(place)
+
+
+def test_objects_that_are_no_json():
+    """from_dict believes as little as a file."""
+    endless = {"name": "topk"}
+    endless["q_density"] = [endless]
+    policy = {"name": "dense"}
+    for data in (
+        {"policy": endless},
+        {"policy": {"name": "topk", "q_density": object()}},
+        {"policy": {"name": "topk", 3: 4}},
+        {"policy": {"name": "topk", "q_density": 10**400}},
+        {"policy": policy, "schedule": {"name": "interval", "warmup": 10**400}},
+        {"policy": policy, "schedule": {"name": "interval", None: 3}},
+        {3: 4},
+        None,
+        "policy",
+        [policy],
+    ):
+        with pytest.raises(ValueError):
+            Recipe.from_dict(data)
 
 
 def test_unknown_names_list_the_known(tmp_path):
     """Neither a preset nor a policy nor a file."""
-    with pytest.raises(ValueError, match=r"a preset \(balanced, .*\(cached, dense, .*'swift'"):
+    known = r"a preset \(balanced, .*a method \(fora, .*a policy \(cached, .*'swift'"
+    with pytest.raises(ValueError, match=known):
         Recipe.of("swift")
     with pytest.raises(ValueError, match="cannot be read"):
         Recipe.of(tmp_path / "missing.json")
@@ -117,10 +311,149 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
 
 def test_settings_may_follow_a_name():
-    """Of the recipe or of its policy; the whole word becomes the name."""
-    recipe = Recipe.of("balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null")
-    assert recipe.name == "balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null"
-    assert (recipe.interval, recipe.policy.tau_q, recipe.policy.combine) == (3, 0.5, "mean")
+    """Of any part; the whole word becomes the name."""
+    text = "balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null,forecast=taylor"
+    recipe = Recipe.of(text)
+    assert recipe.name == text
+    assert (recipe.schedule.interval, recipe.policy.tau_q, recipe.policy.combine) == (
+        3,
+        0.5,
+        "mean",
+    )
     base = Recipe.of("balanced")
-    assert recipe.warmup == base.warmup and recipe.policy.tau_kv == base.policy.tau_kv
-    assert Recipe.of("fora:interval=2").degrade_below == Recipe.of("fora").degrade_below
+    assert recipe.schedule.warmup == base.schedule.warmup and recipe.forecast.name == "taylor"
+    assert recipe.policy.tau_kv == base.policy.tau_kv
+    assert Recipe.of("fora:interval=2").sparse == Recipe.of("fora").sparse
+    assert Recipe.of("fora:steps=[0,1,4,7],of=8,min_steps=4").schedule.steps == (0, 1, 4, 7)
+    for wrong in ("fora:interval", "fora:", "fora:interval=2,interval=3", "fora:=2", "fora:order="):
+        with pytest.raises(ValueError):
+            Recipe.of(wrong)
+    for deep in ("[" * 100_000, "9" * 400, "9" * 9000, "nan", "[[1]]"):
+        with pytest.raises(ValueError, match="warmup must be a number"):
+            Recipe.of(f"fora:warmup={deep}")
+
+
+def test_settings_as_keywords():
+    """The same recipe under the same name, which gives it back."""
+    said, typed = (
+        Recipe.of("balanced", interval=3, tau_q=0.5),
+        Recipe.of("balanced:interval=3,tau_q=.5"),
+    )
+    assert said == typed.replace(name=said.name) and Recipe.of(said.name) == said
+    more = Recipe.of("fora:interval=3", steps=[0, 1, 5], of=8)
+    assert more.name == "fora:interval=3,steps=[0,1,5],of=8"
+    named = Recipe.of("topk", name="mine", q_density=0.5, order=0)
+    assert (named.name, named.policy.q_density, named.forecast.order) == ("mine", 0.5, 0)
+    assert Recipe.of(named, interval=2).name == "mine"
+    with pytest.raises(ValueError, match="interval is given twice"):
+        Recipe.of("fora:interval=3", interval=4)
+
+
+def test_a_setting_selects_its_schedule():
+    """interval=3 on a list of steps gives the interval; what both have stays."""
+    ramp = Recipe.of("fora", steps=[0, 1, 4, 9], of=10, min_steps=6)
+    assert ramp.schedule == make_schedule("steps", steps=(0, 1, 4, 9), of=10, min_steps=6)
+    back = ramp.replace(interval=3)
+    assert back.schedule == make_schedule("interval", interval=3, min_steps=6)
+    assert ramp.replace(min_steps=0, interval=3).schedule.min_steps == 0
+    assert ramp.replace(schedule={"name": "interval"}).schedule == make_schedule("interval")
+    with pytest.raises(ValueError, match="settings of, interval belong to no schedule"):
+        Recipe.of("fora", interval=3, of=4, schedule="steps")
+
+
+def test_parts_as_objects_names_and_mappings():
+    """replace takes whole parts, and some of their settings."""
+    recipe = Recipe.of("balanced")
+    assert recipe.replace(policy="topk").policy == make_policy("topk")
+    assert recipe.replace(policy={"name": "topk", "q_density": 0.25}).policy.q_density == 0.25
+    assert recipe.replace(forecast={"order": 3}).forecast.layer_order == recipe.forecast.layer_order
+    assert recipe.replace(sparse=SparseSettings(block_m=64)).sparse.degrade_below == 0.0
+    assert recipe.replace(policy="topk", q_density=0.25).policy.q_density == 0.25
+    assert recipe.order == 2 and recipe.replace(layer_order=0).order == 1
+
+
+def test_lists_are_frozen():
+    """Nobody changes a recipe through a list that it was made from, or that it gives."""
+    steps = [0, 1, 4]
+    recipe = Recipe.of("fora", steps=steps, of=6)
+    steps.append(5)
+    recipe.to_dict()["schedule"]["steps"].append(5)
+    assert recipe.schedule.steps == (0, 1, 4) and isinstance(hash(recipe), int)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_policies_of_a_script_keep_their_class():
+    """By name where they are registered; changing other settings never swaps the object."""
+    before = set(policies())
+
+    @policy("banded")
+    @dataclass(frozen=True)
+    class Banded(Policy):
+        bands: object = None
+
+    try:
+        recipe = Recipe.of(Banded(bands=[3, 4]), interval=2, degrade_below=0.5)
+        assert type(recipe.policy) is Banded and recipe.schedule.interval == 2
+        again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+        assert again == recipe and type(again.policy) is Banded and again.policy.bands == [3, 4]
+        assert Recipe.of("banded:bands=[5,6]").policy.bands == [5, 6]
+    finally:
+        for name in set(policies()) - before:
+            POLICIES.remove(name)
+
+    kept = Banded(bands=[3, 4])  # nobody can ask for it by name any more, but here it is
+    assert Recipe.of(kept).replace(interval=2, order=0).policy is kept
+
+    class Unregistered(type(make_policy("topk"))):
+        pass
+
+    with pytest.raises(ValueError, match="Unregistered is not registered"):
+        Recipe.of(Unregistered(q_density=0.5), interval=2)
+
+
+def test_format_1_is_read(tmp_path):
+    """Flat keys in their places; the same values; with and without its number."""
+    for data in (FLAT, {key: value for key, value in FLAT.items() if key != "format"}):
+        path = tmp_path / "old.json"
+        path.write_text(json.dumps(data))
+        recipe = Recipe.of(path)
+        assert recipe.schedule == make_schedule("interval", interval=4, warmup=0.25)
+        assert recipe.to_dict()["forecast"] == {
+            "name": "hermite", "order": 2, "layer_order": 3, "level": "layers",
+        }  # fmt: skip
+        assert recipe.to_dict()["storage"] == {"history_dtype": "float8", "history_device": "host"}
+        assert recipe.sparse == SparseSettings(
+            degrade_below=0.5, min_skip=0.1, block_m=64, block_n=64
+        )
+        assert recipe.name == "mine" and recipe.policy.tau_q == 0.9
+        assert recipe.policy_without_text is None
+        assert recipe.to_dict()["format"] == 2 and Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_format_1(method):
+    """Policies that were methods become the policy cached with what the method asks for."""
+    new = Recipe.of(method)
+    for data in (
+        {"format": 1, "name": method, "policy": {"name": method}},
+        {"name": method, "policy": {"name": method}},
+    ):
+        old = Recipe.from_dict(data)
+        assert old.policy == new.policy and old.sparse == new.sparse
+        assert old.forecast.layer_order == new.forecast.layer_order
+    slow = Recipe.from_dict({"policy": {"name": method}, "interval": 2, "layer_order": 3})
+    assert (slow.schedule.interval, slow.forecast.layer_order) == (2, 3)
+
+
+def test_output_level():
+    """The model's output alone is cached: the policy must cache everything."""
+    recipe = Recipe.of("fora:level=output,layer_order=2")
+    assert recipe.forecast.level == "output" and Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(ValueError, match="policy must be 'cached', got 'flashomni'"):
+        Recipe.of("balanced", level="output")
+
+
+def test_a_plan_for_both_orders():
+    """As many steps record as the higher of the two orders asks for."""
+    plan = Recipe.of("fora", order=1, layer_order=2, warmup=0.5).plan(12)
+    assert sum(plan.records) == 2 and plan.kinds[5] is StepKind.UPDATE

@@ -1,6 +1,6 @@
 """Spans: layers that are cached whole replay together exactly what they added together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -108,9 +108,7 @@ def test_spans_between_computed_layers(no_grad, tiny):
     """Some layers cached whole, some by tile: constant inputs give the outputs of the Update."""
     model, inputs = tiny
     policy = Alternate(q_density=1.0, kv_density=1.0)
-    recipe = replace(
-        Recipe.of("topk", interval=3, warmup=0.0, order=1, degrade_below=0.5), policy=policy
-    )
+    recipe = Recipe.of(policy, interval=3, warmup=0.0, order=1, degrade_below=0.5)
     stock = call(model, inputs)
     with flashomni.accelerate(model, recipe) as engine:
         for step in range(3):

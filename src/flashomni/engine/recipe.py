@@ -4,116 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flashomni.engine.forecasts import forecasts
-from flashomni.engine.recipe_file import read_recipe, upgrade
+from flashomni.engine.recipe_file import plain, read_recipe, upgrade
+from flashomni.engine.recipe_parts import (
+    SECTIONS,
+    ForecastSettings,
+    SparseSettings,
+    StorageSettings,
+)
 from flashomni.engine.schedules import Plan, Schedule, make_schedule, schedules
-from flashomni.engine.state.storage import DTYPES
-from flashomni.policies import Policy, check_int, check_range, make_policy, policies
+from flashomni.engine.schedules import fields as schedule_fields
+from flashomni.policies import Policy, make_policy, policies
+from flashomni.policies import fields as policy_fields
 from flashomni.symbols import Grid
 from flashomni.util.files import write_text
-from flashomni.util.settings import parse_settings
+from flashomni.util.settings import parse_settings, write_settings
 
 FORMAT = 2
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = ("fora", "taylorseer")  # recipes of published methods, which are no presets
-HISTORY_DTYPES = ("compute", *DTYPES)
-HISTORY_DEVICES = ("compute", "host")
-LEVELS = ("layers", "output")
+SUFFIXES = (".json", ".yaml", ".yml")
 
-
-@dataclass(frozen=True, kw_only=True)
-class ForecastSettings:
-    """How cached values are carried forward.
-
-    Args:
-        name: a forecast (``flashomni show forecasts`` lists them).
-        order: of cached tiles, 0 to 3: the forecast uses one anchor more.
-        layer_order: of layers that are cached whole, and of the output, 0 to 3.
-        level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
-            needs policy ``cached``.
-    """
-
-    name: str = "taylor"
-    order: int = 1
-    layer_order: int = 0
-    level: str = "layers"
-
-    def __post_init__(self) -> None:
-        _check_choice("forecast.name", self.name, tuple(forecasts()))
-        check_int("order", self.order, 0, 3)
-        check_int("layer_order", self.layer_order, 0, 3)
-        _check_choice("level", self.level, LEVELS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorageSettings:
-    """How histories and bias terms are kept.
-
-    Args:
-        history_dtype: ``compute``, ``bfloat16``, ``float16``, or ``float8`` (a scale for each
-            token; it halves the memory and costs precision).
-        history_device: ``compute`` keeps those of tiles beside the model, ``host`` in pinned host
-            memory: a layer's are on the device while it and the layer before it run.
-    """
-
-    history_dtype: str = "compute"
-    history_device: str = "compute"
-
-    def __post_init__(self) -> None:
-        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
-        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseSettings:
-    """What is done with the symbols.
-
-    Args:
-        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
-            attention and MLP, until it rises again; 0 never does that.
-        min_skip: a row that would skip less than this share of its key blocks visits all of them:
-            below break-even, skipping costs more than it saves.
-        block_m: query tokens per block.
-        block_n: key tokens per block.
-    """
-
-    degrade_below: float = 0.0
-    min_skip: float = 0.0
-    block_m: int = 128
-    block_n: int = 128
-
-    def __post_init__(self) -> None:
-        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
-        check_range("min_skip", self.min_skip, 0.0, 1.0)
-        for name in ("block_m", "block_n"):
-            check_int(name, getattr(self, name), 16, 1024)
-            if getattr(self, name) % 16:
-                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
-
-
-SECTIONS: dict[str, type] = {
-    "forecast": ForecastSettings,
-    "storage": StorageSettings,
-    "sparse": SparseSettings,
-}
-
-
-# Settings that name a thing: what they make of a recipe's part.
-_BY_NAME: dict[str, Any] = {
-    "policy": lambda recipe, name: make_policy(name),
-    "schedule": lambda recipe, name: make_schedule(name),
-    "forecast": lambda recipe, name: dataclasses.replace(recipe.forecast, name=name),
-}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides what is computed, cached and skipped.
+
+    :meth:`of` and :meth:`replace` take the settings of all sections by their own names.
 
     Args:
         policy: chooses the symbols on Update steps.
@@ -138,46 +61,46 @@ class Recipe:
     policy_without_text: Policy | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy):
-            raise ValueError(f"policy must be a Policy, got {self.policy!r}")
+        wanted: dict[str, type] = {"policy": Policy, "schedule": Schedule, **SECTIONS}
+        for part, cls in wanted.items():
+            if not isinstance(getattr(self, part), cls):
+                article = "an" if cls.__name__[0] in "AEIOU" else "a"
+                got = getattr(self, part)
+                raise ValueError(f"{part} must be {article} {cls.__name__}, got {got!r}")
         other = self.policy_without_text
         if other is not None and not isinstance(other, Policy):
             raise ValueError(f"policy_without_text must be a Policy or None, got {other!r}")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
-        if not isinstance(self.schedule, Schedule):
-            raise ValueError(f"schedule must be a Schedule, got {self.schedule!r}")
-        for section, cls in SECTIONS.items():
-            if not isinstance(getattr(self, section), cls):
-                raise ValueError(
-                    f"{section} must be {cls.__name__}, got {getattr(self, section)!r}"
-                )
         self.to_dict()  # what has no name or is no JSON is found here, not at the report
         if self.forecast.level == "output":
-            if self.policy.name != "cached":
-                raise ValueError(
-                    "forecast level 'output' caches all layers, so policy must be 'cached', got "
-                    f"{self.policy.name!r}"
-                )
-            if self.schedule.decides:
-                raise ValueError(
-                    f"schedule {self.schedule.name!r} decides inside a step, which forecast level "
-                    "'output' leaves out; use level 'layers'"
-                )
+            self._check_output_level()
+
+    def _check_output_level(self) -> None:
+        if self.policy.name != "cached":
+            raise ValueError(
+                "forecast level 'output' leaves out the whole model, so policy must be 'cached', "
+                f"got {self.policy.name!r}"
+            )
+        if self.schedule.decides:
+            raise ValueError(
+                f"schedule {self.schedule.name!r} decides inside a step, which forecast level "
+                "'output' leaves out; level must be 'layers'"
+            )
 
     @property
     def order(self) -> int:
-        """The highest forecast order that is asked for."""
+        """The highest forecast order that is used: as many anchors before the last are kept."""
         return max(self.forecast.order, self.forecast.layer_order)
-
-    def plan(self, num_steps: int) -> Plan | None:
-        """The steps of a generation; ``None`` where the schedule decides them one by one."""
-        return self.schedule.plan(num_steps, self.order)
 
     @property
     def skips(self) -> bool:
         """Whether anything can be left out in a Dispatch step."""
         return self.policy.name != "dense"
+
+    def plan(self, num_steps: int) -> Plan | None:
+        """The steps of a generation; ``None`` where the schedule decides them one by one."""
+        return self.schedule.plan(num_steps, self.order)
 
     def policy_for(self, grid: Grid) -> Policy:
         """The policy of a sequence: the other one where the first needs text and there is none."""
@@ -186,32 +109,44 @@ class Recipe:
         return self.policy
 
     def replace(self, **changes: Any) -> Recipe:
-        """This recipe with other values, by section or by setting; it is checked again."""
-        own = {f.name for f in dataclasses.fields(self)}
-        whole = {
-            key: value
-            for key, value in changes.items()
-            if key in own and not (key == "forecast" and isinstance(value, str))
-        }
-        settings = {key: value for key, value in changes.items() if key not in whole}
-        if isinstance(whole.get("schedule"), Mapping):
-            whole["schedule"] = _named("schedule", whole["schedule"], schedules(), make_schedule)
-        if isinstance(whole.get("schedule"), str):
-            settings["schedule"] = whole.pop("schedule")
-        recipe = dataclasses.replace(self, **whole) if whole else self
-        return recipe.with_settings(recipe.name, settings) if settings else recipe
+        """This recipe with other values; it is checked again.
+
+        Args:
+            changes: parts (``policy``, ``schedule``, ...) as objects, as names, or as mappings of
+                some of their settings; or settings of any part by their own names. A setting that
+                only another schedule has selects that schedule: ``interval=3`` on a list of steps
+                gives the schedule ``interval``.
+
+        Raises:
+            ValueError: a key is no setting, or a value is not allowed.
+        """
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings: dict[str, Any] = {}
+        for key, value in changes.items():
+            if key in parts:
+                parts[key] = _part(key, value, parts[key])
+            else:
+                settings[key] = value
+        _set(parts, settings)
+        return Recipe(**parts)
+
+    def with_settings(self, name: str, settings: Mapping[str, Any]) -> Recipe:
+        """This recipe under another name, with other values; see :meth:`replace`."""
+        return self.replace(**{"name": name, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; :meth:`from_dict` gives the same recipe back."""
         other = self.policy_without_text
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "policy": self.policy.to_dict(),
-            "policy_without_text": None if other is None else other.to_dict(),
-            "schedule": self.schedule.to_dict(),
-            **{section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS},
-        }
+        return _thawed(
+            {
+                "format": FORMAT,
+                "name": self.name,
+                "policy": self.policy.to_dict(),
+                "policy_without_text": None if other is None else other.to_dict(),
+                "schedule": self.schedule.to_dict(),
+                **{section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS},
+            }
+        )
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
@@ -222,23 +157,14 @@ class Recipe:
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a recipe must be a JSON object, got {type(data).__name__}")
-        data = upgrade(dict(data), FORMAT)
+        data = upgrade(plain(data, "a recipe"), FORMAT)
         allowed = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in allowed:
                 raise ValueError(f"a recipe has {', '.join(allowed)}; got {key!r}")
-        values: dict[str, Any] = {k: data[k] for k in ("name",) if k in data}
-        values["policy"] = _named("policy", data.get("policy"), policies(), make_policy)
-        if data.get("policy_without_text") is not None:
-            other = data["policy_without_text"]
-            values["policy_without_text"] = _named(
-                "policy_without_text", other, policies(), make_policy
-            )
-        if "schedule" in data:
-            values["schedule"] = _named("schedule", data["schedule"], schedules(), make_schedule)
-        for section, kind in SECTIONS.items():
-            if section in data:
-                values[section] = _section(section, kind, data[section])
+        values = {key: _loaded(key, value) for key, value in data.items()}
+        if "policy" not in values:
+            values["policy"] = _loaded("policy", None)
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -255,47 +181,8 @@ class Recipe:
         data = read_recipe(Path(path))
         try:
             return cls.from_dict(data)
-        except (TypeError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"recipe {path}: {error}") from error
-
-    def with_settings(self, name: str, settings: Mapping[str, Any]) -> Recipe:
-        """This recipe under another name, with some settings of any section replaced.
-
-        A setting that only another schedule has selects that schedule: ``interval=3`` on a list of
-        steps gives the schedule ``interval``.
-
-        Raises:
-            ValueError: a key is no setting, or a value is not allowed.
-        """
-        parts: dict[str, Any] = {s: getattr(self, s) for s in ("schedule", *SECTIONS, "policy")}
-        named = {key: settings[key] for key in _BY_NAME if isinstance(settings.get(key), str)}
-        for key, value in named.items():
-            parts[key] = _BY_NAME[key](self, value)
-        other: dict[str, Any] = {}
-        changes: dict[str, dict[str, Any]] = {}
-        for key, value in settings.items():
-            if key in named:
-                continue
-            place = next((s for s, part in parts.items() if key in _names(part)), None)
-            if place is not None:
-                changes.setdefault(place, {})[key] = tuple(value) if _is_list(value) else value
-            elif any(key in _names(cls) for cls in schedules().values()):
-                other[key] = value
-            else:
-                raise ValueError(
-                    f"settings of {self.name} are {', '.join(self._settings(parts))}; got {key!r}"
-                )
-        if other:
-            parts["schedule"] = _schedule_with({**other, **changes.pop("schedule", {})})
-        for place, values in changes.items():
-            parts[place] = dataclasses.replace(parts[place], **values)
-        return dataclasses.replace(self, name=name, **parts)
-
-    @staticmethod
-    def _settings(parts: Mapping[str, Any]) -> list[str]:
-        names = [name for part in parts.values() for name in _names(part)]
-        others = [name for cls in schedules().values() for name in _names(cls)]
-        return list(dict.fromkeys([*names, *_BY_NAME, *others]))
 
     @classmethod
     def of(cls, recipe: Recipe | Policy | str | Path, **settings: Any) -> Recipe:
@@ -304,15 +191,15 @@ class Recipe:
         Args:
             recipe: a recipe, a policy, the name of a preset, of a method's recipe or of a policy
                 (settings may follow: ``balanced:interval=3,tau_q=.5``), or a path to JSON or YAML.
-            settings: further settings.
+            settings: see :meth:`replace`.
 
         Raises:
             ValueError: it is none of these, or a setting is not allowed.
         """
         if isinstance(recipe, Policy):
-            recipe = cls(policy=recipe, name=settings.pop("name", "custom"))
+            recipe = cls(policy=recipe)
         if isinstance(recipe, Recipe):
-            return recipe.with_settings(recipe.name, settings) if settings else recipe
+            return recipe.replace(**settings) if settings else recipe
         if not isinstance(recipe, (str, Path)):
             raise ValueError(f"recipe must be a Recipe, a name or a path, got {recipe!r}")
         text = str(recipe)
@@ -321,25 +208,33 @@ class Recipe:
             base = cls.load(RECIPES / f"{name}.json")
         elif name in policies():
             base = cls(name=name, policy=make_policy(name))
-        elif text.endswith((".json", ".yaml", ".yml")) or _exists(text):
-            base, text = cls.load(text), ""
+        elif text.lower().endswith(SUFFIXES) or _exists(text):
+            return cls.load(text).replace(**settings)
         else:
             raise ValueError(
                 f"recipe must be a preset ({', '.join(presets())}), a method "
                 f"({', '.join(METHODS)}), a policy ({', '.join(policies())}), one of these with "
                 f"settings (balanced:interval=3), or a path to a .json or .yaml file, got {text!r}"
             )
-        said = parse_settings(text)[1] if text else {}
+        said = parse_settings(text)[1]
         for key in settings:
             if key in said:
                 raise ValueError(f"{key} is given twice, in {text!r} and as a keyword")
-        both = {**said, **settings}
-        return base.with_settings(text if said else base.name, both) if both else base
+        named = base.with_settings(text, said) if said else base
+        return (
+            named.with_settings(_name_with(named.name, settings), settings) if settings else named
+        )
 
 
 def presets() -> list[str]:
     """Names of the recipes that are recommended; methods of papers are named beside them."""
     return sorted(path.stem for path in RECIPES.glob("*.json") if path.stem not in METHODS)
+
+
+def _name_with(name: str, settings: Mapping[str, Any]) -> str:
+    """``balanced:interval=3``, which gives the recipe again; the old name where none would."""
+    said = write_settings(settings)
+    return f"{name}{',' if ':' in name else ':'}{said}" if said else name
 
 
 def _exists(text: str) -> bool:
@@ -349,48 +244,117 @@ def _exists(text: str) -> bool:
         return False
 
 
-def _schedule_with(wanted: Mapping[str, Any]) -> Schedule:
-    """The one schedule that has all of these settings."""
-    fitting = [name for name, cls in schedules().items() if set(wanted) <= set(_names(cls))]
+def _part(key: str, value: Any, old: Any) -> Any:
+    """A part of a recipe that a user gives: an object, a name, or some of its settings."""
+    if key == "forecast" and isinstance(value, str):
+        return _set_fields(key, old, {"name": value})
+    if key in SECTIONS and isinstance(value, Mapping):
+        known = _names(SECTIONS[key])
+        for setting in value:
+            if setting not in known:
+                raise ValueError(f"{key} has {', '.join(known)}; got {setting!r}")
+        return _set_fields(key, old, value)
+    if key in ("policy", "policy_without_text", "schedule"):
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            return _loaded(key, plain(value, key))
+    return value
+
+
+def _set(parts: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Change settings that are given by their own names, wherever they belong."""
+    schedule, policy = parts["schedule"], parts["policy"]
+    own = {part: _names(kind) for part, kind in SECTIONS.items()}
+    if isinstance(schedule, Schedule):
+        own["schedule"] = _names(type(schedule))
+    if isinstance(policy, Policy):
+        own["policy"] = _names(type(policy))
+    own["forecast"].remove("name")
+    found: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
+    elsewhere = {name for kind in schedules().values() for name in _names(kind)}
+    for key, value in settings.items():
+        place = next((part for part, names in own.items() if key in names), None)
+        if place is not None:
+            found.setdefault(place, {})[key] = value
+        elif key in elsewhere:
+            others[key] = value
+        else:
+            named = [name for names in own.values() for name in names]
+            known = dict.fromkeys([*parts, *named, *sorted(elsewhere)])
+            raise ValueError(f"settings of {parts['name']} are {', '.join(known)}; got {key!r}")
+    if others:
+        parts["schedule"] = _other_schedule(schedule, others, found.pop("schedule", {}))
+    for part, values in found.items():
+        parts[part] = _set_fields(part, parts[part], values)
+
+
+def _other_schedule(old: Schedule, wanted: Mapping[str, Any], own: Mapping[str, Any]) -> Schedule:
+    """The one schedule that has all of these settings; what both have is kept."""
+    wanted = {**own, **wanted}
+    known = {name: kind for name, kind in schedules().items() if set(wanted) <= {*_names(kind)}}
+    # What comes with the library keeps its meaning when an extension has a setting of that name.
+    home = make_schedule("interval").__module__.rpartition(".")[0] + "."
+    fitting = [name for name, kind in known.items() if kind.__module__.startswith(home)]
+    fitting = fitting if len(fitting) == 1 else list(known)
     if len(fitting) != 1:
-        several = "no schedule" if not fitting else f"several schedules, {', '.join(fitting)}"
+        which = f"several schedules, {', '.join(fitting)}: name one" if fitting else "no schedule"
+        raise ValueError(f"settings {', '.join(wanted)} belong to {which}")
+    kept = {key: getattr(old, key, None) for key in _names(known[fitting[0]])}
+    shared = {key: value for key, value in kept.items() if key in _names(type(old))}
+    return _loaded("schedule", {"name": fitting[0], **shared, **wanted})
+
+
+def _set_fields(part: str, old: T, values: Mapping[str, Any]) -> T:
+    """A part with other settings."""
+    checked = plain(values, part)
+    checked = _thawed(checked) if part == "policy" else checked
+    return _made(part, lambda: dataclasses.replace(old, **checked))  # type: ignore[type-var]
+
+
+def _loaded(key: str, value: Any) -> Any:
+    """A part of a recipe as JSON has it, as an object."""
+    if key == "name" or (key == "policy_without_text" and value is None):
+        return value
+    if key in SECTIONS:
+        kind, known = SECTIONS[key], _names(SECTIONS[key])
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be an object of {', '.join(known)}, got {value!r}")
+        for setting in value:
+            if setting not in known:
+                raise ValueError(f"{key} has {', '.join(known)}; got {setting!r}")
+        return _made(key, lambda: kind(**value))
+    names = schedules() if key == "schedule" else policies()
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        choices = ", ".join(names)
         raise ValueError(
-            f"settings {', '.join(wanted)} together belong to {several}: name one, schedule=..."
+            f'{key} must be {{"name": one of {choices}, setting: value}}, got {value!r}'
         )
-    return make_schedule(fitting[0], **wanted)
+    if key == "schedule":
+        return _made(key, lambda: make_schedule(**value))
+    return _made(key, lambda: make_policy(**_thawed(value)))  # settings of policies are JSON
 
 
-def _names(part: Any) -> list[str]:
-    """Names of the settings of a section, a schedule or a policy."""
-    return [f.name for f in dataclasses.fields(part) if f.name != "name"]
+def _made(part: str, make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{part}: {error}") from error
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+def _names(kind: type) -> list[str]:
+    """Settings of a part."""
+    if issubclass(kind, Schedule):
+        return [f.name for f in schedule_fields(kind)]
+    if issubclass(kind, Policy):
+        return [f.name for f in policy_fields(kind)]
+    return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]  # a section
 
 
-def _named(what: str, chosen: Any, known: Mapping[str, Any], make: Any) -> Any:
-    """``{"name": ..., setting: value}`` as an object."""
-    if not isinstance(chosen, Mapping) or not isinstance(chosen.get("name"), str):
-        raise ValueError(
-            f'{what} must be {{"name": one of {", ".join(known)}, setting: value}}, got {chosen!r}'
-        )
-    for key in chosen:
-        if not isinstance(key, str):
-            raise ValueError(f"settings of {what} must have names, got {key!r}")
-    return make(**chosen)
-
-
-def _section(what: str, cls: type, values: Any) -> Any:
-    allowed = [f.name for f in dataclasses.fields(cls)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be an object of {', '.join(allowed)}, got {values!r}")
-    for key in values:
-        if key not in allowed:
-            raise ValueError(f"{what} has {', '.join(allowed)}; got {key!r}")
-    return cls(**values)
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def _thawed(value: Any) -> Any:
+    """JSON's lists and objects."""
+    if isinstance(value, Mapping):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_thawed(item) for item in value]
+    return value

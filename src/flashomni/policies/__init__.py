@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -154,7 +153,7 @@ def _check_json(name: str, setting: str, value: Any) -> None:
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """Refuse a setting that is not a number in ``[low, high]`` (NaN is refused)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not low <= value <= high:
+    if not number or not low <= value <= high:  # NaN compares false
         raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
 
 

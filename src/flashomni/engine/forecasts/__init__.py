@@ -21,7 +21,13 @@ FORECASTS: Registry[Weights] = Registry("forecast", __name__, "flashomni.forecas
 
 def forecast(name: str) -> Callable[[Weights], Weights]:
     """Register a function as the forecast ``name``."""
-    return lambda function: FORECASTS.add(name, function)
+
+    def keep(function: Weights) -> Weights:
+        FORECASTS.add(name, function)
+        difference_weights.cache_clear()  # it may replace an older definition of its own
+        return function
+
+    return keep
 
 
 def forecasts() -> dict[str, Weights]:

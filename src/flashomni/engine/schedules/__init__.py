@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flashomni.registry import Registry, decorator
+from flashomni.registry import Registry
 
 
 class StepKind(Enum):
@@ -161,13 +161,17 @@ SCHEDULES: Registry[type[Schedule]] = Registry("schedule", __name__, "flashomni.
 
 def schedule(name: str) -> Callable[[type[Schedule]], type[Schedule]]:
     """Register a schedule class as ``name``; put it above ``@dataclass(frozen=True)``."""
-    keep = decorator(SCHEDULES, name)
 
     def register(cls: type[Schedule]) -> type[Schedule]:
-        if not dataclasses.is_dataclass(cls):
-            raise TypeError(f"schedule {cls.__name__} must be a dataclass under @schedule")
+        parameters = vars(cls).get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            raise TypeError(
+                f"schedule {cls.__name__} must be a frozen dataclass: "
+                f'put @schedule("{name}") above @dataclass(frozen=True)'
+            )
+        SCHEDULES.add(name, cls)
         cls.name = name
-        return keep(cls)
+        return cls
 
     return register
 

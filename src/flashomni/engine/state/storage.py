@@ -134,6 +134,9 @@ class Kept:
 
 def _pack(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """``(values, scale of each row)``; no scale where the dtype has range enough."""
+    if dtype == torch.float16 and tensor.dtype != dtype:
+        limit = torch.finfo(dtype).max  # the nearest value, not infinity, which would become NaN
+        return tensor.clamp(-limit, limit).to(dtype), None
     if dtype != torch.float8_e4m3fn:
         return tensor.to(dtype), None
     largest = tensor.abs().amax(-1, keepdim=True).float()

@@ -1,0 +1,96 @@
+"""The flat sections of a recipe: what is carried forward and how, how it is kept, sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashomni.engine.forecasts import forecasts
+from flashomni.engine.state.storage import DTYPES
+from flashomni.policies import check_int, check_range
+
+HISTORY_DTYPES = ("compute", *DTYPES)
+HISTORY_DEVICES = ("compute", "host")
+LEVELS = ("layers", "output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastSettings:
+    """How cached values are carried forward.
+
+    Args:
+        name: a forecast: ``taylor``, ``hermite``, or what an extension registers.
+        order: of cached tiles, 0 to 3: the forecast uses one anchor more.
+        layer_order: of layers that are cached whole, and of the output, 0 to 3.
+        level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
+            needs policy ``cached``.
+    """
+
+    name: str = "taylor"
+    order: int = 1
+    layer_order: int = 0
+    level: str = "layers"
+
+    def __post_init__(self) -> None:
+        _check_choice("forecast", self.name, tuple(forecasts()))
+        check_int("order", self.order, 0, 3)
+        check_int("layer_order", self.layer_order, 0, 3)
+        _check_choice("level", self.level, LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """How histories and bias terms are kept.
+
+    Args:
+        history_dtype: ``compute``, ``bfloat16``, ``float16`` (which ends at 65,504), or ``float8``
+            (a scale for each token; it halves the memory and costs precision).
+        history_device: ``compute`` keeps those of tiles beside the model, ``host`` in pinned host
+            memory: a layer's are on the device while it and the layer before it run.
+    """
+
+    history_dtype: str = "compute"
+    history_device: str = "compute"
+
+    def __post_init__(self) -> None:
+        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSettings:
+    """What is done with the symbols.
+
+    Args:
+        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
+            attention and MLP, until it rises again; 0 never does that.
+        min_skip: a row that would skip less than this share of its key blocks visits all of them:
+            below break-even, skipping costs more than it saves.
+        block_m: query tokens per block.
+        block_n: key tokens per block.
+    """
+
+    degrade_below: float = 0.0
+    min_skip: float = 0.0
+    block_m: int = 128
+    block_n: int = 128
+
+    def __post_init__(self) -> None:
+        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
+        check_range("min_skip", self.min_skip, 0.0, 1.0)
+        for name in ("block_m", "block_n"):
+            check_int(name, getattr(self, name), 16, 1024)
+            if getattr(self, name) % 16:
+                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
+
+
+SECTIONS: dict[str, type] = {
+    "forecast": ForecastSettings,
+    "storage": StorageSettings,
+    "sparse": SparseSettings,
+}
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,232 @@
+"""Forecasts: weights of anchors, what caches keep of them, and histories with uneven distances."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashomni.engine.forecasts import (
+    FORECASTS,
+    difference_weights,
+    forecast,
+    forecasts,
+    from_differences,
+    to_differences,
+)
+from flashomni.engine.state.cache import History
+from flashomni.engine.state.storage import Storage
+from flashomni.kernels.elementwise.op import differences
+
+ANCHORS = st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True).map(sorted)
+
+
+def old_taylor(order, x):
+    return [x**i / math.factorial(i) for i in range(order + 1)]
+
+
+def old_hermite(order, x, sigma=0.5):
+    """The formula of version 0.1: scaled physicists' polynomials without their constants."""
+
+    def hermite(n, y):
+        return [1.0, 2 * y, 4 * y**2 - 2, 8 * y**3 - 12 * y][n]
+
+    rises = [hermite(i, sigma * x) - hermite(i, 0.0) for i in range(order + 1)]
+    return [1.0, *(sigma**i * rises[i] / math.factorial(i) for i in range(1, order + 1))]
+
+
+def fp32(values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("name", "old"), [("taylor", old_taylor), ("hermite", old_hermite)])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_equal_gaps_give_the_coefficients_of_before(name, old, order):
+    """Bit for bit in fp32, for gaps of 1 to 40 and 1 to 40 steps behind the last anchor."""
+    for gap in range(1, 41):
+        for x in range(1, 41):
+            times = tuple(5 + gap * i for i in range(order + 1))
+            got = difference_weights(name, times, times[-1] + x)
+            assert torch.equal(fp32(got), fp32(old(order, x))), (gap, x, got)
+
+
+@pytest.mark.parametrize("name", sorted(forecasts()))
+@pytest.mark.parametrize("times", [(4,), (1, 4), (0, 1, 4), (0, 2, 3, 9)])
+def test_forecasts_start_at_the_value(name, times):
+    """A weight for each anchor; at the last anchor they give its value; constants stay."""
+    weights = forecasts()[name](times, times[-1])
+    assert weights == pytest.approx([0.0] * (len(times) - 1) + [1.0])
+    later = forecasts()[name](times, times[-1] + 3)
+    assert len(later) == len(times) and sum(later) == pytest.approx(1.0)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(ANCHORS, st.lists(st.floats(-2, 2), min_size=4, max_size=4))
+def test_differences_and_weights_are_two_ways_to_say_it(times, coefficients):
+    """There and back; and both give the same value of exact rational data."""
+    coefficients = coefficients[: len(times)]
+    weights = from_differences(times, coefficients)
+    assert to_differences(times, weights) == pytest.approx(coefficients, abs=1e-9)
+    values = [Fraction((7 * t * t - 3 * t) % 101, 7) for t in times]
+    terms, column = [values[-1]], values
+    for i in range(1, len(times)):
+        pairs = range(len(column) - 1)
+        column = [(column[j + 1] - column[j]) / (times[j + i] - times[j]) for j in pairs]
+        terms.append(math.factorial(i) * column[-1])
+    by_terms = sum(c * float(f) for c, f in zip(coefficients, terms, strict=True))
+    by_values = sum(w * float(v) for w, v in zip(weights, values, strict=True))
+    assert by_values == pytest.approx(by_terms, abs=1e-6, rel=1e-6)
+
+
+def test_taylor_is_exact_on_lines_and_what_it_does_to_a_parabola():
+    """Order 1 continues a line. Order 2 misses t^2 by x times the last gap, whatever the others."""
+    for times in [(0, 3), (2, 9)]:
+        for x in (1, 2, 5):
+            weights = forecasts()["taylor"](times, times[-1] + x)
+            got = sum(w * (3 * t - 2) for w, t in zip(weights, times, strict=True))
+            assert got == pytest.approx(3 * (times[-1] + x) - 2)
+    for times in [(0, 1, 2), (0, 1, 5), (0, 4, 5), (3, 9, 11)]:
+        for x in (1, 2, 5):
+            weights = forecasts()["taylor"](times, times[-1] + x)
+            got = sum(w * t * t for w, t in zip(weights, times, strict=True))
+            gap = times[-1] - times[-2]
+            assert got == pytest.approx((times[-1] + x) ** 2 - x * gap)
+
+
+def push_all(history, function, times):
+    for step in times:
+        terms = history.push(torch.tensor([function(step)], dtype=torch.float64).float(), step)
+    return [float(term) for term in terms]
+
+
+@pytest.mark.parametrize("times", [(0, 1, 2, 3), (0, 1, 4, 9), (0, 5, 6, 13)])
+def test_differences_of_uneven_gaps_are_right(times):
+    """f_i is i! times the leading coefficient of a polynomial of degree i, at any distances."""
+    assert push_all(History(2, 3, Storage()), lambda t: 3 * t * t - t, times[1:])[2] == 6.0
+    got = push_all(History(3, 4, Storage()), lambda t: 2.0 * t**3 + t * t, times)
+    assert got[3] == pytest.approx(12.0, rel=1e-4)
+
+
+def test_equal_gaps_are_the_backward_differences_of_before():
+    """Bit for bit: each difference divided by the number of steps."""
+    torch.manual_seed(0)
+    for gap in (1, 3, 7):
+        history, old = History(3, 3, Storage()), []
+        for k in range(5):
+            value = torch.randn(64)
+            terms = [value]
+            for term in old[:3]:
+                terms.append((terms[-1] - term) / gap)
+            got = history.push(value, k * gap)
+            assert len(got) == len(terms)
+            assert all(torch.equal(a, b) for a, b in zip(got, terms, strict=True))
+            old = terms
+
+
+def test_a_history_knows_its_anchors():
+    """Newest last, as many as terms; an older step starts it again."""
+    history = History(2, 3, Storage())
+    seen = []
+    for step in (2, 3, 7, 11):
+        history.push(torch.ones(2), step)
+        seen.append(history.times)
+    assert seen == [(2,), (2, 3), (2, 3, 7), (3, 7, 11)]
+    history.push(torch.ones(2), 4)
+    assert history.times == (4,) and len(history) == 1
+    only_last = History(0, 1, Storage())
+    for step in (1, 5):
+        only_last.push(torch.ones(2), step)
+    assert only_last.times == (5,)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8"])
+def test_sums_out_of_the_range_of_their_storage(dtype):
+    """The nearest value that can be kept, and no infinity."""
+    history = History(1, 2, Storage(dtype), wide=True)
+    for step in (0, 2):
+        history.push(torch.full((4, 8), 80_000.0), step)
+    got = history.predict(fp32([1.0, 0.0]))
+    limit = 65_504.0 if dtype == "float16" else 80_000.0
+    torch.testing.assert_close(got, torch.full((4, 8), limit), rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["compute", "bfloat16"])
+def test_sums_out_of_the_range_of_fp16(dtype):
+    """What a span adds, 80,000 here, is kept wide: the forecast is finite and in fp16."""
+    before = torch.full((1, 4, 8), -40_000.0, dtype=torch.float16)
+    after = torch.full((1, 4, 8), 40_000.0, dtype=torch.float16)
+    history = History(1, 2, Storage(dtype), wide=True)
+    for step in (0, 2):
+        terms = history.push(after, step, minus=before)
+    assert all(term.dtype == torch.float32 and term.isfinite().all() for term in terms)
+    got = history.predict(fp32([1.0, 3.0]), before)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, after, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_of_differences(dtype):
+    """By default that of the value, the same bits as asking for it; or another."""
+    torch.manual_seed(0)
+    value, minus, old = (torch.randn(2, 5, 8).to(dtype) for _ in range(3))
+    same = differences(value, minus, [old], [2.0])
+    asked = differences(value, minus, [old], [2.0], dtype)
+    assert all(a.dtype == dtype and torch.equal(a, b) for a, b in zip(same, asked, strict=True))
+    wide = differences(value, minus, [old], [2.0], torch.float32)
+    torch.testing.assert_close(wide[0], value.float() - minus.float(), rtol=0, atol=0)
+    torch.testing.assert_close(wide[1], (wide[0] - old.float()) / 2.0)
+
+
+@pytest.fixture
+def registered():
+    """A forecast of the test's own, taken off again."""
+
+    def register(name, function):
+        return forecast(name)(function)
+
+    before = FORECASTS.all()
+    yield register
+    for name in set(FORECASTS.all()) - set(before):
+        FORECASTS.remove(name)
+    difference_weights.cache_clear()
+
+
+def test_a_forecast_that_is_no_polynomial(registered):
+    """Weights of the anchors' values are what comes out, through the differences that are kept."""
+
+    def blend(times, t, signals=None):
+        return [0.25] * (len(times) - 1) + [1 - 0.25 * (len(times) - 1)]
+
+    registered("blend", blend)
+    values = {0: torch.randn(5), 1: torch.randn(5), 6: torch.randn(5)}
+    history = History(2, 3, Storage())
+    for step, value in values.items():
+        history.push(value, step)
+    got = history.predict(fp32(difference_weights("blend", history.times, 8)))
+    torch.testing.assert_close(got, 0.25 * values[0] + 0.25 * values[1] + 0.5 * values[6])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [float("nan"), 1.0], [1.0, 2.0, 3.0]])
+def test_a_forecast_that_gives_nonsense(registered, weights):
+    """The error names the forecast, the anchors and what came."""
+    registered("nonsense", lambda times, t, signals=None: weights)
+    with pytest.raises(ValueError, match=r"forecast nonsense must give 2 finite weights"):
+        difference_weights("nonsense", (1, 2), 3)
+
+
+def test_a_forecast_that_is_defined_again(registered):
+    """The new definition counts (a notebook's cell)."""
+    for weight in (0.5, 0.75):
+
+        def cell(times, t, signals=None, weight=weight):
+            return [weight]
+
+        registered("cell", cell)
+        assert difference_weights("cell", (3,), 4) == (weight,)
+
+
+def test_an_unknown_forecast():
+    with pytest.raises(ValueError, match="forecast must be one of hermite, taylor, got 'fourier'"):
+        difference_weights("fourier", (1,), 2)
