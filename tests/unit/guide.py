@@ -1,0 +1,59 @@
+"""The examples of CONTRIBUTING.md, taken out of it as they are, and made into a package."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flashomni
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(flashomni.__file__).parents[1]
+FENCE = re.compile(r"^```\w+ example=(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples():
+    """Each marked block of the guide, by its name."""
+    found = FENCE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(dict(found)) == len(found), "two examples have one name"
+    return dict(found)
+
+
+def run(*command, path=(), cwd=None):
+    """A command in a process of its own that imports this flashomni, and what is in ``path``."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, SOURCE)))}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=env, cwd=cwd
+    )
+
+
+def install(folder, pyproject, modules, package="flashomni_extras"):
+    """Build a wheel of a package outside this repository and install it: where it went.
+
+    Args:
+        folder: empty; the project is written and the package installed into it.
+        pyproject: text of ``pyproject.toml``.
+        modules: source text by name.
+    """
+    project, wheels, site = (folder / name for name in ("project", "wheels", "site"))
+    (project / package).mkdir(parents=True)
+    (project / "pyproject.toml").write_text(pyproject, encoding="utf-8")
+    (project / package / "__init__.py").write_text('"""What we add to FlashOmni."""\n')
+    for name, text in modules.items():
+        (project / package / f"{name}.py").write_text(text, encoding="utf-8")
+    offline = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    for command in (
+        ("wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, project),
+        ("install", *offline, "--target", site, "--find-links", wheels, distribution(pyproject)),
+    ):
+        done = run("-m", "pip", *command, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+def distribution(pyproject):
+    """The name in a ``pyproject.toml``."""
+    found = re.search(r'^name = "(.*)"$', pyproject, re.MULTILINE)
+    assert found is not None, "the project has no name"
+    return found.group(1)

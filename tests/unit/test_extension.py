@@ -1,0 +1,146 @@
+"""Extensions live outside this repository: a wheel with entry points is found and runs."""
+
+import textwrap
+
+import pytest
+from guide import distribution, examples, install, run
+
+MODULES = ("policy", "schedule", "forecast", "adapter")
+NAMES = {"policies": "diagonal", "schedules": "early", "forecasts": "damped", "adapters": "TinyDiT"}
+LISTS = """
+from flashomni.engine import forecasts, schedules
+from flashomni.models import adapters
+from flashomni.policies import policies
+"""
+
+
+def python(site, text):
+    return run("-c", textwrap.dedent(text), path=[site])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The package of the guide, built as a wheel and installed beside the environment."""
+    found = examples()
+    modules = {name: found[name] for name in MODULES}
+    return install(tmp_path_factory.mktemp("extension"), found["pyproject"], modules)
+
+
+def test_what_is_installed_is_found_by_its_name(site):
+    """All four kinds, at the first question; nothing is imported before, nothing without it."""
+    done = python(
+        site,
+        f"""
+        import sys
+        {LISTS.strip().replace(chr(10), chr(10) + " " * 8)}
+        assert not [name for name in sys.modules if name.startswith("flashomni_extras")]
+        for all, name in ((policies, "diagonal"), (schedules, "early"), (forecasts, "damped"),
+                          (adapters, "TinyDiT")):
+            assert name in all(), (name, list(all()))
+        assert policies()["diagonal"].__module__ == "flashomni_extras.policy"
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    bare = run("-c", f"{LISTS}\nassert 'diagonal' not in policies() and 'early' not in schedules()")
+    assert bare.returncode == 0, bare.stderr
+
+
+@pytest.mark.slow
+def test_it_runs_in_a_generation(site):
+    """A policy, a schedule and a forecast on a model of the library, all three on its own model."""
+    done = python(
+        site,
+        """
+        import torch
+        import flashomni
+        from flashomni.models import adapters
+
+        recipe = flashomni.Recipe.of(
+            "topk", schedule="early", part=0.3, forecast="damped", order=1
+        )
+        skips = flashomni.Recipe.of("diagonal:reach=.3", schedule="early")
+        for name in ("FluxTransformer2DModel", "TinyDiT"):
+            model, inputs = adapters()[name].tiny()
+            model.eval().requires_grad_(False)
+            for chosen in (recipe, skips):
+                with torch.no_grad(), flashomni.accelerate(model, chosen) as engine:
+                    assert engine.recipe.schedule.name == "early"
+                    for step in range(6):
+                        engine.step(step, 6)
+                        out = model(**inputs)
+                        out = out if isinstance(out, torch.Tensor) else out[0]
+                        assert torch.isfinite(out).all()
+                    kinds = [step["kind"] for step in engine.report().steps]
+                assert "update" in kinds and "dispatch" in kinds, kinds
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_of_it_round_trips(site, tmp_path):
+    """Through a file of JSON that another process reads; without the package the name is said."""
+    path = tmp_path / "recipe.json"
+    make = f"""
+        import flashomni
+        recipe = flashomni.Recipe.of(
+            "diagonal:reach=.25", schedule="early", part=0.3, forecast="damped"
+        )
+        recipe.save({str(path)!r})
+    """
+    read = f"""
+        import flashomni
+        recipe = flashomni.Recipe.of({str(path)!r})
+        assert recipe.policy.to_dict() == {{"name": "diagonal", "reach": 0.25}}
+        assert recipe.schedule.to_dict()["part"] == 0.3 and recipe.forecast.name == "damped"
+        assert flashomni.Recipe.from_dict(recipe.to_dict()) == recipe
+    """
+    for text in (make, read):
+        done = python(site, text)
+        assert done.returncode == 0, done.stderr
+    bare = run("-c", f"import flashomni\nflashomni.Recipe.of({str(path)!r})")
+    assert bare.returncode == 1 and "'diagonal'" in bare.stderr and "must be one of" in bare.stderr
+
+
+TAKEN = {"policy": "window", "schedule": "interval", "forecast": "taylor"}
+TAKEN["adapter"] = "FluxTransformer2DModel"
+
+
+@pytest.mark.slow
+def test_names_of_the_library_are_refused_by_name_and_package(tmp_path):
+    """A second package asks for names that are taken: each list says who, never which of two."""
+    found, pyproject = examples(), examples()["pyproject"].replace("-extras", "-rival")
+    pyproject = pyproject.replace("flashomni_extras", "flashomni_rival")
+    modules = {}
+    for (kind, name), taken in zip(NAMES.items(), TAKEN.items(), strict=True):
+        text = found[taken[0]]
+        assert f'("{name}")' in text, kind
+        modules[taken[0]] = text.replace(f'("{name}")', f'("{taken[1]}")')
+        pyproject = pyproject.replace(f"\n{name} = ", f"\n{taken[1]} = ")
+    site = install(tmp_path, pyproject, modules, "flashomni_rival")
+    for kind, taken in zip(NAMES, TAKEN.values(), strict=True):
+        done = python(site, f"{LISTS}\n{kind}()")
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert f"{taken!r}" in last and distribution(pyproject) in last, done.stderr
+
+
+@pytest.mark.slow
+def test_a_package_that_cannot_be_imported_is_a_reason(tmp_path):
+    """The rest of the library works; who asks for it reads why."""
+    modules = {name: "import a_package_that_is_nowhere\n" for name in MODULES}
+    site = install(tmp_path, examples()["pyproject"], modules)
+    done = python(
+        site,
+        f"""
+        {LISTS.strip().replace(chr(10), chr(10) + " " * 8)}
+        from flashomni.engine import Recipe
+        assert "window" in policies() and "interval" in schedules() and "taylor" in forecasts()
+        assert "FluxTransformer2DModel" in adapters()
+        from flashomni.policies import make_policy
+        make_policy("diagonal")
+        """,
+    )
+    assert done.returncode == 1
+    assert "flashomni-extras cannot be imported" in done.stderr
+    assert "a_package_that_is_nowhere" in done.stderr

@@ -1,0 +1,85 @@
+"""The guide in CONTRIBUTING.md is true: each example runs as it stands there, from one file."""
+
+import re
+
+import pytest
+from guide import ROOT, examples, run
+
+EXERCISES = {
+    "policy": """
+        import torch
+        from flashomni.policies import make_policy, AttentionSite
+        from flashomni.symbols import Grid
+        from flashomni.engine import Recipe
+        grid = Grid(2000, 2000, (0, 77))
+        q = torch.randn(1, 2000, 2, 16)
+        symbols = make_policy("diagonal", reach=0.1)(AttentionSite.alone(q, q, grid))
+        mask = symbols.kv_mask()[0, 1]
+        assert mask[0].all() and mask[:, 0].all() and not mask[8].all() and mask[8, 8]
+        recipe = Recipe.of("diagonal:reach=.3")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe and recipe.policy.reach == 0.3
+        assert type(recipe.policy).__doc__.startswith("First line of the docstring")
+    """,
+    "schedule": """
+        from flashomni.engine.schedules import StepKind, make_schedule
+        from flashomni.engine import Recipe
+        kinds = make_schedule("early", part=0.5).plan(8, 1).kinds
+        D, F, U = StepKind.DISPATCH, StepKind.FULL, StepKind.UPDATE
+        assert kinds == (F, F, F, F, U, D, U, D), kinds
+        recipe = Recipe.of("balanced", schedule="early")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe and recipe.schedule.part == 0.4
+    """,
+    "forecast": """
+        from flashomni.engine.forecasts import forecasts
+        from flashomni.engine import Recipe
+        weights = forecasts()["damped"]
+        assert weights([3], 5) == [1.0]
+        assert weights([1, 3], 5) == [-0.5, 1.5] and weights([0, 1, 3], 4) == [0.0, -0.25, 1.25]
+        recipe = Recipe.of("balanced", forecast="damped")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe and recipe.forecast.name == "damped"
+    """,
+    "adapter": """
+        import torch
+        import flashomni
+        from flashomni.models import adapters
+        model, inputs = adapters()["TinyDiT"].tiny()
+        model.requires_grad_(False)
+        stock = model(**inputs)
+        with torch.no_grad():
+            with flashomni.accelerate(model, "lossless") as engine:
+                engine.step(0, 1)
+                torch.testing.assert_close(model(**inputs), stock, atol=1e-5, rtol=1e-5)
+            recipe = flashomni.Recipe.of("topk:kv_density=1,interval=2,warmup=0")
+            with flashomni.accelerate(model, recipe) as engine:
+                for step in range(4):
+                    engine.step(step, 4)
+                    torch.testing.assert_close(model(**inputs), stock, atol=1e-5, rtol=1e-5)
+                kinds = [step["kind"] for step in engine.report().steps]
+                assert kinds[1] == "dispatch", kinds
+        assert torch.equal(model(**inputs), stock)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_an_example_runs_as_it_stands(name, tmp_path):
+    """Imported from a file of its own, in a process of its own; then used."""
+    (tmp_path / "example.py").write_text(examples()[name], encoding="utf-8")
+    lines = EXERCISES[name].replace("\n        ", "\n")
+    done = run("-c", f"import example\n{lines}", path=[tmp_path])
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_example_is_exercised():
+    """The package's metadata is exercised where the package is built."""
+    assert set(examples()) == {*EXERCISES, "pyproject"}
+
+
+def test_paths_that_the_guide_names_exist():
+    """A guide to files that have moved is worse than none."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:src/|tests/|studies/|lab/|models/|kernels/)[\w/.]*[\w/])`", text))
+    assert len(named) > 8
+    for name in named:
+        place = name if name.startswith(("src/", "tests/", "studies/")) else f"src/flashomni/{name}"
+        assert "NAME" in name or (ROOT / place).exists(), name
