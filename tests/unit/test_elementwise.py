@@ -109,12 +109,13 @@ def test_differences_and_their_sum(kernels, dtype, order, batch, has_minus):
     value = rows_of_more(batch, rows, width, dtype)
     minus = randn(batch, rows, width, dtype=dtype) if has_minus else None
     old = [randn(batch, rows, width, dtype=dtype) for _ in range(order)]
+    gaps = [3, 2.5, 4][:order]
 
     def defined(value, minus, *old):
-        return elementwise.differences(value, minus, old, 3)
+        return elementwise.differences(value, minus, old, gaps)
 
     exact, rounded = both(defined, value, minus, *old)
-    got = kernels.differences(value, minus, old, 3)
+    got = kernels.differences(value, minus, old, gaps, dtype)
     assert len(got) == order + 1
     for part in range(order + 1):
         check(got[part].cpu(), exact[part], rounded[part])
@@ -125,6 +126,16 @@ def test_differences_and_their_sum(kernels, dtype, order, batch, has_minus):
         exact = exact if base is None else exact + base.float()
         total = kernels.weighted_sum(got, coefficients, base, dtype)
         check(total.cpu(), exact.cpu(), exact.to(dtype).cpu())
+
+
+def test_differences_in_another_dtype(kernels):
+    """fp16 values whose difference is out of its range, in fp32."""
+    value, minus = (
+        torch.full((2, 5, 8), x, dtype=torch.float16, device=DEVICE) for x in (4e4, -4e4)
+    )
+    old = torch.full((2, 5, 8), 1e4, device=DEVICE)
+    got = kernels.differences(value, minus, [old], [2.0], torch.float32)
+    assert [term.unique().tolist() for term in got] == [[80_000.0], [35_000.0]]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +154,6 @@ def test_differences_and_their_sum(kernels, dtype, order, batch, has_minus):
 def test_views_are_read_as_they_lie(kernels, view):
     """What a view shows is what is used, however it lies."""
     x = view(randn(3, 10, 4, 8))
-    assert torch.equal(kernels.differences(x, None, [], 1)[0], x)
+    assert torch.equal(kernels.differences(x, None, [], [], x.dtype)[0], x)
     zero = torch.zeros_like(x).contiguous()
     assert torch.equal(kernels.weighted_sum([zero], torch.ones(1, device=DEVICE), x, x.dtype), x)

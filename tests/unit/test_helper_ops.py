@@ -25,7 +25,7 @@ PASSES = {
         x, y, gate, scale, shift, 1e-6, **o
     ),
     "norm_rope": norm_rope,
-    "differences": lambda x, **o: elementwise.differences(x, None, [y], 2, **o),
+    "differences": lambda x, **o: elementwise.differences(x, None, [y], [2.0], **o),
     "weighted_sum": lambda x, **o: elementwise.weighted_sum(
         [x, y], torch.tensor([1.0, 0.5]), x, torch.float16, **o
     ),
@@ -79,7 +79,7 @@ def test_a_kernel_file_that_cannot_be_imported_is_a_refusal(monkeypatch):
     monkeypatch.setitem(dispatch._broken, ("differences", "moon"), "cannot be imported: no moon")
     assert dispatch.refusals("differences")["moon"] == "cannot be imported: no moon"
     with pytest.raises(NotImplementedError, match="moon: cannot be imported: no moon"):
-        elementwise.differences(x, None, [], 1, backend="moon")
+        elementwise.differences(x, None, [], [], backend="moon")
 
 
 def test_a_family_without_helpers_takes_the_best(monkeypatch):
@@ -97,7 +97,7 @@ def test_reference_on_a_gpu_selects_no_kernel():
     on_gpu = x.cuda()
     for op, call in (
         ("modulated_norm", ModulatedNormCall(on_gpu, scale.cuda(), shift.cuda(), 1e-6)),
-        ("differences", DifferencesCall(on_gpu, None, [], 1)),
+        ("differences", DifferencesCall(on_gpu, None, [], [], torch.float32)),
         ("weighted_sum", WeightedSumCall([on_gpu], torch.ones(1).cuda(), None, torch.float32)),
     ):
         assert dispatch.select(op, call, "reference").name == "reference"

@@ -357,6 +357,9 @@ def test_a_setting_selects_its_schedule():
     assert back.schedule == make_schedule("interval", interval=3, min_steps=6)
     assert ramp.replace(min_steps=0, interval=3).schedule.min_steps == 0
     assert ramp.replace(schedule={"name": "interval"}).schedule == make_schedule("interval")
+    with pytest.raises(ValueError, match="schedule must be a Schedule, got 3"):
+        Recipe.of("fora", schedule=3, order=1)
+    assert Recipe.of("fora", schedule=3, interval=3).schedule.interval == 3
     with pytest.raises(ValueError, match="settings of, interval belong to no schedule"):
         Recipe.of("fora", interval=3, of=4, schedule="steps")
 

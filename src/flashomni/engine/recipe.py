@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flashomni.engine.recipe_file import plain, read_recipe, upgrade
 from flashomni.engine.recipe_parts import (
@@ -16,10 +16,9 @@ from flashomni.engine.recipe_parts import (
     SparseSettings,
     StorageSettings,
 )
-from flashomni.engine.schedules import Plan, Schedule, make_schedule, schedules
-from flashomni.engine.schedules import fields as schedule_fields
+from flashomni.engine.recipe_settings import changed_part, load_part, place_settings, thawed
+from flashomni.engine.schedules import Plan, Schedule, make_schedule
 from flashomni.policies import Policy, make_policy, policies
-from flashomni.policies import fields as policy_fields
 from flashomni.symbols import Grid
 from flashomni.util.files import write_text
 from flashomni.util.settings import parse_settings, write_settings
@@ -28,8 +27,6 @@ FORMAT = 2
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = ("fora", "taylorseer")  # recipes of published methods, which are no presets
 SUFFIXES = (".json", ".yaml", ".yml")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +121,10 @@ class Recipe:
         settings: dict[str, Any] = {}
         for key, value in changes.items():
             if key in parts:
-                parts[key] = _part(key, value, parts[key])
+                parts[key] = changed_part(key, value, parts[key])
             else:
                 settings[key] = value
-        _set(parts, settings)
+        place_settings(parts, settings)
         return Recipe(**parts)
 
     def with_settings(self, name: str, settings: Mapping[str, Any]) -> Recipe:
@@ -137,7 +134,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; :meth:`from_dict` gives the same recipe back."""
         other = self.policy_without_text
-        return _thawed(
+        return thawed(
             {
                 "format": FORMAT,
                 "name": self.name,
@@ -162,9 +159,9 @@ class Recipe:
         for key in data:
             if key not in allowed:
                 raise ValueError(f"a recipe has {', '.join(allowed)}; got {key!r}")
-        values = {key: _loaded(key, value) for key, value in data.items()}
+        values = {key: load_part(key, value) for key, value in data.items()}
         if "policy" not in values:
-            values["policy"] = _loaded("policy", None)
+            values["policy"] = load_part("policy", None)
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -242,119 +239,3 @@ def _exists(text: str) -> bool:
         return Path(text).exists()
     except (OSError, ValueError):  # a name too long, a null byte
         return False
-
-
-def _part(key: str, value: Any, old: Any) -> Any:
-    """A part of a recipe that a user gives: an object, a name, or some of its settings."""
-    if key == "forecast" and isinstance(value, str):
-        return _set_fields(key, old, {"name": value})
-    if key in SECTIONS and isinstance(value, Mapping):
-        known = _names(SECTIONS[key])
-        for setting in value:
-            if setting not in known:
-                raise ValueError(f"{key} has {', '.join(known)}; got {setting!r}")
-        return _set_fields(key, old, value)
-    if key in ("policy", "policy_without_text", "schedule"):
-        value = {"name": value} if isinstance(value, str) else value
-        if isinstance(value, Mapping):
-            return _loaded(key, plain(value, key))
-    return value
-
-
-def _set(parts: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Change settings that are given by their own names, wherever they belong."""
-    schedule, policy = parts["schedule"], parts["policy"]
-    own = {part: _names(kind) for part, kind in SECTIONS.items()}
-    if isinstance(schedule, Schedule):
-        own["schedule"] = _names(type(schedule))
-    if isinstance(policy, Policy):
-        own["policy"] = _names(type(policy))
-    own["forecast"].remove("name")
-    found: dict[str, dict[str, Any]] = {}
-    others: dict[str, Any] = {}
-    elsewhere = {name for kind in schedules().values() for name in _names(kind)}
-    for key, value in settings.items():
-        place = next((part for part, names in own.items() if key in names), None)
-        if place is not None:
-            found.setdefault(place, {})[key] = value
-        elif key in elsewhere:
-            others[key] = value
-        else:
-            named = [name for names in own.values() for name in names]
-            known = dict.fromkeys([*parts, *named, *sorted(elsewhere)])
-            raise ValueError(f"settings of {parts['name']} are {', '.join(known)}; got {key!r}")
-    if others:
-        parts["schedule"] = _other_schedule(schedule, others, found.pop("schedule", {}))
-    for part, values in found.items():
-        parts[part] = _set_fields(part, parts[part], values)
-
-
-def _other_schedule(old: Schedule, wanted: Mapping[str, Any], own: Mapping[str, Any]) -> Schedule:
-    """The one schedule that has all of these settings; what both have is kept."""
-    wanted = {**own, **wanted}
-    known = {name: kind for name, kind in schedules().items() if set(wanted) <= {*_names(kind)}}
-    # What comes with the library keeps its meaning when an extension has a setting of that name.
-    home = make_schedule("interval").__module__.rpartition(".")[0] + "."
-    fitting = [name for name, kind in known.items() if kind.__module__.startswith(home)]
-    fitting = fitting if len(fitting) == 1 else list(known)
-    if len(fitting) != 1:
-        which = f"several schedules, {', '.join(fitting)}: name one" if fitting else "no schedule"
-        raise ValueError(f"settings {', '.join(wanted)} belong to {which}")
-    kept = {key: getattr(old, key, None) for key in _names(known[fitting[0]])}
-    shared = {key: value for key, value in kept.items() if key in _names(type(old))}
-    return _loaded("schedule", {"name": fitting[0], **shared, **wanted})
-
-
-def _set_fields(part: str, old: T, values: Mapping[str, Any]) -> T:
-    """A part with other settings."""
-    checked = plain(values, part)
-    checked = _thawed(checked) if part == "policy" else checked
-    return _made(part, lambda: dataclasses.replace(old, **checked))  # type: ignore[type-var]
-
-
-def _loaded(key: str, value: Any) -> Any:
-    """A part of a recipe as JSON has it, as an object."""
-    if key == "name" or (key == "policy_without_text" and value is None):
-        return value
-    if key in SECTIONS:
-        kind, known = SECTIONS[key], _names(SECTIONS[key])
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key} must be an object of {', '.join(known)}, got {value!r}")
-        for setting in value:
-            if setting not in known:
-                raise ValueError(f"{key} has {', '.join(known)}; got {setting!r}")
-        return _made(key, lambda: kind(**value))
-    names = schedules() if key == "schedule" else policies()
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        choices = ", ".join(names)
-        raise ValueError(
-            f'{key} must be {{"name": one of {choices}, setting: value}}, got {value!r}'
-        )
-    if key == "schedule":
-        return _made(key, lambda: make_schedule(**value))
-    return _made(key, lambda: make_policy(**_thawed(value)))  # settings of policies are JSON
-
-
-def _made(part: str, make: Callable[[], T]) -> T:
-    try:
-        return make()
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{part}: {error}") from error
-
-
-def _names(kind: type) -> list[str]:
-    """Settings of a part."""
-    if issubclass(kind, Schedule):
-        return [f.name for f in schedule_fields(kind)]
-    if issubclass(kind, Policy):
-        return [f.name for f in policy_fields(kind)]
-    return [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]  # a section
-
-
-def _thawed(value: Any) -> Any:
-    """JSON's lists and objects."""
-    if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_thawed(item) for item in value]
-    return value
