@@ -95,7 +95,10 @@ def test_a_diffusers_cache_is_refused_until_it_is_disabled(tiny, name):
             "current_timestep_callback": lambda: 500,
         },
     }[name]
-    model.enable_cache(getattr(diffusers, name)(**settings))
+    try:
+        model.enable_cache(getattr(diffusers, name)(**settings))
+    except ValueError as refusal:
+        pytest.skip(f"diffusers does not offer it for this model: {refusal}")
     with pytest.raises(NotImplementedError, match=r"carries the hook (fbc|pyramid)"):
         flashomni.accelerate(model)
     model.disable_cache()

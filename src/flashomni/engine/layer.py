@@ -23,6 +23,7 @@ from flashomni.engine.linear import (
     is_rms_norm,
     linear_flops,
     norm_eps,
+    norm_heads,
     plain_weights,
     project_into,
     project_joined,
@@ -192,7 +193,7 @@ class LayerRun:
         weights = plain_weights(linear, x)
         is_text = self.grid.is_text(row_offset, row_offset + rows)  # never cached
         sparse = self.kind is StepKind.DISPATCH and self._caches_heads and not is_text
-        if sparse and weights is not None and is_rms_norm(norm):
+        if sparse and weights is not None and is_rms_norm(norm, head_dim):
             self._record.add("gemm_q", flops, self._live_share(row_offset, rows))
             sparse_gemm_q(
                 x,
@@ -223,8 +224,8 @@ class LayerRun:
     ) -> None:
         """Like :meth:`project_q` for all heads of all tokens, uncounted: keys and values."""
         project_into(linear, x, out)
-        if norm is not None and not is_rms_norm(norm):
-            out.copy_(norm(out))
+        if norm is not None and not is_rms_norm(norm, out.shape[-1]):
+            out.copy_(norm_heads(norm, out))
             norm = None
         eps = None if norm is None else norm_eps(norm, x.dtype)
         norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self.backend)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,57 @@ def is_hooked(module: nn.Module) -> bool:
         or hasattr(module, "_hf_hook")
         or hasattr(module, "_diffusers_hook")
     )
+
+
+def is_stock(module: Any, *names: str) -> bool:
+    """Whether a module is exactly what its name says: torch's or diffusers' own class, unchanged.
+
+    A class of the same name from elsewhere, a subclass, and a class whose forward somebody has
+    replaced are not.
+
+    Args:
+        names: of the classes that are meant.
+    """
+    cls: Any = type(module)
+    if cls.__name__ not in names:
+        return False
+    return _is_own(cls, cls.forward if isinstance(module, nn.Module) else cls.__call__)
+
+
+@functools.lru_cache(1024)
+def _is_own(cls: type, called: Any) -> bool:
+    """Whether a class and what runs when it is called come from torch or diffusers."""
+    modules = (cls.__module__, getattr(called, "__module__", None) or "")
+    return all(module.partition(".")[0] in ("torch", "diffusers") for module in modules)
+
+
+def is_rms_norm(norm: nn.Module | None, head_dim: int) -> bool:
+    """Whether a norm can be fused: ``None``, or a plain RMSNorm over ``head_dim`` without bias.
+
+    One over all heads is none, nor is a class that only has the name.
+    """
+    if norm is None:
+        return True
+    if not is_stock(norm, "RMSNorm") or is_hooked(norm):
+        return False
+    return getattr(norm, "bias", None) is None and _normed_shape(norm) == (head_dim,)
+
+
+def norm_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` of heads ``[B, R, H, D]``, whether it spans one head or all of them."""
+    shape = _normed_shape(norm)
+    if shape == (x.shape[2] * x.shape[3],) and shape != x.shape[3:]:
+        return norm(x.flatten(2)).view(x.shape)
+    return norm(x)
+
+
+def _normed_shape(norm: Any) -> tuple[int, ...] | None:
+    """The last dims over which a norm runs, where it says so or its weight shows it."""
+    for shape in (getattr(norm, "normalized_shape", None), getattr(norm, "dim", None)):
+        if shape is not None:
+            return (shape,) if isinstance(shape, int) else tuple(shape)
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else tuple(weight.shape)
 
 
 def plain_weights(module: nn.Module, x: Tensor) -> Weights | None:
@@ -108,14 +160,6 @@ def join_tokens(first: Tensor, second: Tensor) -> Tensor:
         return torch.cat([first, second], dim=1)
     shape = (first.shape[0], first.shape[1] + second.shape[1], *first.shape[2:])
     return first.as_strided(shape, first.stride(), first.storage_offset())
-
-
-def is_rms_norm(norm: nn.Module | None) -> bool:
-    """Whether a norm over head_dim can be fused: torch's and diffusers' RMSNorm without bias."""
-    if norm is None:
-        return True
-    plain = type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None
-    return plain and not is_hooked(norm)
 
 
 def norm_eps(norm: nn.Module, dtype: torch.dtype) -> float:

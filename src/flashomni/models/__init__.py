@@ -6,12 +6,14 @@ place that knows the model. Importing this package loads no diffusers.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from flashomni.models._relies import Reliance, verify
 from flashomni.registry import Registry
 
 BlockRun = Callable[..., Any]
@@ -65,16 +67,45 @@ class Site:
 
 
 class Adapter:
-    """What the engine needs to know about one transformer class."""
+    """What the engine needs to know about one transformer class.
+
+    Attributes:
+        transformer: name of the class.
+        sizes: configurations of the class by name: ``tiny`` for the contract tests, ``published``
+            as the largest weights that are published.
+        latents: the argument of the model that is what its output changes.
+    """
 
     transformer: ClassVar[str]
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    latents: ClassVar[str] = "hidden_states"
+
+    def build(self, size: str) -> nn.Module:
+        """A model of diffusers' class with random weights.
+
+        Args:
+            size: one of ``sizes``.
+        """
+        if size not in self.sizes:
+            raise ValueError(f"size must be one of {', '.join(self.sizes)}, got {size!r}")
+        return getattr(importlib.import_module("diffusers"), self.transformer)(**self.sizes[size])
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The blocks with joint or self attention, in the order in which they run."""
         raise TypeError(f"{type(self).__name__} does not implement sites")
 
+    def relies_on(self, model: nn.Module) -> list[Reliance]:
+        """Everything that the adapter takes apart instead of calling it: the one list of it."""
+        return []
+
     def check(self, model: nn.Module) -> None:
-        """Raise ``NotImplementedError`` for a variant of the model that the adapter cannot run."""
+        """Whether the model is, or still is, what the adapter understands. Costs microseconds.
+
+        Raises:
+            NotImplementedError: something that the adapter relies on is another, or the model is a
+                variant that the adapter cannot run (those add to this method).
+        """
+        verify(self.relies_on(model))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         """A small random model and the arguments of one call, for the contract tests.
@@ -123,6 +154,6 @@ def find_adapter(model: nn.Module) -> Adapter:
 from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
 
 __all__ = [
-    "ADAPTERS", "Adapter", "BlockRun", "Site", "Streams",
+    "ADAPTERS", "Adapter", "BlockRun", "Reliance", "Site", "Streams",
     "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore",
 ]  # fmt: skip

@@ -1,1 +1,21 @@
-"""What the blocks of several models share."""
+"""Parts of blocks, for adapters: import them from here."""
+
+from flashomni.models._relies import rely_on_attention
+from flashomni.models.blocks.fused import adaptive_norm, mlp, residual_norm
+from flashomni.models.blocks.joint import (
+    Stream,
+    added_stream,
+    dual_attention,
+    feed_forward,
+    gelu_up,
+    joint_attention,
+    own_stream,
+    valid_first,
+)
+from flashomni.models.blocks.mmdit import TEXT, VISION, Inputs, MMDiT
+
+__all__ = [
+    "TEXT", "VISION", "Inputs", "MMDiT", "Stream",
+    "adaptive_norm", "added_stream", "dual_attention", "feed_forward", "gelu_up",
+    "joint_attention", "mlp", "own_stream", "rely_on_attention", "residual_norm", "valid_first",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.linear import is_hooked, plain_weights
+from flashomni.engine.linear import is_hooked, is_stock, plain_weights
 from flashomni.kernels.elementwise.op import gated_residual, gated_residual_norm, modulated_norm
 
 ADAPTIVE = ("AdaLayerNormZero", "AdaLayerNormZeroSingle")
@@ -28,7 +28,7 @@ def adaptive_norm(norm: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
     Returns:
         The modulated norm of ``x``, then gate, and shift, scale and gate of the MLP if there are.
     """
-    known = type(norm).__name__ in ADAPTIVE and getattr(norm, "emb", None) is None
+    known = is_stock(norm, *ADAPTIVE) and getattr(norm, "emb", None) is None
     if not known or is_hooked(norm) or not _is_bare(norm.norm) or emb.ndim != 2:
         return norm(x, emb=emb)
     parts = norm.linear(norm.silu(emb)).chunk(norm.linear.out_features // x.shape[-1], dim=1)
@@ -66,10 +66,10 @@ def mlp(module: Any, x: Tensor) -> Tensor:
         x: ``[B, R, K]``.
     """
     net = getattr(module, "net", None)
-    if type(module).__name__ != "FeedForward" or net is None or is_hooked(module):
+    if not is_stock(module, "FeedForward") or net is None or is_hooked(module):
         return module(x)
     first, *rest = net
-    is_tanh = type(first).__name__ == "GELU" and getattr(first, "approximate", "") == "tanh"
+    is_tanh = is_stock(first, "GELU") and getattr(first, "approximate", "") == "tanh"
     if not is_tanh or is_hooked(first):
         return module(x)
     x = gelu_linear(first.proj, x)

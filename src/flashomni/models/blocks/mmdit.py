@@ -1,151 +1,234 @@
-"""What the MMDiT models share: joint attention over streams with projections of their own.
+"""A declarative MMDiT: what its blocks are called and how they lay out text and vision.
 
-Letters in shapes: B batch, S tokens of the whole sequence, R tokens of one stream, H num_heads,
-D head_dim.
+Most models of this kind are FLUX's two blocks in another arrangement. A dual block has projections,
+norms and MLPs for each of two streams and one attention over both; a single block runs one
+sequence, and fuses the output projections of attention and MLP into one ``proj_out`` over both.
+
+Letters in shapes: B batch, S tokens of the whole sequence, R tokens of one stream, K features.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from flashomni.engine import LayerRun
-from flashomni.kernels.common.rope import Rope
-from flashomni.models import BlockRun, Site
-from flashomni.models.blocks.fused import gelu_linear, mlp
+from flashomni.engine.linear import join_tokens
+from flashomni.kernels.common.rope import Rope, pack_rope
+from flashomni.kernels.elementwise.op import gated_residual
+from flashomni.models import Reliance, Site
+from flashomni.models._relies import BLOCK, rely_on_attention
+from flashomni.models.blocks.fused import adaptive_norm, residual_norm
+from flashomni.models.blocks.joint import (
+    Stream,
+    added_stream,
+    dual_attention,
+    feed_forward,
+    gelu_up,
+    joint_attention,
+    own_stream,
+)
+
+VISION, TEXT = "hidden_states", "encoder_hidden_states"  # the streams, as diffusers names them
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Tokens with their projections, at their place in the sequence.
+class Inputs:
+    """What a block was called with.
 
     Args:
-        x: ``[B, R, K]``, after norm and modulation.
-        span: token range in the sequence.
-        to_q, to_k, to_v: projections to ``H * D``.
-        norm_q, norm_k: norms over head_dim, or ``None``.
-        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair of neighbours, or
-            ``None``.
+        x: vision tokens ``[B, R, K]``.
+        c: text tokens ``[B, R', K]``.
+        rest: the other arguments by name.
     """
 
     x: Tensor
-    span: tuple[int, int]
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    norm_q: nn.Module | None
-    norm_k: nn.Module | None
-    rope: Rope | None
+    c: Tensor
+    rest: dict[str, Any]
 
 
-VISION, TEXT = "hidden_states", "encoder_hidden_states"  # the streams, as diffusers names them
+@dataclass(frozen=True)
+class MMDiT:
+    """The blocks of one model.
 
+    A model whose blocks compute something else inside overrides :meth:`dual`.
 
-def dual_and_single(
-    model: Any, run_dual: BlockRun, run_single: BlockRun, streams: tuple[str, str]
-) -> list[Site]:
-    """The sites of a model of dual-stream blocks and then single-stream ones."""
-    groups = (("transformer_blocks", run_dual), ("single_transformer_blocks", run_single))
-    return [
-        Site(f"{group}.{i}", block, run, streams)
-        for group, run in groups
-        for i, block in enumerate(getattr(model, group))
-    ]
+    Args:
+        dual_class: class of the blocks in ``transformer_blocks``.
+        single_class: class of those in ``single_transformer_blocks``; ``None`` if there are none.
+        attention: classes of their attention and of its processor.
+        text: whether the text comes ``first`` or ``last`` in the sequence.
+        returns: the streams in the order in which a block returns them.
+        rope: the block's arguments that may hold RoPE tables, ``(cos, sin)`` ``[S, D]``.
+        rope_on_text: whether they cover the text too, or vision only.
+        mask: the block's argument that masks padding at the end of the sequence, if it has one.
+        refused: the block's argument of extra attention inputs, which must be empty.
+        clip: whether the stock blocks clip what would overflow fp16: the dual ones their text, the
+            single ones both.
+    """
 
+    dual_class: str
+    attention: tuple[str, str]
+    single_class: str | None = None
+    text: str = "first"
+    returns: tuple[str, str] = (TEXT, VISION)
+    rope: tuple[str, ...] = ("image_rotary_emb",)
+    rope_on_text: bool = True
+    mask: str = ""
+    refused: str = "joint_attention_kwargs"
+    clip: bool = False
 
-def own_stream(attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None) -> Stream:
-    """A stream through the attention's main projections."""
-    projections = (attn.to_q, attn.to_k, attn.to_v)
-    return Stream(x, span, *projections, attn.norm_q, attn.norm_k, rope)
+    def sites(self, model: Any) -> list[Site]:
+        """The blocks of a model, in the order in which they run."""
+        groups = [("transformer_blocks", self.dual)]
+        if self.single_class is not None:
+            groups.append(("single_transformer_blocks", self.single))
+        return [
+            Site(f"{group}.{i}", block, _Named(run, block), self.returns)
+            for group, run in groups
+            for i, block in enumerate(getattr(model, group))
+        ]
 
+    def relies_on(self, model: Any) -> list[Reliance]:
+        """Blocks and attention modules, which are never called; what is in them mostly is."""
+        attention, processor = self.attention
+        groups = [("transformer_blocks", self.dual_class)]
+        if self.single_class is not None:
+            groups.append(("single_transformer_blocks", self.single_class))
+        found = []
+        for group, block_class in groups:
+            for i, block in enumerate(getattr(model, group)):
+                name = f"{group}.{i}"
+                found += rely_on_attention(f"{name}.attn", block.attn, (attention,), processor)
+                found.append(Reliance(name, block, (block_class,), BLOCK))
+        return found
 
-def added_stream(attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None) -> Stream:
-    """A stream through the attention's added projections (the text of a dual block)."""
-    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    return Stream(x, span, *projections, attn.norm_added_q, attn.norm_added_k, rope)
+    def begin(self, run: LayerRun, inputs: Inputs) -> tuple[Span, Span]:
+        """Tell the run its sequence; return the spans of vision and text.
 
+        Raises:
+            NotImplementedError: there are extra attention inputs, which would be lost.
+        """
+        extra = inputs.rest.get(self.refused)
+        if extra:
+            raise NotImplementedError(
+                f"{self.refused} {sorted(extra)} are not supported by an accelerated model; leave "
+                "them out, or call engine.remove()"
+            )
+        num_vision, num_text = inputs.x.shape[1], inputs.c.shape[1]
+        seqlen, first = num_vision + num_text, self.text == "first"
+        text = (0, num_text) if first else (num_vision, seqlen)
+        run.begin(seqlen, text=text, kv_len=self.kv_len(run, inputs))
+        return ((num_text, seqlen) if first else (0, num_vision)), text
 
-def joint_attention(
-    run: LayerRun, attn: Any, streams: list[Stream], out_projection: nn.Module
-) -> Tensor:
-    """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans."""
-    num_heads, batch, seqlen = attn.heads, streams[0].x.shape[0], run.grid.seqlen_q
-    q, k, v = (
-        streams[0].x.new_empty(batch, seqlen, num_heads, attn.inner_dim // num_heads)
-        for _ in range(3)
-    )
-    for stream in streams:
-        rows = slice(*stream.span)
-        run.project_q(
-            stream.x,
-            stream.to_q,
-            q[:, rows],
-            norm=stream.norm_q,
-            rope=stream.rope,
-            row_offset=stream.span[0],
+    def kv_len(self, run: LayerRun, inputs: Inputs) -> Tensor | None:
+        """Valid keys of each batch item, int32 ``[B]``, where a mask is given.
+
+        The models build their blocks' masks themselves, of a count: valid keys come first.
+        """
+        mask = inputs.rest.get(self.mask)
+        return None if mask is None else run.shared(_count_valid, mask)
+
+    def ropes(
+        self, run: LayerRun, inputs: Inputs, vision: Span, text: Span
+    ) -> tuple[Rope | None, Rope | None]:
+        """Packed RoPE tables of vision and text."""
+        tables = self._tables(run, inputs)
+        if tables is None or not self.rope_on_text:
+            return tables, None
+        return _rows(tables, vision), _rows(tables, text)
+
+    def _tables(self, run: LayerRun, inputs: Inputs) -> Rope | None:
+        given = (inputs.rest.get(name) for name in self.rope)
+        tables = next((each for each in given if each is not None), None)
+        return None if tables is None else run.shared(pack_rope, *tables)
+
+    def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+        """A block with two streams."""
+        x, c, temb = inputs.x, inputs.c, inputs.rest["temb"]
+        vision, text = self.begin(run, inputs)
+        norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
+        norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
+        rope, c_rope = self.ropes(run, inputs, vision, text)
+        y, c_y = dual_attention(
+            run,
+            block.attn,
+            own_stream(block.attn, norm_x, vision, rope),
+            added_stream(block.attn, norm_c, text, c_rope),
         )
-        run.project(stream.x, stream.to_k, k[:, rows], norm=stream.norm_k, rope=stream.rope)
-        run.project(stream.x, stream.to_v, v[:, rows])
-        run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
-    return run.attend(q, k, v, out_projection)
+        x, norm_x = residual_norm(x, y, gate, block.norm2, scale_mlp, shift_mlp)
+        x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp)
+        c, norm_c = residual_norm(c, c_y, c_gate, block.norm2_context, c_scale, c_shift)
+        c = gated_residual(c, feed_forward(run, block.ff_context, norm_c), c_gate_mlp)
+        return self.output(x, self._clipped(c))
+
+    def single(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+        """A block with one sequence, split again at the end."""
+        vision, text = self.begin(run, inputs)
+        x, c = inputs.x, inputs.c
+        x = join_tokens(c, x) if self.text == "first" else join_tokens(x, c)
+        norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"])
+        mlp = gelu_up(run, block, norm_x)
+        streams = self._single_streams(run, block.attn, norm_x, inputs, vision, text)
+        o = joint_attention(run, block.attn, streams, block.proj_out)
+        y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
+        x = self._clipped(gated_residual(x, y, gate))
+        return self.output(x[:, slice(*vision)], x[:, slice(*text)])
+
+    def _single_streams(
+        self, run: LayerRun, attn: Any, x: Tensor, inputs: Inputs, vision: Span, text: Span
+    ) -> list[Stream]:
+        """One stream of the whole sequence where RoPE treats all tokens alike, otherwise two."""
+        tables = self._tables(run, inputs)
+        if tables is None or self.rope_on_text:
+            return [own_stream(attn, x, (0, x.shape[1]), tables)]
+        return [
+            own_stream(attn, x[:, slice(*vision)], vision, tables),
+            own_stream(attn, x[:, slice(*text)], text, None),
+        ]
+
+    def output(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """The streams as a block returns them."""
+        return (x, c) if self.returns[0] == VISION else (c, x)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x.clip(-65504, 65504) if self.clip and x.dtype == torch.float16 else x
 
 
-def dual_attention(run: LayerRun, attn: Any, vision: Stream, text: Stream) -> tuple[Tensor, Tensor]:
-    """Joint attention of a dual-stream block, each stream with its own output projection.
+class _Named:
+    """``run(run, block, *args, **kwargs)`` of a site, with the names of the block's own parameters.
 
-    Returns:
-        ``(vision [B, R, N], text [B, R', N])``.
+    Args:
+        compute: gets the run, the block and its :class:`Inputs`.
+        block: whose forward names the arguments.
     """
-    to_out, dropout = attn.to_out
-    o = joint_attention(run, attn, [vision, text], to_out)
-    y = run.project_o(o[:, slice(*vision.span)], to_out, row_offset=vision.span[0])
-    context = o[:, slice(*text.span)].flatten(2)
-    run.count("qkv", (attn.to_add_out,), context.shape[0] * context.shape[1])
-    return dropout(y), attn.to_add_out(context)
+
+    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], block: Any) -> None:
+        self._compute = compute
+        own = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        self._names = [parameter.name for parameter in own]
+        first = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("run", "block")
+        ]
+        positional = [each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]
+        self.__signature__ = inspect.Signature(first + positional)
+
+    def __call__(self, run: LayerRun, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        rest = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        return self._compute(run, block, Inputs(rest.pop(VISION), rest.pop(TEXT), rest))
 
 
-def feed_forward(run: LayerRun, module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, counted."""
-    run.count("mlp", (module,), x.shape[0] * x.shape[1])
-    return mlp(module, x)
+def _count_valid(mask: Tensor) -> Tensor:
+    """Valid keys of each batch item: int32 ``[B]``."""
+    return mask.flatten(1).sum(-1, dtype=torch.int32)
 
 
-def gelu_up(run: LayerRun, block: Any, x: Tensor) -> Tensor:
-    """The first half of a single block's MLP, counted."""
-    run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
-    is_tanh = type(block.act_mlp) is nn.GELU and block.act_mlp.approximate == "tanh"
-    return gelu_linear(block.proj_mlp, x) if is_tanh else block.act_mlp(block.proj_mlp(x))
-
-
-def split_rope(rope: Rope, start: int, stop: int) -> Rope:
+def _rows(rope: Rope, span: Span) -> Rope:
     """Rows of the RoPE tables."""
-    return rope[0][start:stop], rope[1][start:stop]
-
-
-def require_processor(blocks: dict[str, Any], allowed: str) -> None:
-    """Refuse a foreign attention processor, backend or parallel plan, by name.
-
-    Raises:
-        NotImplementedError: a block's processor is not ``allowed``, or has an attention backend or
-            a parallel config set, which our attention would ignore.
-    """
-    for name, block in blocks.items():
-        processor = block.attn.processor
-        if type(processor).__name__ != allowed:
-            raise NotImplementedError(
-                f"{name}: attention processor {type(processor).__name__} is not supported, only "
-                f"{allowed} is (unload an IP-Adapter, or set the default processor)"
-            )
-        backend = getattr(processor, "_attention_backend", None)
-        if backend is not None:
-            raise NotImplementedError(
-                f"{name}: attention backend {getattr(backend, 'value', backend)!r} is set, but an "
-                "accelerated model uses its own attention; call "
-                "transformer.reset_attention_backend() first"
-            )
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise NotImplementedError(
-                f"{name}: context parallelism is not supported; call accelerate without it"
-            )
+    return rope[0][slice(*span)], rope[1][slice(*span)]

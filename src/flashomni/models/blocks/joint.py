@@ -1,0 +1,135 @@
+"""Joint attention over streams that have projections of their own, and the MLPs beside it.
+
+Letters in shapes: B batch, S tokens of the whole sequence, R tokens of one stream, H num_heads,
+D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine import LayerRun
+from flashomni.engine.linear import is_hooked
+from flashomni.kernels.common.rope import Rope
+from flashomni.models.blocks.fused import gelu_linear, mlp
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens with their projections, at their place in the sequence.
+
+    Args:
+        x: ``[B, R, K]``, after norm and modulation.
+        span: token range in the sequence.
+        to_q, to_k, to_v: projections to ``H * D``.
+        norm_q, norm_k: norms over head_dim, or ``None``.
+        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair of neighbours, or
+            ``None``.
+        order: int64 ``[B, R]``, the row whose key and value come first, second, ...: valid ones in
+            front of padding. ``None`` leaves them as they are. Queries stay in any case.
+    """
+
+    x: Tensor
+    span: tuple[int, int]
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
+    norm_q: nn.Module | None
+    norm_k: nn.Module | None
+    rope: Rope | None
+    order: Tensor | None = None
+
+
+def own_stream(attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None) -> Stream:
+    """A stream through the attention's main projections."""
+    projections = (attn.to_q, attn.to_k, attn.to_v)
+    return Stream(x, span, *projections, attn.norm_q, attn.norm_k, rope)
+
+
+def added_stream(
+    attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None, order: Tensor | None = None
+) -> Stream:
+    """A stream through the attention's added projections (the text of a dual block)."""
+    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    return Stream(x, span, *projections, attn.norm_added_q, attn.norm_added_k, rope, order)
+
+
+def joint_attention(
+    run: LayerRun, attn: Any, streams: list[Stream], out_projection: nn.Module
+) -> Tensor:
+    """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans."""
+    num_heads, batch, seqlen = attn.heads, streams[0].x.shape[0], run.grid.seqlen_q
+    q, k, v = (
+        streams[0].x.new_empty(batch, seqlen, num_heads, attn.inner_dim // num_heads)
+        for _ in range(3)
+    )
+    for stream in streams:
+        rows = slice(*stream.span)
+        run.project_q(
+            stream.x,
+            stream.to_q,
+            q[:, rows],
+            norm=stream.norm_q,
+            rope=stream.rope,
+            row_offset=stream.span[0],
+        )
+        _project_keys(run, stream, k[:, rows], v[:, rows])
+        run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
+    return run.attend(q, k, v, out_projection)
+
+
+def _project_keys(run: LayerRun, stream: Stream, k: Tensor, v: Tensor) -> None:
+    """Keys and values of one stream into ``k`` and ``v``, ``[B, R, H, D]``, in its order."""
+    if stream.order is None:
+        run.project(stream.x, stream.to_k, k, norm=stream.norm_k, rope=stream.rope)
+        run.project(stream.x, stream.to_v, v)
+        return
+    index = stream.order[:, :, None, None]
+    rows = k.new_empty(k.shape)
+    run.project(stream.x, stream.to_k, rows, norm=stream.norm_k, rope=stream.rope)
+    k.copy_(rows.take_along_dim(index, 1))
+    run.project(stream.x, stream.to_v, rows)
+    v.copy_(rows.take_along_dim(index, 1))
+
+
+def valid_first(mask: Tensor) -> Tensor:
+    """Positions of the valid tokens, then of the others, in their order: int64 ``[B, R]``.
+
+    Attention does not mind the order of its keys, so with this one any mask is a valid length.
+
+    Args:
+        mask: ``[B, R]``, not zero at valid tokens.
+    """
+    return torch.argsort((mask == 0).to(torch.uint8), dim=1, stable=True)
+
+
+def dual_attention(run: LayerRun, attn: Any, vision: Stream, text: Stream) -> tuple[Tensor, Tensor]:
+    """Joint attention of a dual-stream block, each stream with its own output projection.
+
+    Returns:
+        ``(vision [B, R, N], text [B, R', N])``.
+    """
+    to_out, dropout = attn.to_out
+    o = joint_attention(run, attn, [vision, text], to_out)
+    y = run.project_o(o[:, slice(*vision.span)], to_out, row_offset=vision.span[0])
+    context = o[:, slice(*text.span)].flatten(2)
+    run.count("qkv", (attn.to_add_out,), context.shape[0] * context.shape[1])
+    return dropout(y), attn.to_add_out(context)
+
+
+def feed_forward(run: LayerRun, module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, counted."""
+    run.count("mlp", (module,), x.shape[0] * x.shape[1])
+    return mlp(module, x)
+
+
+def gelu_up(run: LayerRun, block: Any, x: Tensor) -> Tensor:
+    """The first half of a single block's MLP, counted."""
+    run.count("mlp", (block.proj_mlp,), x.shape[0] * x.shape[1])
+    is_tanh = type(block.act_mlp) is nn.GELU and block.act_mlp.approximate == "tanh"
+    is_tanh = is_tanh and not is_hooked(block.act_mlp)
+    return gelu_linear(block.proj_mlp, x) if is_tanh else block.act_mlp(block.proj_mlp(x))
