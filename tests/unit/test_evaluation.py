@@ -6,6 +6,10 @@ import importlib.util
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ from typer.testing import CliRunner
 from flashomni.cli import app
 from flashomni.lab import metrics, zoo
 from flashomni.lab.fidelity import Campaign, Result, parse_method, save_rows, summarise
-from flashomni.lab.fidelity.campaign import ATTEMPTS, BRACKET, count_flops
+from flashomni.lab.fidelity.campaign import ATTEMPTS, BRACKET
+from flashomni.lab.fidelity.flops import count_flops
+from flashomni.lab.fidelity.identity import foreign_code, weights_digest
 from flashomni.lab.fidelity.methods import DEFAULTS
 from flashomni.lab.fidelity.page import frontier, pareto, write_page
 from flashomni.lab.fidelity.peers import PEERS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,8 +98,11 @@ def generate(
                 return lambda step, total: progress.update(task, completed=step, total=total)
 
             generation.warm_up()
+            compiling = generation.compile_kernels(chosen, lambda: bar("warm-up"), backend)
             dense = generation.dense(bar("dense")) if compare else None
             pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
+        if compiling:
+            say(f"warm-up: {compiling:.1f} s, in which kernels compiled; not counted")
 
         from flashomni.lab import report
 
@@ -120,11 +125,14 @@ def generate(
             dense_call_seconds=dense[2],
             summary=summary,
             versions=versions(target),
+            seconds_warm_up=compiling,
         )
         with status("writing the report"):
             _write_report(comparison, out)
         report.print_table(comparison, console)
         say(f"report: {out / 'report.html'}")
+        if not (pixels.isfinite().all() and dense[0].isfinite().all()):
+            raise RuntimeError(f"values that are not finite are black in the pictures of {out}")
 
 
 def _write_report(comparison: Any, out: Path) -> None:
@@ -182,20 +190,25 @@ def evaluate(
         with status(f"loading {model}"):
             quiet()
             from flashomni.lab import fidelity as evaluation
-            from flashomni.lab import metrics, zoo
             from flashomni.lab import split as splitting
+            from flashomni.lab import zoo
             from flashomni.lab.fidelity.methods import DEFAULTS
-            from flashomni.lab.fidelity.page import write_page
+            from flashomni.lab.fidelity.page import notes, write_page
             from flashomni.lab.fidelity.scorers import load_scorer
 
             methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
             judge = None if scorer is None else load_scorer(scorer)
             loaded = zoo.load(model, target, pick_dtype(dtype, target))
         prompts = prompt or splitting.pick(model, loaded.prompts, split, count)
-        campaign = evaluation.Campaign(
-            model, loaded, methods, prompts, seed or [0], out, judge, steps
-        )
         with progress_bars() as progress:
+            read = progress.add_task(bar_name("MiB of weights"), total=None)
+            campaign = evaluation.Campaign(
+                model, loaded, methods, prompts, seed or [0], out, judge, steps,
+                lambda done, total: progress.update(
+                    read, completed=done >> 20, total=total >> 20
+                ),
+            )  # fmt: skip
+        with progress_bars() as progress, _says_what_is_kept(campaign, out):
             total = progress.add_task("cases", total=len(campaign))
             current = progress.add_task("", total=1)
 
@@ -229,10 +242,19 @@ def evaluate(
                 f"{row.flops_skipped:.1%}",
             )
         console.print(table)
-        why = metrics.why_no_lpips()
-        if why is not None:
-            say(f"LPIPS not measured: {why}")
+        for note in notes(campaign.results()):
+            say(f"note: {note}")
         say(f"page: {page}")
+
+
+@contextmanager
+def _says_what_is_kept(campaign: Any, out: Path) -> Iterator[None]:
+    """A campaign that stops says what it has: the same command goes on there."""
+    try:
+        yield
+    except BaseException:
+        say(f"stopped; {len(campaign.results())} of {len(campaign)} results are kept in {out}")
+        raise
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from flashomni.lab.zoo import Loaded
 from flashomni.models import accelerate
 
 OnStep = Callable[[int, int], None]
+COMPILE_STEPS = 8
+OFTEN = {"interval": 2, "warmup": 0.0, "min_steps": 0}
 
 
 def frames(output: Any) -> Tensor:
@@ -71,10 +74,51 @@ class Generation:
         self._wait()
         return frames(output), time.perf_counter() - start
 
+    def discard(self) -> None:
+        """Run once, for nothing but what it leaves behind."""
+        self.run(lambda step, total: None)
+
     def warm_up(self) -> None:
         """One step that nobody counts: thread pools, kernels and memory come up."""
         call = {**self.call, "num_inference_steps": 1}
         self.pipe(self.prompt, **call, output_type="latent")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled when they are first used."""
+        return self.device.type == "cuda"
+
+    def compile_kernels(
+        self,
+        recipe: Recipe,
+        watch: Callable[[], OnStep] = lambda: lambda step, total: None,
+        backend: str | None = None,
+    ) -> float:
+        """Run both sides for a few steps, so that nothing compiles while a run is timed.
+
+        Args:
+            recipe: what will be timed.
+            watch: called once, where there is something to do; gives the callback for its steps.
+            backend: kernel backend.
+
+        Returns:
+            The seconds it took; 0 where nothing is compiled.
+        """
+        if not self.compiles:
+            return 0.0
+        on_step = watch()
+        short = copy.copy(self)
+        short.call = {**self.call, "num_inference_steps": COMPILE_STEPS}
+        # Every second step is an Update, from the first: all kinds of step, with full histories.
+        often = {key: value for key, value in OFTEN.items() if hasattr(recipe, key)}
+        start = time.perf_counter()
+        short.run(lambda step, total: on_step(step, 2 * COMPILE_STEPS))
+        short.accelerated(
+            recipe.replace(**often),
+            lambda step, total: on_step(COMPILE_STEPS + step, 2 * COMPILE_STEPS),
+            backend,
+        )
+        return time.perf_counter() - start
 
     def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
         """The stock pipeline: frames, seconds, seconds of each call of the transformer."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 SSIM_WINDOW = 11
+LPIPS_PIXELS = 32  # AlexNet's convolutions leave nothing of fewer
 ALEXNET = "alexnet-owt-7be5be79.pth"
 
 
@@ -102,6 +104,65 @@ def max_abs_diff(reference: Tensor, image: Tensor) -> float:
     """
     _check(reference, image)
     return float((reference.float() - image.float()).abs().max())
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far an image is from its reference; ``None`` where it is not known.
+
+    Attributes:
+        psnr_db: ``None`` also where both are identical.
+        identical: every value is equal.
+        ssim: mean over frames.
+        max_abs_diff: largest difference of a channel of a pixel.
+        notes: why something is not known, a sentence each.
+    """
+
+    psnr_db: float | None
+    identical: bool
+    ssim: float | None
+    max_abs_diff: float | None
+    notes: tuple[str, ...] = ()
+
+
+def compare(reference: Tensor, image: Tensor, names: tuple[str, str]) -> Distance:
+    """What can be said of a pair, also if something is wrong with it: work is not lost over it.
+
+    Args:
+        reference: ``[F, 3, H, W]`` in [0, 1], or with values that are not finite.
+        image: likewise.
+        names: of the two, for the notes.
+
+    Raises:
+        ValueError: shapes differ or are empty.
+    """
+    notes = []
+    for name, tensor in zip(names, (reference, image), strict=True):
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            notes.append(
+                f"the {name} result has {wrong} of {tensor.numel()} values that are not finite: "
+                "they are shown black, and how far the results are apart is not known"
+            )
+    if notes:
+        _check(reference.nan_to_num(0.0, 1.0, 0.0), image.nan_to_num(0.0, 1.0, 0.0))
+        return Distance(None, False, None, None, tuple(notes))
+    decibel, similarity = psnr(reference, image), None
+    height, width = reference.shape[-2:]
+    if min(height, width) < SSIM_WINDOW:
+        notes.append(
+            f"SSIM is not known: its window has {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
+            f"the results have {height} x {width}"
+        )
+    else:
+        similarity = ssim(reference, image)
+    return Distance(
+        None if math.isinf(decibel) else decibel,
+        math.isinf(decibel),
+        similarity,
+        max_abs_diff(reference, image),
+        tuple(notes),
+    )
 
 
 def _check(reference: Tensor, image: Tensor) -> None:

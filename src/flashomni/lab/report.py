@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +39,7 @@ FILES = frozenset(
 STRIP_FRAMES = 8
 TABLE_NOTES = 5  # a LoRA on every layer makes a note a layer: the terminal shows the first
 FRAMES_PER_SECOND = 12
+UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Comparison:
         dense_call_seconds: seconds of each call of the dense transformer.
         summary: what the engine recorded.
         versions: of what took part.
+        seconds_warm_up: what kernels took to compile before anything was timed; 0 on a CPU.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Comparison:
     dense_call_seconds: list[float]
     summary: Summary
     versions: dict[str, str]
+    seconds_warm_up: float = 0.0
 
     @property
     def speedup(self) -> float:
@@ -78,9 +80,13 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything but the pictures; JSON values only (``psnr_db`` is null if identical)."""
+    """Everything but the pictures; JSON values only.
+
+    ``psnr_db`` is null if the results are identical, or not comparable; then the first of the
+    ``notes`` says why.
+    """
     c, s = comparison, comparison.summary
-    decibel = metrics.psnr(c.dense, c.accelerated)
+    distance = metrics.compare(c.dense, c.accelerated, ("dense", "accelerated"))
     calls = c.dense_call_seconds
     phases = {
         "dense": {
@@ -92,20 +98,21 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "model": c.model,
         "recipe": s.recipe,
+        "notes": [*distance.notes, *s.notes],
+        "seconds_warm_up": c.seconds_warm_up,
         "seconds_dense": c.seconds_dense,
         "seconds_accelerated": c.seconds_accelerated,
         "speedup": c.speedup,
-        "psnr_db": None if math.isinf(decibel) else decibel,
-        "identical": math.isinf(decibel),
-        "ssim": metrics.ssim(c.dense, c.accelerated),
-        "max_abs_diff": metrics.max_abs_diff(c.dense, c.accelerated),
+        "psnr_db": distance.psnr_db,
+        "identical": distance.identical,
+        "ssim": distance.ssim,
+        "max_abs_diff": distance.max_abs_diff,
         "flops_skipped": s.flops_skipped,
         "cache_bytes": s.cache_bytes,
         "cache_bytes_host": s.cache_bytes_host,
         "seconds_by_kind": {**phases, **s.seconds_by_kind},
         "flops_dense": s.flops_dense,
         "flops_executed": s.flops_executed,
-        "notes": s.notes,
         "prompt": c.prompt,
         "seed": c.seed,
         "call": c.call,
@@ -122,19 +129,25 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that matter most, as (name, value)."""
-    psnr = "identical" if data["identical"] else f"{data['psnr_db']:.2f} dB"
+
+    def known(name: str, form: str) -> str:
+        return UNKNOWN if data[name] is None else form.format(data[name])
+
+    psnr = "identical" if data["identical"] else known("psnr_db", "{:.2f} dB")
     rows = [
         ("dense", f"{data['seconds_dense']:.2f} s"),
         ("accelerated", f"{data['seconds_accelerated']:.2f} s"),
         ("speed-up", f"{data['speedup']:.2f}x"),
         ("PSNR", psnr),
-        ("SSIM", f"{data['ssim']:.4f}"),
-        ("largest difference", f"{data['max_abs_diff']:.2e}"),
+        ("SSIM", known("ssim", "{:.4f}")),
+        ("largest difference", known("max_abs_diff", "{:.2e}")),
         ("FLOPs skipped (transformer blocks)", f"{data['flops_skipped']:.1%}"),
         ("cache, peak", f"{data['cache_bytes'] / 2**20:.1f} MiB"),
     ]
     if data["cache_bytes_host"]:
         rows.append(("cache in host memory", f"{data['cache_bytes_host'] / 2**20:.1f} MiB"))
+    if data["seconds_warm_up"]:
+        rows.append(("warm-up, not counted", f"{data['seconds_warm_up']:.2f} s"))
     return rows
 
 
@@ -180,6 +193,11 @@ def print_table(comparison: Comparison, console: Console) -> None:
     from rich.text import Text
 
     data = to_json(comparison)
+    notes = data["notes"]
+    for note in notes[:TABLE_NOTES]:
+        console.print(Text(f"note: {clean(note)}"))
+    if len(notes) > TABLE_NOTES:
+        console.print(f"{len(notes) - TABLE_NOTES} more notes in the report", highlight=False)
     name = f"{comparison.model}, recipe {data['recipe']['name']}"
     table = Table("figure", "value", title=Text(clean(name)), title_justify="left")
     for pair in headline(data):
@@ -193,11 +211,6 @@ def print_table(comparison: Comparison, console: Console) -> None:
     for op in flops(data):
         table.add_row(*op)
     console.print(table)
-    notes = data["notes"]
-    for note in notes[:TABLE_NOTES]:
-        console.print(Text(f"note: {clean(note)}"))
-    if len(notes) > TABLE_NOTES:
-        console.print(f"{len(notes) - TABLE_NOTES} more notes in the report", highlight=False)
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> Path:
@@ -307,7 +320,7 @@ def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:
         factor=f"{factor:g}",
         phases=_rows(phases(data)),
         flops=_rows(flops(data)),
-        notes=f"<h2>Ran dense</h2><ul>{notes}</ul>" if notes else "",
+        notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
         recipe=html.escape(recipe),
         versions=_rows(data["versions"].items()),
         created=html.escape(data["created"]),

@@ -147,9 +147,10 @@ def draw_symbols(symbols: Symbols, batch: int = 0, heads: list[int] | None = Non
 def difference(reference: Tensor, image: Tensor) -> tuple[Tensor, float]:
     """Amplified absolute difference in [0, 1], shape of the inputs, and the amplification.
 
-    The factor is a power of 2 that brings the 99.9th percentile near 1, at most 256.
+    The factor is a power of 2 that brings the 99.9th percentile near 1, at most 256. A difference
+    that is not known, of values that are not finite, is shown as none.
     """
-    gap = (reference.float() - image.float()).abs()
+    gap = (reference.float() - image.float()).abs().nan_to_num(0.0, 1.0, 0.0)
     sample = gap.flatten()[:: max(1, gap.numel() // 1_000_000)]
     high = float(sample.quantile(0.999))
     factor = 1.0

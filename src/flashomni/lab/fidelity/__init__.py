@@ -4,8 +4,9 @@
 runs the cases and keeps them on disk, ``table`` sums them up, ``page`` draws them.
 """
 
-from flashomni.lab.fidelity.campaign import Campaign, Case, Result, Scorer
+from flashomni.lab.fidelity.campaign import Campaign, Scorer
 from flashomni.lab.fidelity.methods import Method, parse_method
+from flashomni.lab.fidelity.result import Case, Result
 from flashomni.lab.fidelity.table import Row, save_rows, summarise
 
 __all__ = [

@@ -1,7 +1,8 @@
 """Run methods x prompts x seeds, bracketed by the stock pipeline, and keep every result on disk.
 
-A result is a small JSON file named after what it depends on, beside its picture. A campaign that
-is interrupted, or given more methods, goes on where it was.
+A result is a small JSON file named after what it depends on, beside its picture, written as soon
+as its generation ends. A campaign that is interrupted, or given more methods, goes on where it
+was. A score that is owed, because the scorer failed, is tried again on pixels that were kept.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from flashomni.lab import metrics
+from flashomni.lab.fidelity.flops import count_flops
+from flashomni.lab.fidelity.identity import OnBytes, code_of, weights_digest
 from flashomni.lab.fidelity.methods import DENSE, Method, parse_method
+from flashomni.lab.fidelity.result import Case, Result
 from flashomni.lab.generation import Generation, OnStep
 from flashomni.lab.versions import device_name, source_digest, versions
 from flashomni.lab.zoo import Loaded
-from flashomni.util.files import write_bytes, write_text
+from flashomni.util.files import locked, write_bytes, write_text
 
 # A picture's (right, all) statements about its prompt.
 Scorer = Callable[[Tensor, str], tuple[int, int]]
@@ -35,58 +37,7 @@ BRACKET = 4  # methods between two runs of the stock pipeline
 UNREST = 1.15  # if those two differ by more, somebody else used the machine: measure again,
 ATTEMPTS = 3  # at most so often
 WARM_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    """One generation: a method, a prompt, a seed."""
-
-    method: Method
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one generation gave, against the stock pipeline's of the same prompt and seed.
-
-    Attributes:
-        method: its name.
-        family: its family.
-        prompt: text.
-        seed: of the initial noise.
-        steps: denoising steps.
-        seconds: the whole pipeline call.
-        dense_seconds: the stock pipeline, mean of its runs before and after this one.
-        psnr_db: ``None`` if the frames are identical.
-        ssim: mean over frames.
-        lpips: ``None`` where it cannot be measured.
-        temporal_db: PSNR of the change from frame to frame; ``None`` for pictures, or if identical.
-        caption: ``(right, all)`` statements of the prompt, or ``None`` without a scorer.
-        dense_caption: the same of the stock pipeline's picture.
-        flops_skipped: share of FLOPs that was not executed.
-        versions: of what took part.
-    """
-
-    method: str
-    family: str
-    prompt: str
-    seed: int
-    steps: int
-    seconds: float
-    dense_seconds: float
-    psnr_db: float | None
-    ssim: float
-    lpips: float | None
-    temporal_db: float | None
-    caption: tuple[int, int] | None
-    dense_caption: tuple[int, int] | None
-    flops_skipped: float
-    versions: dict[str, str]
-
-    @property
-    def speedup(self) -> float:
-        return self.dense_seconds / self.seconds
+PIXELS = ".safetensors"  # of a picture whose score is owed
 
 
 @dataclass(frozen=True)
@@ -111,6 +62,8 @@ class Campaign:
         folder: where results and pictures are kept.
         scorer: reads pictures and judges their captions.
         steps: overrides the call's number of steps.
+        on_weights: told how many bytes of the weights, of how many, have been read: they are part
+            of what a result depends on.
 
     Raises:
         ValueError: there is no method, prompt or seed, or a method is named twice.
@@ -126,6 +79,7 @@ class Campaign:
         folder: str | Path,
         scorer: Scorer | None = None,
         steps: int | None = None,
+        on_weights: OnBytes = lambda done, total: None,
     ) -> None:
         for name, values in (("methods", methods), ("prompts", prompts), ("seeds", seeds)):
             if not values:
@@ -136,6 +90,8 @@ class Campaign:
         self.model, self.loaded, self.methods = model, loaded, methods
         self.prompts, self.seeds, self.folder = prompts, seeds, Path(folder)
         self._scorer, self._steps = scorer, steps
+        self._scorer_code = None if scorer is None else code_of(scorer)
+        self._scorer_error: Exception | None = None
         self._skipped: dict[str, float | None] = {}
         self._dense_flops: float | None = None
         self._device = torch.device(loaded.pipe._execution_device)
@@ -147,7 +103,7 @@ class Campaign:
             "device": device_name(self._device),
             "source": source_digest(),
             "versions": {k: v for k, v in versions(self._device).items() if k != "commit"},
-            "weights": weights_digest(loaded.pipe),
+            "weights": weights_digest(loaded.pipe, on_weights),
         }
 
     def __len__(self) -> int:
@@ -176,7 +132,7 @@ class Campaign:
         return self.folder / "cases" / f"{slug}-{digest}{suffix}"
 
     def stored(self, case: Case) -> Result | None:
-        """The result of a case that was run before."""
+        """The result of a case that was run before; a score of another scorer is left out."""
         path = self._file(case, ".json")
         if not path.exists():
             return None
@@ -193,8 +149,9 @@ class Campaign:
             case.seed,
         ):
             return None
-        lacks_score = self._scorer is not None and result.caption is None
-        return None if lacks_score else result
+        if result.scorer != self._scorer_code:
+            result = replace(result, caption=None, dense_caption=None, scorer=None)
+        return result
 
     def picture(self, case: Case) -> Path:
         """The case's picture, the middle frame of a video: a PNG."""
@@ -210,19 +167,35 @@ class Campaign:
 
         Args:
             on_case: called before each generation; gives the callback for its steps.
+
+        Raises:
+            RuntimeError: the scorer failed. What was generated is kept, and scored next time.
         """
         for prompt in self.prompts:
             for seed in self.seeds:
                 cases = [Case(method, prompt, seed) for method in self.methods]
                 missing = []
                 for case in cases:
-                    result = self.stored(case)
+                    result = self._settled(case)
                     if result is None:
                         missing.append(case)
                     else:
                         yield result
+                self._raise_scorer_error()
                 if missing:
                     yield from self._round(missing, on_case)
+
+    def _settled(self, case: Case) -> Result | None:
+        """A stored result with its score, which may be made up for; ``None``: run the case."""
+        result = self.stored(case)
+        if result is None or not self._owes_score(result):
+            return result
+        try:
+            pixels = safetensors.torch.load(self._file(case, PIXELS).read_bytes())
+            pair = pixels["reference"], pixels["pixels"]
+        except (OSError, safetensors.SafetensorError, KeyError):
+            return None
+        return self._scored(case, result, *pair)
 
     def _round(self, cases: list[Case], on_case: Callable[[Case], OnStep]) -> Iterator[Result]:
         """The missing methods of one prompt and seed, a few at a time between two stock runs."""
@@ -233,20 +206,26 @@ class Campaign:
         reference, before = generation.run(on_case(stock))
         self._save_picture(stock, reference)
         for start in range(0, len(cases), BRACKET):
+            found: list[Result] = []
             some = cases[start : start + BRACKET]
-            for _ in range(ATTEMPTS):
-                runs = [self._generate(case, on_case(case)) for case in some]
+            for attempt in range(ATTEMPTS):
+                for i, case in enumerate(some):
+                    run = self._generate(case, on_case(case))
+                    if attempt == 0:
+                        found.append(self._judge(case, run, reference, before))
+                    else:  # the same picture; the times are the last ones
+                        found[i] = replace(found[i], seconds=run.seconds, dense_seconds=before)
+                        self._keep(case, found[i])
                 after = generation.run(on_case(stock))[1]
                 calm = max(before, after) <= UNREST * min(before, after)
                 baseline, before = (before + after) / 2, after
                 if calm:
                     break
-            for case, run in zip(some, runs, strict=True):
-                result = self._judge(case, run, reference, baseline)
-                self._save_picture(case, run.pixels)
-                text = json.dumps(asdict(result), indent=2, allow_nan=False)
-                write_text(self._file(case, ".json"), text + "\n")
-                yield result
+            found = [replace(r, dense_seconds=baseline, bracketed=True) for r in found]
+            for case, result in zip(some, found, strict=True):
+                self._keep(case, result)
+            yield from found
+            self._raise_scorer_error()
 
     def _prepare(self, method: Method, generation: Generation) -> None:
         """Once a method: what it learns, its FLOPs if it does not count them, and a warm-up."""
@@ -255,7 +234,7 @@ class Campaign:
         if not self._skipped:
             generation.warm_up()
         pipe, steps = generation.pipe, generation.num_steps
-        method.prepare(pipe, steps, lambda: _discard(generation))
+        method.prepare(pipe, steps, generation.discard)
         if method.steps is not None:
             self._skipped[method.name] = 1.0 - method.steps / steps
         elif method.family == "peers":
@@ -268,7 +247,7 @@ class Campaign:
             few = min(steps, WARM_STEPS)
             short = Generation(self.loaded, generation.prompt, generation.seed, few)
             with method.attach(pipe, few):
-                _discard(short)
+                short.discard()
             self._skipped[method.name] = None
 
     def _generate(self, case: Case, on_step: OnStep) -> _Run:
@@ -282,96 +261,91 @@ class Campaign:
         assert skipped is not None, f"nobody counts the FLOPs of {case.method.name}"
         return _Run(pixels, seconds, generation.num_steps, skipped)
 
-    def _judge(self, case: Case, run: _Run, reference: Tensor, dense_seconds: float) -> Result:
+    def _judge(self, case: Case, run: _Run, reference: Tensor, before: float) -> Result:
+        """Say how far a new picture is from the stock one; keep that, the picture, the score."""
         pixels, is_video = run.pixels, len(run.pixels) > 1
-        lpips = metrics.lpips(reference, pixels) if metrics.why_no_lpips() is None else None
-        temporal = metrics.temporal_psnr(reference, pixels) if is_video else math.inf
-        return Result(
+        distance = metrics.compare(reference, pixels, (DENSE, case.method.name))
+        failed = not distance.identical and distance.psnr_db is None
+        lpips, temporal = None, math.inf
+        if not failed:
+            small = min(pixels.shape[-2:]) < metrics.LPIPS_PIXELS
+            if not small and metrics.why_no_lpips() is None:
+                lpips = metrics.lpips(reference, pixels)
+            temporal = metrics.temporal_psnr(reference, pixels) if is_video else math.inf
+        result = Result(
             method=case.method.name,
             family=case.method.family,
             prompt=case.prompt,
             seed=case.seed,
             steps=run.steps,
             seconds=run.seconds,
-            dense_seconds=dense_seconds,
-            psnr_db=_finite(metrics.psnr(reference, pixels)),
-            ssim=metrics.ssim(reference, pixels),
+            dense_seconds=before,
+            psnr_db=distance.psnr_db,
+            ssim=distance.ssim,
             lpips=lpips,
-            temporal_db=_finite(temporal),
-            caption=self._score(pixels, case.prompt),
-            dense_caption=self._score(reference, case.prompt),
+            temporal_db=None if math.isinf(temporal) else temporal,
+            caption=None,
+            dense_caption=None,
             flops_skipped=run.flops_skipped,
             versions=versions(self._device),
+            bracketed=False,
+            failure="; ".join(distance.notes) if failed else None,
         )
+        self._save_picture(case, pixels)
+        self._keep(case, result)
+        return self._scored(case, result, reference, pixels) if self._owes_score(result) else result
 
-    def _score(self, pixels: Tensor, prompt: str) -> tuple[int, int] | None:
-        return None if self._scorer is None else self._scorer(pixels, prompt)
+    def _owes_score(self, result: Result) -> bool:
+        unscored = self._scorer is not None and result.scorer is None
+        return unscored and result.failure is None
+
+    def _scored(self, case: Case, result: Result, reference: Tensor, pixels: Tensor) -> Result:
+        """The result with its score; if the scorer fails, without, and the pixels are kept."""
+        assert self._scorer is not None
+        try:
+            captions = [self._scorer(some, case.prompt) for some in (pixels, reference)]
+            for right, count in captions:
+                if not 0 <= int(right) <= int(count):
+                    raise ValueError(f"it must give (right, all), got {(right, count)!r}")
+        except BaseException as error:
+            both = {"reference": reference.contiguous(), "pixels": pixels.contiguous()}
+            write_bytes(self._file(case, PIXELS), safetensors.torch.save(both))
+            if not isinstance(error, Exception):
+                raise
+            self._scorer_error = self._scorer_error or error
+            return result
+        caption, dense = ((int(right), int(count)) for right, count in captions)
+        scored = replace(result, caption=caption, dense_caption=dense, scorer=self._scorer_code)
+        self._keep(case, scored)
+        self._file(case, PIXELS).unlink(missing_ok=True)
+        return scored
+
+    def _raise_scorer_error(self) -> None:
+        error, self._scorer_error = self._scorer_error, None
+        if error is not None:
+            raise RuntimeError(
+                f"the scorer failed ({type(error).__name__}: {error}); what was generated is kept "
+                "and is scored when the campaign goes on"
+            ) from error
+
+    def _keep(self, case: Case, result: Result) -> None:
+        """Store a result, unless another campaign has stored a more complete one meanwhile."""
+        path = self._file(case, ".json")
+        with locked(path.parent):
+            there = self.stored(case)
+            if there is not None and not result.bracketed and there.bracketed:
+                if there.scorer is not None or result.scorer is None:
+                    return
+                result = replace(
+                    there,
+                    caption=result.caption,
+                    dense_caption=result.dense_caption,
+                    scorer=result.scorer,
+                )
+            write_text(path, json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
 
     def _save_picture(self, case: Case, pixels: Tensor) -> None:
-        middle = (pixels[len(pixels) // 2].permute(1, 2, 0) * 255).round().byte().numpy()
+        middle = pixels[len(pixels) // 2].nan_to_num(0.0).permute(1, 2, 0)
         buffer = io.BytesIO()
-        Image.fromarray(middle).save(buffer, format="PNG")
+        Image.fromarray((middle * 255).round().byte().numpy()).save(buffer, format="PNG")
         write_bytes(self.picture(case), buffer.getvalue())
-
-
-class _FlopCounter(TorchDispatchMode):
-    """Sums torch's own FLOP formulas; unlike FlopCounterMode it does not walk the module tree,
-    which has cycles under some peers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet == torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))  # torch's table lacks it
-        elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def weights_digest(pipe: Any) -> str:
-    """Hash of every weight and setting that the pipeline holds, wherever they came from."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        digest.update(f"{name} {type(part).__name__} {getattr(part, 'config', None)}".encode())
-        if isinstance(part, torch.nn.Module):
-            for key, tensor in part.state_dict().items():
-                digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-                raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(raw.numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def count_flops(generation: Generation) -> float:
-    """FLOPs of the transformer in one generation, counted by torch; slow, and not timed."""
-    model, counter = generation.pipe.transformer, _FlopCounter()
-
-    def start(*_: Any) -> None:
-        counter.__enter__()
-
-    def stop(*_: Any) -> None:
-        counter.__exit__(None, None, None)
-
-    handles = [
-        model.register_forward_pre_hook(start),
-        model.register_forward_hook(stop, always_call=True),
-    ]
-    try:
-        _discard(generation)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return float(counter.total)
-
-
-def _discard(generation: Generation) -> None:
-    generation.run(lambda step, total: None)
-
-
-def _finite(value: float) -> float | None:
-    return None if math.isinf(value) else value

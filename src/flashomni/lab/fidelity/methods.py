@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from flashomni.engine import Recipe, presets
-from flashomni.lab.fidelity.peers import PEERS, make_peer
+from flashomni.lab.fidelity.identity import foreign_code, package_versions
+from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
 from flashomni.models import accelerate
 
 DENSE = "dense"
@@ -126,7 +127,10 @@ def parse_method(text: str, backend: str | None = None) -> Method:
             with peer.attached(pipe, num_steps):
                 yield Attached()
 
-        return Method(text, "peers", {"peer": text}, attach_peer, prepare=peer.prepare)
+        code = {**foreign_code([peer]), "packages": _versions(peer)}
+        return Method(
+            text, "peers", {"peer": text, "code": code}, attach_peer, prepare=peer.prepare
+        )
     recipe = Recipe.of(text)
 
     @contextmanager
@@ -135,4 +139,13 @@ def parse_method(text: str, backend: str | None = None) -> Method:
             yield Attached(lambda: engine.report().flops_skipped)
 
     family = "presets" if text in presets() else "recipes"
-    return Method(text, family, {"recipe": recipe.to_dict(), "backend": backend}, attach_recipe)
+    spec = {
+        "recipe": recipe.to_dict(),
+        "backend": backend,
+        "code": foreign_code(vars(recipe).values()),
+    }
+    return Method(text, family, spec, attach_recipe)
+
+
+def _versions(peer: Peer) -> list[str]:
+    return [found for module in peer.modules for found in package_versions(module)]

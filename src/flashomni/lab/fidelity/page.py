@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flashomni.lab import metrics
-from flashomni.lab.fidelity.campaign import Campaign, Case
+from flashomni.lab.fidelity.campaign import Campaign
 from flashomni.lab.fidelity.methods import DENSE, FAMILIES, parse_method
-from flashomni.lab.fidelity.table import IDENTICAL, Row
+from flashomni.lab.fidelity.result import Case, Result
+from flashomni.lab.fidelity.table import Row
 from flashomni.lab.viz import data_uri, save_figure
-from flashomni.util.files import write_text
+from flashomni.util.files import published, write_text
 from flashomni.util.words import one_line
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "evaluation.html"
@@ -34,7 +35,7 @@ def pareto(rows: Sequence[Row], x: str = "speedup", label: str = "measured speed
     """PSNR against ``x``; the line joins what nothing else beats in both."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     axis = figure.subplots()
-    points = [row for row in rows if row.psnr_db != IDENTICAL]
+    points = [row for row in rows if isinstance(row.psnr_db, float)]
     for family in FAMILIES:
         mine = [row for row in points if row.family == family]
         if mine:
@@ -112,26 +113,45 @@ def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
 
 
 def write_page(campaign: Campaign, rows: Sequence[Row], folder: str | Path, command: str) -> Path:
-    """Write ``pareto.png``, ``sheet.png`` and, last, ``index.html``; return its path."""
+    """Write ``pareto.png``, ``sheet.png`` and ``index.html`` together; return the page's path."""
     folder = Path(folder)
+    with published(folder) as stage:
+        _write_files(campaign, rows, stage, command)
+    return folder / "index.html"
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader of the rows must know, a sentence each; what is worst first."""
+    found = [f"{r.method}, {r.prompt!r}, seed {r.seed}: {r.failure}" for r in results if r.failure]
+    half = sum(not result.bracketed for result in results)
+    if half:
+        found.append(
+            f"{half} of {len(results)} results are of a campaign that was stopped: their speed-up "
+            "is against the stock run before them alone"
+        )
+    why = metrics.why_no_lpips()
+    return found if why is None else [*found, f"LPIPS was not measured: {why}"]
+
+
+def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command: str) -> None:
     pictures = {
         "pareto": save_figure(pareto(rows), folder / "pareto.png"),
         "sheet": save_figure(sheet(campaign, rows), folder / "sheet.png"),
     }
-    why = metrics.why_no_lpips()
+    remarks = "".join(f"<li>{html.escape(note)}</li>" for note in notes(campaign.results()))
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         {name: data_uri(path) for name, path in pictures.items()},
         title=html.escape(f"{campaign.model}, {rows[0].device}"),
         head="".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values()),
         rows="".join(_table_row(row) for row in rows),
-        notes="" if why is None else f"<p>LPIPS was not measured: {html.escape(why)}.</p>",
+        notes=f"<ul>{remarks}</ul>" if remarks else "",
         prompts="".join(f"<li>{html.escape(prompt)}</li>" for prompt in campaign.prompts),
         seeds=html.escape(" ".join(map(str, campaign.seeds))),
         versions=html.escape(f"torch {rows[0].torch}, diffusers {rows[0].diffusers}"),
         commit=html.escape(rows[0].commit),
         command=html.escape(command),
     )
-    return write_text(folder / "index.html", page)
+    write_text(folder / "index.html", page)
 
 
 def _table_row(row: Row) -> str:

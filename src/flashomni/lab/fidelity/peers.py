@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, ClassVar
 
 from flashomni.registry import Registry, decorator
 from flashomni.util.settings import parse_settings
@@ -26,7 +26,12 @@ class Peer:
 
     Raises:
         NotImplementedError: the library that has it is not installed, or is too old.
+
+    Attributes:
+        modules: what it imports; a result is kept for their versions.
     """
+
+    modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -68,6 +73,7 @@ class _DiffusersCache(Peer):
     """A configuration class of diffusers, given to ``enable_cache``."""
 
     config: str
+    modules = ("diffusers",)
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
@@ -168,6 +174,8 @@ class CacheDiT(Peer):
     ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... It patches the
     transformer for good, so it gets a copy of it that shares the weights.
     """
+
+    modules = ("cache_dit",)
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)

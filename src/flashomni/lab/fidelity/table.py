@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashomni.lab import results as files
-from flashomni.lab.fidelity.campaign import Result
+from flashomni.lab.fidelity.result import Result
 
 IDENTICAL = "identical"
+NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Row:
     """One method on one model: medians of times, means of fidelity. Empty where not measured.
 
     ``psnr_db`` is the mean over generations, ``worst_psnr_db`` the lowest, both ``identical`` where
-    every picture is; ``caption_score`` the share of right statements, ``dense_caption_score`` that
-    of the stock pipeline's pictures; ``temporal_db`` the PSNR of changes from frame to frame.
+    every picture is, or ``not finite`` where one has such values: then there is no fidelity, and no
+    mean of the others, which would flatter. ``caption_score`` is the share of right statements,
+    ``dense_caption_score`` that of the stock pipeline's pictures; ``temporal_db`` the PSNR of
+    changes from frame to frame.
     """
 
     model: str
@@ -28,7 +31,7 @@ class Row:
     seconds: float
     speedup: float
     psnr_db: float | str
-    ssim: float
+    ssim: float | str
     lpips: float | str
     caption_score: float | str
     flops_skipped: float
@@ -58,6 +61,7 @@ def summarise(model: str, results: Sequence[Result], command: str) -> list[Row]:
 
 def _row(model: str, group: list[Result], command: str) -> Row:
     first = group[0]
+    sound = [] if any(r.failure is not None for r in group) else group
     seeds = sorted({result.seed for result in group})
     return Row(
         model=model,
@@ -65,9 +69,9 @@ def _row(model: str, group: list[Result], command: str) -> Row:
         device=first.versions["device"],
         seconds=round(statistics.median(r.seconds for r in group), 3),
         speedup=round(statistics.median(r.speedup for r in group), 3),
-        psnr_db=_decibel([r.psnr_db for r in group], statistics.fmean),
-        ssim=round(statistics.fmean(r.ssim for r in group), 5),
-        lpips=_mean([r.lpips for r in group if r.lpips is not None]),
+        psnr_db=_decibel([r.psnr_db for r in sound], statistics.fmean),
+        ssim=_mean([r.ssim for r in sound if r.ssim is not None], 5),
+        lpips=_mean([r.lpips for r in sound if r.lpips is not None]),
         caption_score=_share([r.caption for r in group if r.caption is not None]),
         flops_skipped=round(statistics.fmean(r.flops_skipped for r in group), 4),
         seeds=" ".join(map(str, seeds)),
@@ -76,8 +80,8 @@ def _row(model: str, group: list[Result], command: str) -> Row:
         steps=first.steps,
         generations=len(group),
         dense_seconds=round(statistics.median(r.dense_seconds for r in group), 3),
-        worst_psnr_db=_decibel([r.psnr_db for r in group], min),
-        temporal_db=_mean([r.temporal_db for r in group if r.temporal_db is not None]),
+        worst_psnr_db=_decibel([r.psnr_db for r in sound], min),
+        temporal_db=_mean([r.temporal_db for r in sound if r.temporal_db is not None]),
         dense_caption_score=_share([r.dense_caption for r in group if r.dense_caption is not None]),
         torch=first.versions["torch"],
         diffusers=first.versions["diffusers"],
@@ -108,13 +112,18 @@ def _dense_row(like: Row, results: Sequence[Result]) -> Row:
 
 
 def _decibel(values: list[float | None], combine) -> float | str:
-    """Mean or minimum of PSNRs; identical pictures (``None``) count only if all are."""
+    """Mean or minimum of PSNRs; identical pictures (``None``) count only if all are.
+
+    There are none where a picture is not finite.
+    """
+    if not values:
+        return NOT_FINITE
     finite = [value for value in values if value is not None]
     return round(combine(finite), 2) if finite else IDENTICAL
 
 
-def _mean(values: list[float]) -> float | str:
-    return round(statistics.fmean(values), 4) if values else ""
+def _mean(values: list[float], digits: int = 4) -> float | str:
+    return round(statistics.fmean(values), digits) if values else ""
 
 
 def _share(pairs: list[tuple[int, int]]) -> float | str:
