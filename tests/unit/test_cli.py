@@ -190,3 +190,46 @@ def test_pictures_that_are_not_finite_are_saved_and_named(model, tmp_path, monke
     done = run("generate", "--model", model, "--out", tmp_path / "out")
     assert done.exit_code == 1 and "not finite" in done.output
     assert (tmp_path / "out" / "accelerated.png").exists()
+
+
+def spoil(monkeypatch, size=None):
+    """Results that are not finite, or that are smaller than SSIM's window."""
+    from flashomni.lab import generation
+
+    frames = generation.frames
+
+    def spoiled(output):
+        pixels = frames(output)
+        return pixels * float("nan") if size is None else pixels[..., :size, :size].contiguous()
+
+    monkeypatch.setattr(generation, "frames", spoiled)
+
+
+@pytest.mark.parametrize(("size", "code"), [(None, 1), (8, 0)])
+def test_a_comparison_that_cannot_be_made_is_still_reported(
+    model, tmp_path, monkeypatch, size, code
+):
+    """The report says first why something is not known."""
+    spoil(monkeypatch, size)
+    out = tmp_path / "out"
+    done = run("generate", "--model", model, "--compare", "--out", out)
+    assert done.exit_code == code and done.output.index("note: ") < done.output.index("speed-up")
+    report = json.loads((out / "report.json").read_text())
+    assert report["ssim"] is None and (report["psnr_db"] is None) == (size is None)
+    assert ("not finite" if size is None else "11 x 11") in report["notes"][0]
+    page = (out / "report.html").read_text()
+    assert page.index("<h2>Notes</h2>") < page.index("speed-up")
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_kernels_compile_before_anything_is_timed(model, tmp_path, monkeypatch, compiles):
+    """Both sides run shortly, with every kind of step; the time is said and not counted."""
+    from flashomni.lab import generation
+
+    monkeypatch.setattr(generation.Generation, "compiles", property(lambda self: compiles))
+    out = tmp_path / "out"
+    done = run("generate", "--model", model, "--compare", "--out", out)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "report.json").read_text())
+    assert (report["seconds_warm_up"] > 0) == compiles == ("warm-up: " in done.output)
+    assert len(report["steps"]) == 6

@@ -190,8 +190,8 @@ def evaluate(
         with status(f"loading {model}"):
             quiet()
             from flashomni.lab import fidelity as evaluation
+            from flashomni.lab import metrics, zoo
             from flashomni.lab import split as splitting
-            from flashomni.lab import zoo
             from flashomni.lab.fidelity.methods import DEFAULTS
             from flashomni.lab.fidelity.page import notes, write_page
             from flashomni.lab.fidelity.scorers import load_scorer
@@ -244,6 +244,9 @@ def evaluate(
         console.print(table)
         for note in notes(campaign.results()):
             say(f"note: {note}")
+        why = metrics.why_no_lpips()
+        if why is not None:
+            say(f"LPIPS not measured: {why}")
         say(f"page: {page}")
 
 

@@ -90,7 +90,7 @@ class Generation:
 
     def compile_kernels(
         self,
-        recipe: Recipe,
+        recipe: Recipe | str | Path,
         watch: Callable[[], OnStep] = lambda: lambda step, total: None,
         backend: str | None = None,
     ) -> float:
@@ -110,11 +110,10 @@ class Generation:
         short = copy.copy(self)
         short.call = {**self.call, "num_inference_steps": COMPILE_STEPS}
         # Every second step is an Update, from the first: all kinds of step, with full histories.
-        often = {key: value for key, value in OFTEN.items() if hasattr(recipe, key)}
         start = time.perf_counter()
         short.run(lambda step, total: on_step(step, 2 * COMPILE_STEPS))
         short.accelerated(
-            recipe.replace(**often),
+            Recipe.of(recipe).replace(**OFTEN),
             lambda step, total: on_step(COMPILE_STEPS + step, 2 * COMPILE_STEPS),
             backend,
         )

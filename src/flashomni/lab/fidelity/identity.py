@@ -75,7 +75,7 @@ def _offloaded(module: torch.nn.Module, key: str) -> Tensor | None:
 
 def _settings(part: Any) -> bytes:
     """Configuration of a part, without what libraries note in it: names, versions, sets."""
-    config = getattr(part, "config", None)
+    config: Any = getattr(part, "config", None)
     if callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     items = dict(config).items() if isinstance(config, Mapping) else ()
@@ -90,7 +90,7 @@ def _vocabulary(part: Any) -> bytes:
         name: getattr(part, name, None)
         for name in ("model_max_length", "padding_side", "special_tokens_map", "chat_template")
     }
-    fast = getattr(part, "backend_tokenizer", None)
+    fast: Any = getattr(part, "backend_tokenizer", None)
     if hasattr(fast, "to_str"):
         # truncation and padding are how it was last called
         found["fast"] = {**json.loads(fast.to_str()), "truncation": None, "padding": None}
@@ -134,7 +134,7 @@ def foreign_code(things: Iterable[Any]) -> dict[str, str]:
     """:func:`code_of` the classes of what FlashOmni has not defined itself, and its versions."""
     found = {}
     for thing in things:
-        cls = thing if isinstance(thing, type) else type(thing)
+        cls = thing if isinstance(thing, type) or inspect.isfunction(thing) else type(thing)
         top = cls.__module__.partition(".")[0]
         if top not in ("flashomni", "builtins") and top not in sys.stdlib_module_names - {
             "__main__"

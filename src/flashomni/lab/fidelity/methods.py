@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flashomni.engine import Recipe, presets
+from flashomni.engine.forecasts import forecasts
 from flashomni.lab.fidelity.identity import foreign_code, package_versions
 from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
 from flashomni.models import accelerate
@@ -142,7 +143,7 @@ def parse_method(text: str, backend: str | None = None) -> Method:
     spec = {
         "recipe": recipe.to_dict(),
         "backend": backend,
-        "code": foreign_code(vars(recipe).values()),
+        "code": foreign_code([*vars(recipe).values(), forecasts().get(recipe.forecast.name)]),
     }
     return Method(text, family, spec, attach_recipe)
 

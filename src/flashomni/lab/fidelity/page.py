@@ -129,8 +129,7 @@ def notes(results: Sequence[Result]) -> list[str]:
             f"{half} of {len(results)} results are of a campaign that was stopped: their speed-up "
             "is against the stock run before them alone"
         )
-    why = metrics.why_no_lpips()
-    return found if why is None else [*found, f"LPIPS was not measured: {why}"]
+    return found
 
 
 def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command: str) -> None:
@@ -138,7 +137,12 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         "pareto": save_figure(pareto(rows), folder / "pareto.png"),
         "sheet": save_figure(sheet(campaign, rows), folder / "sheet.png"),
     }
-    remarks = "".join(f"<li>{html.escape(note)}</li>" for note in notes(campaign.results()))
+    why = metrics.why_no_lpips()
+    lines = [
+        *notes(campaign.results()),
+        *([] if why is None else [f"LPIPS was not measured: {why}"]),
+    ]
+    remarks = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         {name: data_uri(path) for name, path in pictures.items()},
         title=html.escape(f"{campaign.model}, {rows[0].device}"),
