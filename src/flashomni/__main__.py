@@ -27,7 +27,7 @@ def main() -> None:
             raise SystemExit(2) from None
         from flashomni.lab import doctor
 
-        sys.stdout.write(f"{doctor.text()}\nlab           {need}\n")
+        sys.stdout.write(f"{doctor.text()}\n\nthe rest of this command line {need}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from flashomni.kernels import OPS, refusals, registered
@@ -34,6 +36,9 @@ def backends(op: str | None = None) -> list[tuple[str, str, str]]:
 
 def text() -> str:
     """Both as aligned lines."""
-    lines = [f"{what:14}{value}" for what, value in facts()]
-    lines += [f"{op:14}{name:12}{here}" for op, name, here in backends()]
-    return "\n".join(lines)
+    return "\n".join([*_aligned(facts()), "", *_aligned(backends())])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
