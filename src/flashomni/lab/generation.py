@@ -15,6 +15,7 @@ from flashomni.engine import Recipe, Summary
 from flashomni.lab.clock import clocked
 from flashomni.lab.zoo import Loaded
 from flashomni.models import accelerate
+from flashomni.util.words import one_line
 
 OnStep = Callable[[int, int], None]
 COMPILE_STEPS = 8
@@ -79,9 +80,20 @@ class Generation:
         self.run(lambda step, total: None)
 
     def warm_up(self) -> None:
-        """One step that nobody counts: thread pools, kernels and memory come up."""
+        """One step that nobody counts: thread pools, kernels and memory come up.
+
+        Raises:
+            ValueError: the stock pipeline fails with this call: a wrong value in it, or a part
+                that does not fit the others.
+        """
         call = {**self.call, "num_inference_steps": 1}
-        self.pipe(self.prompt, **call, output_type="latent")
+        try:
+            self.pipe(self.prompt, **call, output_type="latent")
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ValueError(
+                f"{type(self.pipe).__name__} fails with call {one_line(self.call, 300)}: "
+                f"{type(error).__name__}: {one_line(error, 300)}"
+            ) from error
 
     @property
     def compiles(self) -> bool:

@@ -7,6 +7,7 @@ weights and fewer layers, out of stock classes and without a file.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +16,12 @@ from typing import Any
 
 import torch
 
+from flashomni.util.words import one_line
+
 BUNDLED = ("tiny-image", "tiny-video")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Arguments of a call that a generation sets itself.
+OURS = {"self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end"}
 PROMPT = "a large red striped circle left of a small blue square on a green checker floor"
 WORDS = (
     "a an and the of on in to with left right above below behind front near moving from "
@@ -71,6 +77,9 @@ def load(
 
     logging.disable_progress_bar()  # the caller shows that it is loading
     source = folder if is_folder else str(model)
+    note = read_note(folder) if is_folder else {}
+    if is_folder:
+        _refuse_pickles(folder)
     try:
         with warnings.catch_warnings():
             # newer diffusers say `dtype`, older ones know only `torch_dtype`
@@ -78,13 +87,37 @@ def load(
             pipe = DiffusionPipeline.from_pretrained(
                 source, torch_dtype=dtype, local_files_only=is_folder, use_safetensors=True
             )
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"model {str(model)!r} cannot be loaded: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each library below has its own for a file that is cut or foreign
+        why = one_line(f"{type(error).__name__}: {error}", 400)
+        raise ValueError(f"model {str(model)!r} cannot be loaded: {why}") from error
+    _check_call(folder / "flashomni.json", note.get("call", {}), pipe)
     pipe.to(device)
-    note = read_note(folder) if is_folder else {}
     prompt = note.get("prompt", PROMPT)
     prompts = tuple(note.get("prompts", [prompt]))
     return Loaded(pipe, prompt, dict(note.get("call", {})), prompts=prompts)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Weights as pickles are never loaded: they may run code."""
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix in PICKLES and not any(path.parent.glob("*.safetensors")):
+            raise ValueError(
+                f"model {str(folder)!r} has the weights {path.parent.name}/{path.name}, a pickle, "
+                "which may run code: only .safetensors are loaded"
+            )
+
+
+def _check_call(path: Path, call: dict[str, Any], pipe: Any) -> None:
+    """Refuse arguments that the pipeline's call lacks, or that are given by us."""
+    allowed = set(inspect.signature(type(pipe).__call__).parameters) - OURS
+    wrong = sorted(set(call) - allowed)
+    if wrong:
+        raise ValueError(
+            f"{path}: call of {type(pipe).__name__} takes {', '.join(sorted(allowed))}; "
+            f"got {', '.join(map(repr, wrong))}"
+        )
 
 
 def bundled(name: str) -> Path:
