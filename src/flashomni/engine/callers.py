@@ -11,6 +11,8 @@ import copy
 import inspect
 import sys
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -43,6 +45,14 @@ def _holds(thing: Any, model: nn.Module) -> bool:
         part is model or getattr(part, "_orig_mod", None) is model
         for part in getattr(thing, "__dict__", {}).values()
     )
+
+
+def weakly(thing: Any) -> Callable[[], Any]:
+    """A reference that does not keep ``thing`` alive, where its class allows that."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
 
 
 def step_index(scheduler: Any) -> int | None:

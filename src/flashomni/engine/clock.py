@@ -13,14 +13,13 @@ None of this needs a tensor's value.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from flashomni.engine.callers import StepCounter, calling_pipeline, step_index
+from flashomni.engine.callers import StepCounter, calling_pipeline, step_index, weakly
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Clock:
 
     def __init__(self, model: nn.Module, pipe: Any = None) -> None:
         self._model = model
-        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._pipe = None if pipe is None else weakly(pipe)
         self._said = threading.local()  # each thread announces its own calls
         self._counters: list[StepCounter] = []
         if pipe is not None:
@@ -153,7 +152,7 @@ class _PipelineKey:
     """A pipeline as a key: equal while it lives, and it does not keep it alive."""
 
     def __init__(self, pipe: Any) -> None:
-        self._id, self._ref = id(pipe), weakref.ref(pipe)
+        self._id, self._ref = id(pipe), weakly(pipe)
 
     def __hash__(self) -> int:
         return hash(self._id)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from flashomni.engine.callers import weakly
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.runtime import Runtime
 from flashomni.engine.trace import Summary
@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, runtime: Runtime, pipe: Any, detach: Callable[[], None]) -> None:
         self.recipe: Recipe = runtime.recipe
         self._runtime, self._detach = runtime, detach
-        self._pipe = None if isinstance(pipe, nn.Module) else weakref.ref(pipe)
+        self._pipe = None if isinstance(pipe, nn.Module) else weakly(pipe)
         self._removed = False
 
     def report(self) -> Summary:

@@ -309,6 +309,7 @@ class Runtime:
             self._update_instead(call)
         schedule = self.recipe.schedule
         inner = schedule.front <= index < len(self.layers) - schedule.back
+        inner = inner and self.recipe.forecast.level == "layers"
         if schedule.decides and inner and plan.kind is StepKind.DISPATCH and call.decided is None:
             signals = self._signals(call.tick, branch, call.inputs, streams)
             call.decided = bool(schedule.decide(index, signals))

@@ -1,0 +1,373 @@
+"""Whose call is it: pipelines that share a transformer, threads, requests in turn, branches."""
+
+import logging
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flashomni
+from conftest import ADAPTERS, SPARSE, STEPS, call, generation, run
+from flashomni.lab import zoo
+from flashomni.models import adapters
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+CACHING = "taylorseer:interval=3,warmup=0.2"
+
+
+class Loop:
+    """A pipeline of one's own: a scheduler, a transformer, a loop over the timesteps."""
+
+    def __init__(self, transformer, scheduler, inputs):
+        self.transformer, self.scheduler, self.inputs = transformer, scheduler, inputs
+
+    def __call__(self, steps=8, calls=1):
+        self.scheduler.set_timesteps(steps)
+        outputs, latents = [], self.inputs["hidden_states"]
+        for timestep in self.scheduler.timesteps:
+            for _ in range(calls):
+                output = call(self.transformer, {**self.inputs, "hidden_states": latents})
+            outputs.append(output)
+            self.scheduler.step(output[..., :1], timestep, latents[..., :1])
+            latents = latents - 0.05 * torch.nn.functional.pad(
+                output, (0, latents.shape[-1] - output.shape[-1])
+            )
+        return torch.stack(outputs)
+
+
+@pytest.fixture
+def flux():
+    torch.manual_seed(0)
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    return model.eval(), dict(inputs)
+
+
+def euler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler()
+
+
+def kinds(engine):
+    return "".join(step["kind"][0] for step in engine.report().steps)
+
+
+@pytest.fixture(scope="module")
+def small():
+    pipe = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1).pipe
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe, steps=8, seed=0, **more):
+    size = {"height": 88, "width": 72, "max_sequence_length": 64, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe("a ring", num_inference_steps=steps, generator=generator, **size, **more)[0]
+
+
+@pytest.mark.parametrize("before", [4, 28])
+def test_a_second_pipeline_has_a_count_of_its_own(small, before):
+    """Image-to-image after text-to-image on the same transformer and scheduler."""
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    other = FluxImg2ImgPipeline.from_pipe(small)
+    other.set_progress_bar_config(disable=True)
+    image = Image.new("RGB", (72, 88), "red")
+    with flashomni.accelerate(other, SPARSE) as engine:
+        alone = picture(other, steps=10, image=image, strength=0.6)
+        expected = kinds(engine)
+    with flashomni.accelerate(small, SPARSE) as engine:
+        picture(small, steps=before)
+        assert torch.equal(picture(other, steps=10, image=image, strength=0.6), alone)
+        assert kinds(engine) == expected and "d" in expected and expected[-1] == "f"
+
+
+def test_a_pipeline_with_another_scheduler_is_followed(flux):
+    """The scheduler that is asked is that of the pipeline which calls."""
+    model, inputs = flux
+    first, second = Loop(model, euler(), inputs), Loop(model, euler(), inputs)
+    with flashomni.accelerate(second, CACHING) as engine:
+        alone, expected = second(12), kinds(engine)
+    with flashomni.accelerate(first, CACHING) as engine:
+        first(8)
+        assert torch.equal(second(12), alone) and kinds(engine) == expected
+        assert {step["branch"] for step in engine.report().steps} == {"call"}
+
+
+def test_a_bare_transformer_follows_the_pipeline_that_calls_it(flux):
+    """No engine.step needed where a pipeline is on the stack."""
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine:
+        Loop(model, euler(), inputs)(8)
+        assert len(engine.report().steps) == 8 and "d" in kinds(engine)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler"])
+def test_schedulers_without_step_index_are_counted(flux, name):
+    """Their calls of ``step`` are; nothing stays on the scheduler, and a copy has its own method."""
+    import copy
+
+    import diffusers
+
+    model, inputs = flux
+    scheduler = getattr(diffusers, name)()
+    assert not hasattr(scheduler, "step_index")
+    loop = Loop(model, scheduler, inputs)
+    with flashomni.accelerate(loop, CACHING) as engine:
+        for _ in range(2):
+            loop(8)
+            assert [step["step"] for step in engine.report().steps] == list(range(8))
+        other = copy.deepcopy(scheduler)
+        assert other.step.__self__ is other
+    assert "step" not in scheduler.__dict__
+
+
+@pytest.mark.parametrize("recipe", [CACHING, SPARSE], ids=["whole", "tiles"])
+def test_two_requests_in_turn_give_what_each_gives_alone(tiny, recipe):
+    """Step by step on one transformer, each with caches of its own, bit for bit."""
+    model, inputs = tiny
+    other = {**inputs, "hidden_states": inputs["hidden_states"].flip(0)}
+    alone = [run(model, each, recipe)[0] for each in (inputs, other)]
+    with flashomni.accelerate(model, recipe) as engine:
+        latents = [each["hidden_states"] for each in (inputs, other)]
+        for step in range(STEPS):
+            for index, each in enumerate((inputs, other)):
+                engine.step(step, STEPS, generation=f"request {index}")
+                out = call(model, {**each, "hidden_states": latents[index]})
+                assert torch.equal(out, alone[index][step])
+                latents[index] = latents[index] - 0.05 * out
+            assert step == STEPS - 1 or len(engine._runtime.generations) == 2
+
+
+def test_requests_that_are_staggered(flux):
+    """a0 a1 b0 a2 b1 ...: neither loses its caches to the other."""
+    model, inputs = flux
+    alone, summary = run(model, inputs, CACHING)
+    with flashomni.accelerate(model, CACHING) as engine:
+        done = {"a": 0, "b": 0}
+        for name in "aabababababababababab"[:20]:
+            if done[name] == STEPS:
+                continue
+            engine.step(done[name], STEPS, generation=name)
+            latents = inputs["hidden_states"]
+            for earlier in alone[: done[name]]:
+                latents = latents - 0.05 * earlier
+            out = call(model, {**inputs, "hidden_states": latents})
+            torch.testing.assert_close(out, alone[done[name]], atol=1e-4, rtol=1e-4)
+            done[name] += 1
+        dispatched = [s["kind"] for s in engine.report().steps].count("dispatch")
+    assert dispatched >= [s["kind"] for s in summary.steps].count("dispatch") - 1
+
+
+def test_threads_that_take_turns_work(flux):
+    """Calls that do not overlap in time: each thread announces its own steps."""
+    model, inputs = flux
+    alone, _ = run(model, inputs, CACHING)
+    lock, results = threading.Lock(), {}
+
+    def work(name):
+        outputs, latents = [], inputs["hidden_states"]
+        for step in range(STEPS):
+            with lock, torch.no_grad():
+                engine.step(step, STEPS, generation=name)
+                outputs.append(call(model, {**inputs, "hidden_states": latents}))
+            latents = latents - 0.05 * outputs[-1]
+        results[name] = torch.stack(outputs)
+
+    with flashomni.accelerate(model, CACHING) as engine:
+        threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(results["a"], alone) and torch.equal(results["b"], alone)
+
+
+def test_an_overlapping_call_is_refused_and_the_other_stays_right(flux):
+    """One clear sentence in the thread that comes second; the first generation keeps its bits."""
+    model, inputs = flux
+    alone, _ = run(model, inputs, CACHING)
+    entered, leave, errors = threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        if threading.current_thread() is not main and not entered.is_set():
+            entered.set()
+            leave.wait(20)
+
+    main = threading.current_thread()
+    outputs = []
+
+    def work():
+        with torch.no_grad():
+            outputs.append(generation(engine, model, inputs))
+
+    with flashomni.accelerate(model, CACHING) as engine:
+        handle = model.x_embedder.register_forward_pre_hook(hold)
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert entered.wait(20)
+        try:
+            engine.step(0, STEPS, generation="second")
+            call(model, inputs)
+        except RuntimeError as error:
+            errors.append(str(error))
+        leave.set()
+        thread.join()
+        handle.remove()
+    assert len(errors) == 1 and "overlap" in errors[0] and "lock" in errors[0]
+    assert torch.equal(outputs[0], alone)
+
+
+def test_sixty_direct_calls_keep_nothing(flux, caplog):
+    """Calls outside of any loop run dense; the log says so once."""
+    model, inputs = flux
+    stock = call(model, inputs)
+    loop = Loop(model, euler(), inputs)
+    with flashomni.accelerate(loop, CACHING) as engine, caplog.at_level(logging.WARNING):
+        loop(8)
+        for _ in range(60):
+            assert torch.equal(call(model, inputs), stock)
+        assert engine._runtime.last.nbytes() == (0, 0)
+        assert all(g.finished for g in engine._runtime.generations.values())
+    assert sum("outside of any denoising loop" in r.message for r in caplog.records) == 1
+
+
+def test_two_hundred_runs_of_one_step_keep_nothing(flux):
+    """engine.step(0, 1) for each picture, unnamed or with a name of its own."""
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine:
+        for index in range(200):
+            engine.step(0, 1, generation=index if index % 2 else None)
+            call(model, inputs)
+        assert len(engine._runtime.generations) <= 8
+        assert sum(sum(g.nbytes()) for g in engine._runtime.generations.values()) == 0
+        assert len(engine.report().steps) == 1
+
+
+def test_generations_that_never_end_are_capped(flux, caplog):
+    """The oldest loses its caches, the log says so, and its next step is an Update."""
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine, caplog.at_level(logging.WARNING):
+        for name in range(12):
+            for step in range(2):
+                engine.step(step, STEPS, generation=name)
+                call(model, inputs)
+        assert len(engine._runtime.generations) == 8
+        engine.step(2, STEPS, generation=0)
+        call(model, inputs)
+        assert kinds(engine) == "u"
+    assert any("generations are under way" in record.message for record in caplog.records)
+
+
+def test_a_scheduler_that_never_advances_is_named(flux):
+    """Pipelines that step copies of their scheduler: an error instead of endless branches."""
+    model, inputs = flux
+
+    class Stuck(Loop):
+        def __call__(self):
+            self.scheduler.set_timesteps(20)
+            for _ in range(20):
+                call(self.transformer, self.inputs)
+
+    loop = Stuck(model, euler(), inputs)
+    with (
+        flashomni.accelerate(loop, CACHING),
+        pytest.raises(ValueError, match=r"scheduler does not advance.*engine\.step"),
+    ):
+        loop()
+
+
+def test_a_warm_up_call_does_not_leak_into_the_run_behind_it(tiny):
+    """A step 0 that is announced again starts a generation."""
+    model, inputs = tiny
+    for recipe in ("taylorseer:warmup=0", SPARSE):
+        alone, _ = run(model, inputs, recipe)
+        with flashomni.accelerate(model, recipe) as engine:
+            engine.step(0, STEPS)
+            call(model, {**inputs, "hidden_states": -inputs["hidden_states"]})
+            assert torch.equal(generation(engine, model, inputs), alone)
+
+
+def test_unnamed_branches_of_one_step_are_refused(flux):
+    """Two announced calls of a later step without names would share one cache."""
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine:
+        for step in (0, 1):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        engine.step(1, STEPS)
+        with pytest.raises(ValueError, match=r"announced twice for branch 'call'.*branch="):
+            call(model, inputs)
+
+
+def test_a_branch_that_paused_is_updated(flux):
+    """What it stored is older than the last step that was to be computed."""
+    model, inputs = flux
+    with flashomni.accelerate(model, "fora:interval=4,warmup=0.1") as engine:
+        for step in range(20):
+            engine.step(step, 20, "cond")
+            call(model, inputs)
+            if step < 7 or step >= 15:
+                engine.step(step, 20, "uncond")
+                call(model, inputs)
+        late = [s["kind"] for s in engine.report().steps if s["branch"] == "uncond"][7:]
+    assert late[0] == "update" and "dispatch" in late
+
+
+def test_cache_contexts_that_tell_the_step_are_believed(flux):
+    """diffusers' CacheContext.step_index and num_inference_steps, without any scheduler."""
+    hooks = pytest.importorskip("diffusers.hooks.hooks")
+    if not hasattr(hooks, "CacheContext"):
+        pytest.skip("this diffusers has no CacheContext")
+    model, inputs = flux
+    alone, _ = run(model, inputs, CACHING)
+    with flashomni.accelerate(model, CACHING) as engine:
+        latents = inputs["hidden_states"]
+        for step in range(STEPS):
+            with model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+                out = call(model, {**inputs, "hidden_states": latents})
+            assert torch.equal(out, alone[step])
+            latents = latents - 0.05 * out
+        assert {s["branch"] for s in engine.report().steps} == {"cond"}
+
+
+def test_announcements_are_checked():
+    """Numbers out of range or of another type are named."""
+    model, _ = adapters()[ADAPTERS[0]].tiny()
+    with flashomni.accelerate(model.eval()) as engine:
+        for step, of in ((9, 9), (-1, 4), (0, 0)):
+            with pytest.raises(ValueError, match="step must be from 0"):
+                engine.step(step, of)
+        for step, of in ((1.0, 4), (True, 4), (0, "4")):
+            with pytest.raises(ValueError, match="must be an integer"):
+                engine.step(step, of)
+        with pytest.raises(ValueError, match="branch must be a string"):
+            engine.step(0, 4, branch=3)
+
+
+def test_a_pipeline_object_that_is_gone_keeps_nothing_alive(flux):
+    """The engine holds pipelines weakly."""
+    import gc
+    import weakref
+
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine:
+        loop = Loop(model, euler(), inputs)
+        loop(6)
+        seen = weakref.ref(loop)
+        del loop
+        gc.collect()
+        assert seen() is None and engine.attached
+
+
+def test_something_with_a_transformer_that_is_no_pipeline(flux):
+    """No scheduler, no timesteps: the bare transformer's error."""
+    model, inputs = flux
+    holder = SimpleNamespace(transformer=model)
+    with (
+        flashomni.accelerate(model, CACHING),
+        pytest.raises(ValueError, match="nothing tells the engine which step this is"),
+    ):
+        call(holder.transformer, inputs)
