@@ -106,7 +106,7 @@ def test_a_bare_transformer_follows_the_pipeline_that_calls_it(flux):
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler"])
 def test_schedulers_without_step_index_are_counted(flux, name):
-    """Their calls of ``step`` are; nothing stays on the scheduler, and a copy has its own method."""
+    """Their calls of ``step`` are; nothing stays on the scheduler, a copy has its own method."""
     import copy
 
     import diffusers
