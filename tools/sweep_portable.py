@@ -1,4 +1,4 @@
-"""Try configurations of the portable attention backend; the best belong in _portable_configs.py.
+"""Try configurations of the portable attention backend; the best belong in kernels/configs/.
 
     python tools/sweep_portable.py [--shape flux-1024] [--head-dim 128]
 
@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 from flashomni.kernels import sparse_attention
 from flashomni.kernels.attention import portable as attention_portable
 from flashomni.kernels.attention.op import AttentionCall
-from flashomni.kernels.common.portable_configs import Config
+from flashomni.kernels.common.configs import Config
 from flashomni.lab.ops.baselines import flex_attention
 from flashomni.lab.ops.shapes import SHAPES, exact_symbols
 from flashomni.lab.ops.timing import interleaved

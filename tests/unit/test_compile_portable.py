@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from flashomni.kernels.attention._forecast_tiles import TILE_M, forecast_kernel
 from flashomni.kernels.attention.portable import attention_kernel, list_kernel
 from flashomni.kernels.common import portable
-from flashomni.kernels.common.portable_configs import ATTENTION, GEMM_O, GEMM_Q, GENERIC
+from flashomni.kernels.common.configs import DEFAULT, tiles
 from flashomni.kernels.elementwise import portable as elementwise
 from flashomni.kernels.gemm_o.portable import gemm_o_kernel
 from flashomni.kernels.gemm_q.portable import gemm_q_kernel
@@ -76,9 +76,9 @@ def check(compiled, arch, tmp_path):
     assert spills <= (0 if triton.__version__.startswith("3.6") else 64)
 
 
-def config_of(table, arch, dtype, head_dim):
-    key = (portable.padded(head_dim), SIZES[dtype])
-    return table.get((f"sm{arch}", *key)) or table[(GENERIC, *key)]
+def config_of(op, arch, dtype, head_dim):
+    where = (f"sm_{arch}", DEFAULT)
+    return tiles(f"{op}/portable", where, portable.padded(head_dim), SIZES[dtype])
 
 
 def attention_constants(config, head_dim, dtype, block=128):
@@ -93,7 +93,7 @@ def attention_constants(config, head_dim, dtype, block=128):
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
 def test_attention(arch, dtype, head_dim, tmp_path):
     """With lists, the form of every sparse step."""
-    config = config_of(ATTENTION, arch, dtype, head_dim)
+    config = config_of("attention", arch, dtype, head_dim)
     constants = attention_constants(config, head_dim, dtype)
     compiled = compile_kernel(attention_kernel, arch, dtype, constants, config)
     check(compiled, arch, tmp_path)
@@ -165,7 +165,7 @@ def test_lists(tmp_path):
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
 def test_gemm_q(arch, dtype, head_dim, tmp_path):
     """With bias, norm and RoPE."""
-    config = config_of(GEMM_Q, arch, dtype, head_dim)
+    config = config_of("gemm_q", arch, dtype, head_dim)
     constants = {
         "HEAD_DIM": head_dim, "PADDED_DIM": portable.padded(head_dim), "BLOCK_M": 128,
         "TILE_M": config.tile_m, "TILE_K": config.tile_k, "IS_RAGGED": False, "IS_NORMED": True,
@@ -179,7 +179,7 @@ def test_gemm_q(arch, dtype, head_dim, tmp_path):
 @pytest.mark.parametrize("mode", ["dispatch", "update"])
 def test_gemm_o(arch, dtype, head_dim, mode, tmp_path):
     """A Dispatch step with bias terms; the Update pass with always-on columns."""
-    config = config_of(GEMM_O, arch, dtype, head_dim)
+    config = config_of("gemm_o", arch, dtype, head_dim)
     constants = {
         "HEADS": 32, "HEAD_DIM": head_dim, "BLOCK_M": 128, "TILE_M": config.tile_m,
         "TILE_N": config.tile_n, "TILE_K": config.tile_k, "CACHED": mode == "update",

@@ -19,7 +19,7 @@ from flashomni.dispatch import register
 from flashomni.kernels.attention._forecast_tiles import write_forecast
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.common import portable
-from flashomni.kernels.common.portable_configs import ATTENTION, Config
+from flashomni.kernels.common.configs import Config
 from flashomni.symbols import Symbols
 
 CACHED = tl.constexpr(-1)  # length of the list of a query block that is not computed
@@ -226,4 +226,4 @@ def run(call: AttentionCall) -> None:
     if not call.q.numel():
         return
     with torch.cuda.device_of(call.q):
-        launch(call, portable.config(ATTENTION, call.q, call.q.shape[3]))
+        launch(call, portable.config("attention", call.q, call.q.shape[3]))

@@ -17,6 +17,7 @@ The softmax works in powers of two; rows of partial sums stay in the threads unt
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ from flashomni.kernels.attention._empty_tiles import empty_batch_items
 from flashomni.kernels.attention._forecast_tiles import write_forecast
 from flashomni.kernels.attention._tile_order import LISTED, tile_order
 from flashomni.kernels.attention.op import AttentionCall
+from flashomni.kernels.common.configs import DEFAULT, entry, places
 from flashomni.kernels.common.hopper import (
     MOVES_OPERANDS,
     descriptor,
@@ -635,16 +637,24 @@ class Config:
     overlapped: bool = True
 
 
-def choose_config(head_dim: int, block_n: int) -> Config:
-    """The configuration for a head_dim up to 256 and symbols of ``block_n`` keys."""
-    if head_dim > 128:
-        return Config(256, 64, 2, 2, q_in_registers=False)
-    if block_n % 128:
-        return Config(64 if head_dim <= 64 else 128, 64, 4, 4, registers=(232, 40))
-    if head_dim <= 64:
-        return Config(64, 128, 4, 4, registers=(232, 40))
-    # Where operands are moved, queries in registers would leave too few of them.
-    return Config(128, 128, 2, 2, q_in_registers=not MOVES_OPERANDS.value)
+@functools.cache
+def choose_config(
+    head_dim: int, block_n: int, where: tuple[str, ...] = ("sm_90", DEFAULT)
+) -> Config:
+    """The configuration for a head_dim up to 256 and symbols of ``block_n`` keys.
+
+    Args:
+        head_dim: of the tensors.
+        block_n: a multiple of 64.
+        where: the files of configurations that are asked, in order.
+    """
+    columns = next(size for size in (64, 128, 256) if head_dim <= size)
+    key = {"head_dim": columns, "block_n": 64 if block_n % 128 else 128}
+    found = dict(entry("attention/sm90", where, **key))
+    # Where operands are moved, queries in registers may leave too few of them.
+    moved = found.pop("where_operands_move", {})
+    found |= moved if MOVES_OPERANDS.value else {}
+    return Config(columns, **found | {"registers": tuple(found["registers"])})
 
 
 def _refuses(call: AttentionCall) -> list[str]:
@@ -694,7 +704,7 @@ def _symbol_refusals(symbols: Symbols) -> list[str]:
 def run(call: AttentionCall) -> None:
     block_n = 128 if call.symbols is None else call.symbols.grid.block_n
     with on_device(call.q.device):
-        launch(call, choose_config(call.q.shape[3], block_n))
+        launch(call, choose_config(call.q.shape[3], block_n, places(call.q.device)))
 
 
 def launch(call: AttentionCall, config: Config) -> None:

@@ -7,14 +7,12 @@ the CPU; then they come below every real backend and run only if asked for.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashomni.kernels.common.portable_configs import GENERIC, Config, Table
+from flashomni.kernels.common.configs import DEFAULT, Config, places, tiles
 from flashomni.triton_host import INTERPRETED, RANK, available, refuse_device
 
 __all__ = ["INTERPRETED", "RANK", "available", "refuse_device"]  # beside what is defined here
@@ -37,19 +35,10 @@ def refuse_strides(**tensors: Tensor | None) -> list[str]:
     ]
 
 
-def config(table: Table, tensor: Tensor, head_dim: int) -> Config:
-    """The entry for this device, head_dim (padded to a power of two) and size of the elements."""
-    arch = GENERIC if INTERPRETED else _arch(tensor.device)
-    key = (padded(head_dim), tensor.element_size())
-    return table.get((arch, *key)) or table[(GENERIC, *key)]
-
-
-@functools.cache
-def _arch(device: torch.device) -> str:
-    if torch.version.hip is not None:
-        return "hip"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
+def config(op: str, tensor: Tensor, head_dim: int) -> Config:
+    """How ``op`` tiles on this device, for head_dim (padded to a power of two) and element size."""
+    where = (DEFAULT,) if INTERPRETED else places(tensor.device)
+    return tiles(f"{op}/portable", where, padded(head_dim), tensor.element_size())
 
 
 def padded(head_dim: int) -> int:

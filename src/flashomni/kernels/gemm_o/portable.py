@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flashomni.dispatch import register
 from flashomni.kernels.common import portable
+from flashomni.kernels.common.configs import Config
 from flashomni.kernels.common.portable import bounded
-from flashomni.kernels.common.portable_configs import GEMM_O, Config
 from flashomni.kernels.common.rectangles import stream_blocks
 from flashomni.kernels.gemm_o.op import GemmOCall, GemmOUpdateCall
 from flashomni.symbols import Symbols
@@ -205,7 +205,7 @@ def run(call: GemmOCall) -> None:
         launch(
             call.o, call.weight, call.bias, call.always, call.bias_terms, call.coefficients, None,
             call.out, call.symbols, call.row_offset,
-            portable.config(GEMM_O, call.o, call.o.shape[3]), cached=False,
+            portable.config("gemm_o", call.o, call.o.shape[3]), cached=False,
         )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return
     o, terms = call.history[0], call.bias_terms
-    config = portable.config(GEMM_O, o, o.shape[3])
+    config = portable.config("gemm_o", o, o.shape[3])
     where = (call.symbols, call.row_offset, config)
     with torch.cuda.device_of(call.out):
         dense = (call.bias, call.always, None, None, terms[0], call.out)

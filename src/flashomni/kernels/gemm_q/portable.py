@@ -11,8 +11,8 @@ import triton.language as tl
 
 from flashomni.dispatch import register
 from flashomni.kernels.common import portable
+from flashomni.kernels.common.configs import Config
 from flashomni.kernels.common.portable import bounded
-from flashomni.kernels.common.portable_configs import GEMM_Q, Config
 from flashomni.kernels.common.rectangles import stream_blocks
 from flashomni.kernels.gemm_q.op import GemmQCall
 
@@ -134,4 +134,4 @@ def run(call: GemmQCall) -> None:
     if not call.out.numel():
         return
     with torch.cuda.device_of(call.x):
-        launch(call, portable.config(GEMM_Q, call.x, call.out.shape[3]))
+        launch(call, portable.config("gemm_q", call.x, call.out.shape[3]))
