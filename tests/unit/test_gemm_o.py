@@ -252,15 +252,15 @@ def test_refusals_name_the_argument(change, message):
 
 
 def test_update_refuses():
-    """An empty history, and terms of another shape."""
+    """No terms, and terms of another shape."""
     o, weight, symbols = (
         torch.zeros(1, 90, 2, 16),
         torch.zeros(24, 32),
         Symbols.dense(Grid(90, 90), 1, 2),
     )
-    with pytest.raises(ValueError, match="history must hold at least one tensor"):
+    with pytest.raises(ValueError, match="terms must hold at least one tensor"):
         gemm_o_update([], weight, None, symbols)
-    with pytest.raises(ValueError, match=r"history\[1\] must be \[1, 90, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"terms\[1\] must be \[1, 90, 2, 16\]"):
         gemm_o_update([o, o[:, :80]], weight, None, symbols)
     with pytest.raises(ValueError, match=r"bias_terms must be \[1, 1, 90, 24\]"):
         gemm_o_update([o], weight, None, symbols, bias_terms=torch.zeros(2, 1, 90, 24))

@@ -31,7 +31,7 @@ def arguments(op):
         return {"x": x, "weight": weight, "bias": torch.randn(HEADS * DIM), "symbols": symbols}
     rest = {"weight": torch.randn(FEATURES, HEADS * DIM), "bias": None, "symbols": symbols}
     if op is gemm_o_update:
-        return {"history": [heads, heads.clone()], **rest}
+        return {"terms": [heads, heads.clone()], **rest}
     return {
         "o": heads, "bias_terms": torch.randn(1, 1, ROWS, FEATURES),
         "coefficients": torch.ones(1), **rest,
@@ -53,14 +53,14 @@ def test_out_that_overlaps_an_input(op, backend):
     """Whole, in part, or as another view of the same memory."""
     given = arguments(op)
     name = {sparse_attention: "q", sparse_gemm_q: "x"}.get(op, "o")
-    source = given["history"][0] if op is gemm_o_update else given[name]
+    source = given["terms"][0] if op is gemm_o_update else given[name]
     memory = torch.zeros(source.numel() + 8)
     for start in (0, 8):
         given_here = memory[: source.numel()].view_as(source)
         out = memory[start : start + source.numel()].view_as(out_of(op))
         changed = {name: given_here}
         if op is gemm_o_update:
-            name, changed = r"history\[0\]", {"history": [given_here, source]}
+            name, changed = r"terms\[0\]", {"terms": [given_here, source]}
         with pytest.raises(ValueError, match=f"out must not overlap {name}"):
             op(**{**given, **changed}, out=out, backend=backend)
 
@@ -137,9 +137,9 @@ def test_gradients_are_refused(op, backend):
 
 @everywhere
 def test_a_term_that_is_the_output_again_counts_once(backend):
-    """A history ``[o, o]`` is a position twice, not a tensor met again."""
+    """Terms ``[o, o]`` is a position twice, not a tensor met again."""
     given = arguments(gemm_o_update)
-    o = given.pop("history")[0]
+    o = given.pop("terms")[0]
     twice, terms = gemm_o_update([o, o], **given, backend=backend)
     apart, expected = gemm_o_update([o, o.clone()], **given, backend="reference")
     torch.testing.assert_close(twice, apart, atol=1e-4, rtol=1e-4)
@@ -193,8 +193,8 @@ WRONG = [
     (sparse_gemm_o, {"row_offset": "0"}, "row_offset must be an int, got str"),
     (sparse_gemm_o, {"coefficients": [1.0]}, "coefficients must be a tensor, got list"),
     (sparse_gemm_o, {"always": 1}, "always must be a tensor, got int"),
-    (gemm_o_update, {"history": torch.ones(2)}, "history must be a list of tensors, got Tensor"),
-    (gemm_o_update, {"history": [1]}, "o must be a tensor, got int"),
+    (gemm_o_update, {"terms": torch.ones(2)}, "terms must be a list of tensors, got Tensor"),
+    (gemm_o_update, {"terms": [1]}, "o must be a tensor, got int"),
     (gemm_o_update, {"row_offset": None}, "row_offset must be an int, got None"),
 ]
 

@@ -93,6 +93,7 @@ def test_core_wheel_is_small_and_holds_the_package_only(wheel):
     data = [p for p in package.rglob("*") if p.suffix in (".py", ".json", ".html", ".typed")]
     assert {f"flashomni/{p.relative_to(package)}" for p in data} <= set(names)
     assert "flashomni/py.typed" in names and "flashomni/recipes/balanced.json" in names
+    assert "flashomni/kernels/configs/default.json" in names
     assert not [name for name in names if name.endswith((".safetensors", ".png", ".pyc"))]
 
 

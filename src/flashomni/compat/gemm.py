@@ -12,7 +12,7 @@ from torch import Tensor
 from flashomni.compat.packing import check_segments, num_bytes, unpack_rows
 from flashomni.kernels import sparse_gemm_o, sparse_gemm_q
 from flashomni.kernels.common.checks import check_device, check_dtype, check_shape, float_dtypes
-from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes
+from flashomni.symbols import Grid, Symbols, pack_bits, q_bytes, row_bytes
 
 
 def flashomni_gemm(
@@ -197,6 +197,6 @@ def _live(
 
 def _row_symbols(live: Tensor, grid: Grid) -> Symbols:
     """Symbols of S_c alone: projections do not read S_s, one row of it stands for all."""
-    q_bits = pack_bits(live, -(-grid.num_q_blocks // 8))
+    q_bits = pack_bits(live, q_bytes(grid.num_q_blocks))
     kv_bits = q_bits.new_zeros(row_bytes(1)).expand(*live.shape, -1)
     return Symbols(q_bits, kv_bits, grid)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashomni.kernels.common.checks import check_device, check_dtype
-from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes, unpack_bits
+from flashomni.symbols import Grid, Symbols, pack_bits, q_bytes, row_bytes, unpack_bits
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -116,7 +116,7 @@ def from_packed(
     q_mask = _unpack("sparse_info", sparse_info, sparse_info_indptr, (rows, num_heads))
     shape = (rows, num_heads, columns)
     kv_mask = _unpack("sparse_kv_info", sparse_kv_info, sparse_kv_info_indptr, shape)
-    q_bits = pack_bits(q_mask.transpose(1, 2), -(-rows // 8))
+    q_bits = pack_bits(q_mask.transpose(1, 2), q_bytes(rows))
     return Symbols(q_bits, pack_bits(kv_mask.transpose(1, 2), row_bytes(columns)), grid)
 
 
@@ -173,7 +173,7 @@ def host_indptr(name: str, indptr: Tensor) -> list[int]:
 
 def num_bytes(num_bits: int) -> int:
     """Bytes of a request of ``num_bits`` bits."""
-    return -(-num_bits // 8)
+    return q_bytes(num_bits)
 
 
 def _brief(values: list[int]) -> str:

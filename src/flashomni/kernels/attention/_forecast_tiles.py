@@ -44,7 +44,7 @@ def forecast_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), inside)
 
 
-def write_forecast(call: AttentionCall) -> None:
+def write_forecast_tiles(call: AttentionCall) -> None:
     """Write the cached rows of ``call.out`` that the forecast covers; nothing without one."""
     forecast, symbols, out = call.forecast, call.symbols, call.out
     if forecast is None or symbols is None or not forecast.terms[0].numel():

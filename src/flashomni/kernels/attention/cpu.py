@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashomni.dispatch import register
-from flashomni.kernels.attention.op import AttentionCall, write_forecast
+from flashomni.kernels.attention.op import AttentionCall, write_forecast_rows
 from flashomni.symbols import Grid, Symbols
 
 SCORE_BLOCKS = 32  # key blocks that a core takes at once
@@ -24,7 +24,7 @@ def _refuses(call: AttentionCall) -> list[str]:
 
 @register("attention", "cpu", rank=10, refuses=_refuses)
 def run(call: AttentionCall) -> None:
-    write_forecast(call)
+    write_forecast_rows(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv = call.k.shape[1]
     symbols = call.symbols or Symbols.dense(Grid(seqlen_q, seqlen_kv), batch, num_heads)

@@ -219,7 +219,7 @@ def _check_forecast(forecast: ForecastTerms, q: Tensor, symbols: Symbols | None)
 declare("attention", AttentionCall, public="sparse_attention", writes=("out", "lse"))
 
 
-def write_forecast(call: AttentionCall) -> None:
+def write_forecast_rows(call: AttentionCall) -> None:
     """Write the cached rows of ``call.out`` that the forecast covers, with torch; if there is one.
 
     Backends on a GPU have a kernel for it (``_forecast_tiles``), which leaves computed tiles out.
@@ -237,7 +237,7 @@ def write_forecast(call: AttentionCall) -> None:
 @register("attention", "reference", rank=0)
 def _reference(call: AttentionCall) -> None:
     """The definition: every score in fp32, masked."""
-    write_forecast(call)
+    write_forecast_rows(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv, groups = call.k.shape[1], num_heads // call.k.shape[2]
     k, v = (x.float().repeat_interleave(groups, dim=2) for x in (call.k, call.v))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashomni.dispatch import register
-from flashomni.kernels.attention._forecast_tiles import write_forecast
+from flashomni.kernels.attention._forecast_tiles import write_forecast_tiles
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.common import portable
 from flashomni.kernels.common.configs import Config
@@ -191,7 +191,7 @@ def key_block_lists(symbols: Symbols, kv_len: Tensor | None) -> tuple[Tensor, Te
 
 def launch(call: AttentionCall, config: Config) -> None:
     """Run with this configuration; tiles are cut down to divide the blocks."""
-    write_forecast(call)
+    write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
     batch, seqlen_q, num_heads, head_dim = q.shape
     block_m, block_n = config.tile_m, config.tile_n

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashomni.dispatch import register
 from flashomni.kernels.attention._empty_tiles import empty_batch_items
-from flashomni.kernels.attention._forecast_tiles import write_forecast
+from flashomni.kernels.attention._forecast_tiles import write_forecast_tiles
 from flashomni.kernels.attention._tile_order import LISTED, tile_order
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.common.configs import DEFAULT, entry, places
@@ -709,7 +709,7 @@ def run(call: AttentionCall) -> None:
 
 def launch(call: AttentionCall, config: Config) -> None:
     """Compute ``call`` with a given configuration, on the current device."""
-    write_forecast(call)
+    write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
     batch, seqlen_q, num_heads, _ = q.shape
     seqlen_kv = k.shape[1]

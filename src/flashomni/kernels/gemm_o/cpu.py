@@ -30,12 +30,12 @@ def run(call: GemmOCall) -> None:
 
 @register("gemm_o_update", "cpu", rank=10, refuses=_refuses)
 def update(call: GemmOUpdateCall) -> None:
-    o = call.history[0]
+    o = call.terms[0]
     width = o.shape[2] * o.shape[3]
     heads = call.weight[:, :width]
     y = _start(call.out, call.always, call.weight[:, width:], call.bias)
     q_mask = call.symbols.q_mask()
-    for index, term in enumerate(call.history):
+    for index, term in enumerate(call.terms):
         partial = torch.zeros_like(call.out, dtype=torch.float32)
         _add_heads(partial, term, heads, ~q_mask, call.row_offset, call)
         if index == 0:  # the cached heads are projected once: the dense result reuses them

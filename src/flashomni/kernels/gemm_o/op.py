@@ -51,7 +51,7 @@ class GemmOCall:
 class GemmOUpdateCall:
     """What a backend of ``gemm_o_update`` gets. It writes ``out`` and ``bias_terms`` in place."""
 
-    history: list[Tensor]
+    terms: list[Tensor]
     weight: Tensor
     bias: Tensor | None
     always: Tensor | None
@@ -136,7 +136,7 @@ def sparse_gemm_o(
 
 
 def gemm_o_update(
-    history: list[Tensor],
+    terms: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     symbols: Symbols,
@@ -147,18 +147,18 @@ def gemm_o_update(
     bias_terms: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The dense projection, and the cached heads' part of it for every term of the history.
+    """The dense projection, and the cached heads' part of it for every term.
 
-    With ``o = history[0]``, and the notation of :func:`sparse_gemm_o`::
+    With ``o = terms[0]``, and the notation of :func:`sparse_gemm_o`::
 
         out[b, r]           = bias + sum over all h of o[b, r, h] @ W_h.T + always[b, r] @ W_on.T
-        bias_terms[t, b, r] = sum over h with S_c[i, h] = 0 of history[t][b, r, h] @ W_h.T
+        bias_terms[t, b, r] = sum over h with S_c[i, h] = 0 of terms[t][b, r, h] @ W_h.T
 
-    The terms must be made from the history of O under the *new* symbols: differences of the terms
+    ``bias_terms`` must be made from the terms of O under the *new* symbols: differences of those
     of two Updates are wrong wherever the mask changed in between.
 
     Args:
-        history: T tensors ``[B, R, H, D]``: O itself, then its scaled differences.
+        terms: T tensors ``[B, R, H, D]``: O itself, then its scaled differences.
         weight: ``[N, H * D + E]``.
         bias: ``[N]`` or ``None``; it enters ``out`` only.
         symbols: S_c of the steps to come.
@@ -176,32 +176,33 @@ def gemm_o_update(
             written overlaps itself or an input.
         NotImplementedError: no backend accepts; the message gives the reasons of each.
     """
-    if not isinstance(history, (list, tuple)):
-        kind = type(history).__name__
-        raise ValueError(f"history must be a list of tensors, got {kind}")
-    if not history:
-        raise ValueError("history must hold at least one tensor, got none")
-    o, given = history[0], (out, bias_terms)
+    if not isinstance(terms, (list, tuple)):
+        kind = type(terms).__name__
+        raise ValueError(f"terms must be a list of tensors, got {kind}")
+    if not terms:
+        raise ValueError("terms must hold at least one tensor, got none")
+    o, given = terms[0], (out, bias_terms)
     out = _check(o, weight, bias, always, symbols, row_offset, out)
-    for index, term in enumerate(history):
-        check_shape(f"history[{index}]", term, o.shape)
-        check_dtype(f"history[{index}]", term, float_dtypes)
-        check_device(f"history[{index}]", term, o.device)
-        check_no_grad(**{f"history[{index}]": term})
+    for index, term in enumerate(terms):
+        check_shape(f"terms[{index}]", term, o.shape)
+        check_dtype(f"terms[{index}]", term, float_dtypes)
+        check_device(f"terms[{index}]", term, o.device)
+        check_no_grad(**{f"terms[{index}]": term})
     if bias_terms is None:
-        bias_terms = out.new_empty(len(history), *out.shape)
+        bias_terms = out.new_empty(len(terms), *out.shape)
     else:
-        check_shape("bias_terms", bias_terms, (len(history), *out.shape))
+        check_shape("bias_terms", bias_terms, (len(terms), *out.shape))
         check_dtype("bias_terms", bias_terms, float_dtypes)
         check_device("bias_terms", bias_terms, o.device)
     check_no_grad(bias_terms=bias_terms)
     if given[0] is not None or given[1] is not None:
         read = _read(weight, bias, always, symbols)
-        read |= {f"history[{index}]": term for index, term in enumerate(history)}
+        read |= {f"terms[{index}]": term for index, term in enumerate(terms)}
         check_written({"out": out, "bias_terms": bias_terms}, read)
     if out.numel():
-        terms = list(history)
-        call = GemmOUpdateCall(terms, weight, bias, always, out, bias_terms, symbols, row_offset)
+        call = GemmOUpdateCall(
+            list(terms), weight, bias, always, out, bias_terms, symbols, row_offset
+        )
         execute("gemm_o_update", call, backend)
     return out, bias_terms
 
@@ -285,7 +286,7 @@ def _reference(call: GemmOCall) -> None:
 @register("gemm_o_update", "reference", rank=0)
 def _update_reference(call: GemmOUpdateCall) -> None:
     """The definition, in fp32."""
-    o = call.history[0]
+    o = call.terms[0]
     width = o.shape[2] * o.shape[3]
     cached = ~tile_mask(call.symbols, o.shape[1], call.row_offset)[..., None]
     heads = call.weight[:, :width]
@@ -294,6 +295,6 @@ def _update_reference(call: GemmOUpdateCall) -> None:
         y += _linear_fp32(call.always, call.weight[:, width:])
     if call.bias is not None:
         y += call.bias.float()
-    for index, term in enumerate(call.history):
+    for index, term in enumerate(call.terms):
         call.bias_terms[index].copy_(_linear_fp32(term.masked_fill(~cached, 0.0).flatten(2), heads))
     call.out.copy_(y)

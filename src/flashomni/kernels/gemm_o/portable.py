@@ -188,9 +188,9 @@ def _refuses(call: GemmOCall) -> list[str]:
 
 
 def _refuses_update(call: GemmOUpdateCall) -> list[str]:
-    reasons = _refuses_shared(call, call.history[0])
-    for index, term in enumerate(call.history):
-        name = f"history[{index}]"
+    reasons = _refuses_shared(call, call.terms[0])
+    for index, term in enumerate(call.terms):
+        name = f"terms[{index}]"
         if term.dtype != call.weight.dtype:
             reasons.append(f"{name} must have the dtype of weight, got {term.dtype}")
         reasons += portable.refuse_strides(**{name: term})
@@ -219,12 +219,12 @@ def run(call: GemmOCall) -> None:
 def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return
-    o, terms = call.history[0], call.bias_terms
+    o, bias_terms = call.terms[0], call.bias_terms
     config = portable.config("gemm_o", o, o.shape[3])
     where = (call.symbols, call.row_offset, config)
     with torch.cuda.device_of(call.out):
-        dense = (call.bias, call.always, None, None, terms[0], call.out)
+        dense = (call.bias, call.always, None, None, bias_terms[0], call.out)
         launch(o, call.weight, *dense, *where, cached=True)
-        for difference, term in zip(call.history[1:], terms[1:], strict=True):
+        for difference, term in zip(call.terms[1:], bias_terms[1:], strict=True):
             alone = (None, None, None, None, None, term)
             launch(difference, call.weight, *alone, *where, cached=True)

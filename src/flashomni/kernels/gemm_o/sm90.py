@@ -386,11 +386,11 @@ def _refuses(call: GemmOCall) -> list[str]:
 
 
 def _refuses_update(call: GemmOUpdateCall) -> list[str]:
-    reasons = _refuses_shared(call, call.history[0])
-    for index, term in enumerate(call.history):
-        name = f"history[{index}]"
-        if term.dtype != call.history[0].dtype:
-            reasons.append(f"{name} must have the dtype of history[0], got {term.dtype}")
+    reasons = _refuses_shared(call, call.terms[0])
+    for index, term in enumerate(call.terms):
+        name = f"terms[{index}]"
+        if term.dtype != call.terms[0].dtype:
+            reasons.append(f"{name} must have the dtype of terms[0], got {term.dtype}")
         reasons += hopper.refuse_strides(name, term)
     return reasons
 
@@ -413,14 +413,14 @@ def run(call: GemmOCall) -> None:
 def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return
-    o, always, terms = call.history[0], _columns(call.always), call.bias_terms
+    o, always, bias_terms = call.terms[0], _columns(call.always), call.bias_terms
     heads = call.weight[:, : o.shape[2] * o.shape[3]]
     tiles = TileRows.of(call.symbols, o.shape[1], call.row_offset)
     with on_device(call.out.device):
         lists = head_words(call.symbols, tiles, cached=True)
-        data = (o, call.weight, call.bias, always, call.out, terms, None)
+        data = (o, call.weight, call.bias, always, call.out, bias_terms, None)
         _launch(*data, tiles, lists, update=True)
-        for difference, term in zip(call.history[1:], terms[1:], strict=True):
+        for difference, term in zip(call.terms[1:], bias_terms[1:], strict=True):
             partial = (difference, heads, None, None, term, None, None)
             _launch(*partial, tiles, lists, update=False)
 

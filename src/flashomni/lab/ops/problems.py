@@ -27,7 +27,7 @@ from flashomni.lab.ops import baselines
 from flashomni.lab.ops.shapes import Shape, exact_symbols
 from flashomni.lab.ops.timing import Run
 from flashomni.policies import AttentionSite, make_policy
-from flashomni.symbols import Grid, Symbols
+from flashomni.symbols import Grid, Symbols, q_bytes
 
 INTERVAL = 6  # Dispatch steps after an Update, as in the paper
 CHECKED_ROWS = 2048  # of an attention; whole bytes of S_c
@@ -183,7 +183,7 @@ class _AttentionCalls:
         if self.symbols is not None:
             bits, blocks = self.symbols, -(-rows // self.symbols.grid.block_m)
             grid = Grid(rows, k.shape[1])
-            q_bits = bits.q_bits[:, head, : -(-blocks // 8)]
+            q_bits = bits.q_bits[:, head, : q_bytes(blocks)]
             part = Symbols(q_bits, bits.kv_bits[:, head, :blocks], grid)
         q, k, v = q[:, :rows, head].float(), k[:, :, head].float(), v[:, :, head].float()
         exact = torch.zeros_like(q)
