@@ -1,4 +1,4 @@
-"""Configurations of kernels are data: where they are looked for, that they are whole, what they say."""
+"""Configurations of kernels are data: where they are looked for, and what they say."""
 
 from dataclasses import asdict
 from importlib.resources import files

@@ -1,7 +1,7 @@
 """What blocks do around attention, in few passes: modulation, residual, MLP, projections in place.
 
 A module is taken apart only where it is exactly what it seems: of the known class, plain, unhooked.
-Every other module is called.
+Every other module is called. ``backend`` is the run's (``run.backend``): nobody may forget it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from flashomni.kernels.elementwise.op import gated_residual, gated_residual_norm
 ADAPTIVE = ("AdaLayerNormZero", "AdaLayerNormZeroSingle")
 
 
-def adaptive_norm(norm: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+def adaptive_norm(norm: Any, x: Tensor, emb: Tensor, *, backend: str | None) -> tuple[Tensor, ...]:
     """``norm(x, emb=emb)`` for diffusers' AdaLayerNormZero and AdaLayerNormZeroSingle.
 
     Args:
         norm: makes shift, scale and gates of ``emb``.
         x: ``[B, R, K]``.
         emb: ``[B, K]``.
+        backend: take exactly this one; ``None`` takes the best that accepts.
 
     Returns:
         The modulated norm of ``x``, then gate, and shift, scale and gate of the MLP if there are.
@@ -32,23 +33,34 @@ def adaptive_norm(norm: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
     if not known or is_hooked(norm) or not _is_bare(norm.norm) or emb.ndim != 2:
         return norm(x, emb=emb)
     parts = norm.linear(norm.silu(emb)).chunk(norm.linear.out_features // x.shape[-1], dim=1)
-    return modulated_norm(x, parts[1], parts[0], norm.norm.eps), *parts[2:]
+    x = modulated_norm(x, parts[1], parts[0], norm.norm.eps, backend=backend)
+    return x, *parts[2:]
 
 
 def residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, norm: Any, scale: Tensor, shift: Tensor
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    norm: Any,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``x + gate * y``, and the norm of that, modulated.
 
     Args:
         x: ``[B, R, K]``.
         y: ``[B, R, K]``.
-        gate: ``[B, K]``, like ``scale`` and ``shift``.
+        gate: ``[B, K]``.
         norm: a LayerNorm without weights; any other module is called.
+        scale: ``[B, K]``.
+        shift: ``[B, K]``.
+        backend: take exactly this one; ``None`` takes the best that accepts.
     """
     if _is_bare(norm):
-        return gated_residual_norm(x, y, gate, scale, shift, norm.eps)
-    x = gated_residual(x, y, gate)
+        return gated_residual_norm(x, y, gate, scale, shift, norm.eps, backend=backend)
+    x = gated_residual(x, y, gate, backend=backend)
     return x, norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 

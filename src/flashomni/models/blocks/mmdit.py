@@ -153,8 +153,12 @@ class MMDiT:
         """A block with two streams."""
         x, c, temb = inputs.x, inputs.c, inputs.rest["temb"]
         vision, text = self.begin(run, inputs)
-        norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(block.norm1, x, temb)
-        norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(block.norm1_context, c, temb)
+        norm_x, gate, shift_mlp, scale_mlp, gate_mlp = adaptive_norm(
+            block.norm1, x, temb, backend=run.backend
+        )
+        norm_c, c_gate, c_shift, c_scale, c_gate_mlp = adaptive_norm(
+            block.norm1_context, c, temb, backend=run.backend
+        )
         rope, c_rope = self.ropes(run, inputs, vision, text)
         y, c_y = dual_attention(
             run,
@@ -162,10 +166,16 @@ class MMDiT:
             own_stream(block.attn, norm_x, vision, rope),
             added_stream(block.attn, norm_c, text, c_rope),
         )
-        x, norm_x = residual_norm(x, y, gate, block.norm2, scale_mlp, shift_mlp)
-        x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp)
-        c, norm_c = residual_norm(c, c_y, c_gate, block.norm2_context, c_scale, c_shift)
-        c = gated_residual(c, feed_forward(run, block.ff_context, norm_c), c_gate_mlp)
+        x, norm_x = residual_norm(
+            x, y, gate, block.norm2, scale_mlp, shift_mlp, backend=run.backend
+        )
+        x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp, backend=run.backend)
+        c, norm_c = residual_norm(
+            c, c_y, c_gate, block.norm2_context, c_scale, c_shift, backend=run.backend
+        )
+        c = gated_residual(
+            c, feed_forward(run, block.ff_context, norm_c), c_gate_mlp, backend=run.backend
+        )
         return self.output(x, self._clipped(c))
 
     def single(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -173,12 +183,12 @@ class MMDiT:
         vision, text = self.begin(run, inputs)
         x, c = inputs.x, inputs.c
         x = join_tokens(c, x) if self.text == "first" else join_tokens(x, c)
-        norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"])
+        norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"], backend=run.backend)
         mlp = gelu_up(run, block, norm_x)
         streams = self._single_streams(run, block.attn, norm_x, inputs, vision, text)
         o = joint_attention(run, block.attn, streams, block.proj_out)
         y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
-        x = self._clipped(gated_residual(x, y, gate))
+        x = self._clipped(gated_residual(x, y, gate, backend=run.backend))
         return self.output(x[:, slice(*vision)], x[:, slice(*text)])
 
     def _single_streams(
