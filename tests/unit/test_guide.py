@@ -1,6 +1,7 @@
 """The guide in CONTRIBUTING.md is true: each example runs as it stands there, from one file."""
 
 import re
+import tomllib
 
 import pytest
 from guide import ROOT, examples, run
@@ -83,3 +84,14 @@ def test_paths_that_the_guide_names_exist():
     for name in named:
         place = name if name.startswith(("src/", "tests/", "studies/")) else f"src/flashomni/{name}"
         assert "NAME" in name or (ROOT / place).exists(), name
+
+
+def test_every_dependency_has_its_line():
+    """The table names what pyproject.toml asks for, and nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = {re.split(r"[<>=;\[ ]", line)[0] for lines in lists for line in lines}
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w, -]+?) \| .* \|$", text[text.index("## Depend") :], re.M)
+    named = [name for row in rows for name in row.split(", ")]
+    assert sorted(named) == sorted({*asked, "package"} - {"flashomni"})

@@ -276,6 +276,15 @@ def test_an_entry_point_with_a_builtin_name_is_loud(registers, folder, monkeypat
             made.all()
 
 
+def test_two_packages_with_one_name_are_loud(folder, monkeypatch):
+    """Neither of them wins: the message names both definitions and the second's entry point."""
+    for package in ("first_pack", "second_pack"):
+        (folder / f"{package}.py").write_text(SOURCE.format(name="shared", cls="X", share=0.5))
+    made = fresh(monkeypatch, point("shared", "first_pack"), point("shared", "second_pack"))
+    with pytest.raises(NameTakenError, match=r"first_pack\.X .*second_pack\.X .*'shared' of"):
+        made.all()
+
+
 def test_a_reference_to_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"policy must be one of cached, dense, .*got 'magic'"):
         POLICIES.get("magic")
