@@ -106,7 +106,7 @@ def test_refusals_have_reasons():
         sparse_gemm_o(o, weight, None, symbols, backend="portable")
     symbols, o = symbols.grid and Symbols.dense(symbols.grid, 1, 2, DEVICE), o[:, :, :2]
     weight = torch.zeros(8, 32, device=DEVICE)
-    with pytest.raises(NotImplementedError, match=r"history\[1\] must have the dtype of weight"):
+    with pytest.raises(NotImplementedError, match=r"terms\[1\] must have the dtype of weight"):
         gemm_o_update([o, o.half()], weight, None, symbols, backend="portable")
     with pytest.raises(NotImplementedError, match="weight: the last dim must be contiguous"):
         weight = torch.zeros(16, 32, device=DEVICE).T

@@ -147,7 +147,8 @@ def test_policies_choose_the_same(name, settings, grid, monkeypatch):
     assert torch.equal(got.kv_bits, expected.kv_bits)
     assert 0 < float(got.density()) < 1
     assert got.q_mask()[..., grid.text_q_mask(q.device)].all()
-    assert got.kv_mask()[..., slice(*grid.text_kv_blocks)].all()
+    for start, stop in grid.text_kv_ranges:
+        assert got.kv_mask()[..., start:stop].all()
 
 
 def test_a_gpu_uses_the_kernels():
@@ -167,7 +168,8 @@ def test_policies_replay_in_a_cuda_graph_and_compile(name):
     """No decision on the host: other q and k, same graph; one graph for torch.compile as well."""
     grid, progress = GRIDS["text first"], scalar(0.9)
     q, k = torch.randn(2, 2, 500, 4, 16, device=DEVICE)
-    policy = make_policy(name)
+    settings = {"frames": 16} if name == "radial" else {}  # this grid has no shape
+    policy = make_policy(name, **settings)
 
     def run(q, k):
         symbols = policy(AttentionSite.alone(q, k, grid, progress))
