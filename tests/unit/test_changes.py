@@ -309,3 +309,24 @@ def test_the_output_level_keeps_the_structure(tiny):
             assert type(out).__name__ == "Transformer2DModelOutput"
             assert out.sample.isfinite().all()
         assert "dispatch" in {s["kind"] for s in engine.report().steps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"])
+def test_compiling_after_accelerate(name):
+    """The order our refusal recommends: the values of the engine, at most six compilations."""
+    from torch._dynamo.utils import counters
+
+    from flashomni.models import adapters
+
+    torch.manual_seed(0)
+    model, inputs = adapters()[name].tiny()
+    expected, _ = run(model.eval(), dict(inputs), "balanced", steps=28)
+    torch._dynamo.reset()
+    counters.clear()
+    with flashomni.accelerate(model, "balanced") as engine:
+        compiled = torch.compile(model, backend="aot_eager")
+        got = generation(engine, compiled, dict(inputs), steps=28)
+        kinds = {step["kind"] for step in engine.report().steps}
+    assert torch.equal(got, expected) and kinds == {"full", "update", "dispatch"}
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
