@@ -9,13 +9,14 @@ do between their blocks.
 import copy
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import flashomni
-from conftest import call
+from conftest import STEPS, call
 from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
 from flashomni.models import Adapter, Site, _accelerate, find_adapter
@@ -297,3 +298,24 @@ def test_differences_that_overflow_fp16_are_finite(toy, cache_whole, monkeypatch
             engine.step(step, 5)
             torch.testing.assert_close(call(model, inputs), -inputs["hidden_states"])
         assert "bypass" in engine.report().steps[1]["layer_kinds"]
+
+
+def test_the_contract_sees_wrong_rows(tiny, no_grad):
+    """Symbols that say the opposite of what was cached: constant inputs do not hide it."""
+    model, inputs = tiny
+    recipe = "topk:q_density=.5,kv_density=1,interval=4,warmup=0,order=0,block_m=32,block_n=32"
+    with flashomni.accelerate(model, recipe) as engine:
+        engine.step(0, STEPS)
+        stock = call(model, inputs)
+        engine.step(1, STEPS)
+        torch.testing.assert_close(call(model, inputs), stock, atol=2e-5, rtol=1e-4)
+        layer = engine._runtime.last.branches["call"].layers[0]
+        grid = layer.symbols.grid
+        flipped = (
+            layer.symbols.q_bits
+            ^ grid.all_kv_bits(torch.device("cpu"))[: layer.symbols.q_bits.shape[-1]]
+        )
+        layer.symbols = replace(layer.symbols, q_bits=flipped)
+        engine.step(2, STEPS)
+        wrong = call(model, inputs)
+    assert not torch.allclose(wrong, stock, atol=2e-5, rtol=1e-4)

@@ -321,7 +321,8 @@ def test_settings_may_follow_a_name():
         "mean",
     )
     base = Recipe.of("balanced")
-    assert recipe.schedule.warmup == base.schedule.warmup and recipe.forecast.name == "taylor"
+    assert recipe.schedule.min_steps == base.schedule.min_steps  # both schedules have it
+    assert recipe.schedule.name == "interval" and recipe.forecast.name == "taylor"
     assert recipe.policy.tau_kv == base.policy.tau_kv
     assert Recipe.of("fora:interval=2").sparse == Recipe.of("fora").sparse
     assert Recipe.of("fora:steps=[0,1,4,7],of=8,min_steps=4").schedule.steps == (0, 1, 4, 7)

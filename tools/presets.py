@@ -1,6 +1,6 @@
 """The presets' schedules: chosen on the ``tune`` prompts, reported on the ``report`` prompts.
 
-``python studies/presets.py --model tiny-image --part tune --recipe NAME ...`` prints, for each
+``python tools/presets.py --model tiny-image --part tune --recipe NAME ...`` prints, for each
 recipe, the PSNR to the dense picture (mean, standard error, worst) and the share of FLOPs skipped,
 and writes them to ``--csv``, a row for each prompt and seed.
 """
