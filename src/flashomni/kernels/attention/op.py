@@ -254,7 +254,7 @@ def _reference(call: AttentionCall) -> None:
     score = torch.einsum("bmhd,bnhd->bhmn", call.q.float(), k) * call.softmax_scale
     score = score.masked_fill(~keep, -torch.inf)
     lse = score.logsumexp(-1)  # [B, H, M], -inf for an empty row
-    prob = (score - lse[..., None]).exp().masked_fill(~keep, 0.0)
+    prob = score.softmax(-1).masked_fill(~keep, 0.0)  # from the maximum: lse is rounded
     new = torch.einsum("bhmn,bnhd->bmhd", prob, v).to(call.out.dtype)
     call.out.copy_(torch.where(keep_row.mT[..., None], new, call.out))
     if call.lse is not None:
