@@ -55,8 +55,8 @@ def check(backend, shape, symbols, dtype, out_value=7.0, scale=None):
     plain = torch_attention(q, k, v, pairs, scale).double().nan_to_num(0.0)
     plain = plain.masked_fill(~pairs.any(-1).mT[..., None], 0.0)
     if rows.any():
-        # Scores near 16 are rounded in fp32 by everybody; torch may hit the exact value by luck.
-        floor = 16 * torch.finfo(torch.float32).eps
+        # Scores near 10 are rounded in fp32 by everybody; torch may hit the exact value by luck.
+        floor = 8 * torch.finfo(torch.float32).eps
         limit = 2 * (plain - exact).abs()[rows].max() + floor
         assert (got.double() - exact).abs()[rows].max() <= limit
     untouched = got[~rows]

@@ -236,7 +236,10 @@ def write_forecast_rows(call: AttentionCall) -> None:
 
 @register("attention", "reference", rank=0)
 def _reference(call: AttentionCall) -> None:
-    """The definition: every score in fp32, masked."""
+    """The definition: every score masked, in fp64: what fp32 rounds off one, its exponential keeps.
+
+    (In fp32 on Apple's GPUs, which have nothing wider.)
+    """
     write_forecast_rows(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
     seqlen_kv, groups = call.k.shape[1], num_heads // call.k.shape[2]
@@ -251,10 +254,11 @@ def _reference(call: AttentionCall) -> None:
     if call.kv_len is not None:
         position = torch.arange(seqlen_kv, device=k.device)
         keep = keep & (position < call.kv_len[:, None, None, None])
-    score = torch.einsum("bmhd,bnhd->bhmn", call.q.float(), k) * call.softmax_scale
+    wide = torch.float32 if k.device.type == "mps" else torch.float64
+    score = torch.einsum("bmhd,bnhd->bhmn", call.q.to(wide), k.to(wide)) * call.softmax_scale
     score = score.masked_fill(~keep, -torch.inf)
     lse = score.logsumexp(-1)  # [B, H, M], -inf for an empty row
-    prob = score.softmax(-1).masked_fill(~keep, 0.0)  # from the maximum: lse is rounded
+    prob = score.softmax(-1).masked_fill(~keep, 0.0).float()
     new = torch.einsum("bhmn,bnhd->bmhd", prob, v).to(call.out.dtype)
     call.out.copy_(torch.where(keep_row.mT[..., None], new, call.out))
     if call.lse is not None:
