@@ -333,6 +333,35 @@ def test_cache_contexts_that_tell_the_step_are_believed(flux):
         assert {s["branch"] for s in engine.report().steps} == {"cond"}
 
 
+def test_a_stream_that_changes_behind_the_same_arguments_is_an_update(flux):
+    """A block gets other streams although the model was called alike: no old cache meets them."""
+    model, inputs = flux
+    longer = False
+
+    def embed(module, args, output):
+        return torch.cat([output, output[:, :5]], 1) if longer else output
+
+    def positions(module, args, output):
+        more = [torch.cat([table, table[:5]]) for table in output]
+        return tuple(more) if longer else output
+
+    handles = [
+        model.x_embedder.register_forward_hook(embed),
+        model.pos_embed.register_forward_hook(positions),
+    ]
+    with flashomni.accelerate(model, SPARSE) as engine:
+        for step in range(STEPS):
+            longer = step >= 4
+            engine.step(step, STEPS)
+            assert call(model, inputs).isfinite().all()
+        found = kinds(engine)
+    for handle in handles:
+        handle.remove()
+    _, summary = run(model, inputs, SPARSE)
+    planned = "".join(step["kind"][0] for step in summary.steps)
+    assert planned[4] == "d" and found[4] == "u" and found[5:] == planned[5:]
+
+
 def test_announcements_are_checked():
     """Numbers out of range or of another type are named."""
     model, _ = adapters()[ADAPTERS[0]].tiny()

@@ -149,11 +149,8 @@ class Runtime:
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
-        inputs = self._named(args, kwargs)
-        signature = tuple(_signature(value) for value in (*args, *kwargs.values()))
-        if not branch.matches("call", signature):
-            branch.reset()
-            branch.matches("call", signature)
+        inputs = self._named(generation, args, kwargs)
+        branch.expect("call", tuple(_signature(value) for value in (*args, *kwargs.values())))
         planned = generation.plan
         is_last = tick.step == tick.num_steps - 1
         if is_last and planned is not None and planned.kinds[-1] is not StepKind.DISPATCH:
@@ -183,10 +180,10 @@ class Runtime:
         self.generations = {**alive, generation.key: generation}
         return generation
 
-    def _named(self, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    def _named(self, generation: Generation, args: tuple, kwargs: dict) -> Mapping[str, Any]:
         """The arguments of the call by name, for schedules that look at them."""
-        schedule = self.recipe.schedule
-        if not args or not (schedule.decides or schedule.plan(1, 0) is None):
+        decides_late = generation.plan is None or self.recipe.schedule.decides
+        if not args or not decides_late:
             return kwargs
         names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}
@@ -305,7 +302,8 @@ class Runtime:
         """
         call = self._current()
         plan, branch = call.plan, call.branch
-        if branch.expect(index, streams) and plan.kind is StepKind.DISPATCH:
+        signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
+        if branch.expect(index, signature) and plan.kind is StepKind.DISPATCH:
             self._update_instead(call)
         schedule = self.recipe.schedule
         inner = schedule.front <= index < len(self.layers) - schedule.back

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.cache import LayerCache
 from flashomni.engine.state.output import Output
-from flashomni.engine.state.span import Spans, Streams
+from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
 
 
@@ -37,19 +38,20 @@ class Branch:
         self.spans = Spans(order, kept)
         self.output = Output(order, kept)
         self.stored: int | None = None
-        self._signatures: dict[Any, tuple] = {}
+        self._signatures: dict[Hashable, tuple] = {}
 
-    def matches(self, key: Any, signature: tuple) -> bool:
-        """Whether what ``key`` gets has the shapes, dtypes and devices it had before."""
-        return self._signatures.setdefault(key, signature) == signature
+    def expect(self, key: Hashable, signature: tuple) -> bool:
+        """Start afresh, and say so, if what ``key`` gets is not what it got before.
 
-    def expect(self, index: int, streams: Streams) -> bool:
-        """Start afresh, and say so, if layer ``index`` gets other streams than before."""
-        signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
-        if self.matches(index, signature):
+        Args:
+            key: a layer's index, or a name of what else is watched.
+            signature: shapes, dtypes and devices.
+        """
+        if self._signatures.setdefault(key, signature) == signature:
             return False
         self.reset()
-        return not self.matches(index, signature)
+        self._signatures[key] = signature
+        return True
 
     def prefetch(self, index: int, stores: bool) -> None:
         """Layer ``index`` runs soon, if there is one and it is not cached whole."""
