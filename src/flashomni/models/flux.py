@@ -11,19 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import Adapter, Reliance, Site, adapter
-from flashomni.models.blocks import MMDiT
-
-BLOCKS = MMDiT(
-    dual_class="FluxTransformerBlock",
-    single_class="FluxSingleTransformerBlock",
-    attention=("FluxAttention", "FluxAttnProcessor"),
-    clip=True,
-)
+from flashomni.models import adapter
+from flashomni.models.blocks import MMDiT, MMDiTAdapter
 
 
 @adapter("FluxTransformer2DModel")
-class Flux(Adapter):
+class Flux(MMDiTAdapter):
+    blocks: ClassVar = MMDiT(
+        dual_class="FluxTransformerBlock",
+        single_class="FluxSingleTransformerBlock",
+        attention=("FluxAttention", "FluxAttnProcessor"),
+        clip=True,
+    )
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,
@@ -49,12 +48,6 @@ class Flux(Adapter):
             "axes_dims_rope": (16, 56, 56),
         },
     }
-
-    def sites(self, model: Any) -> list[Site]:
-        return BLOCKS.sites(model)
-
-    def relies_on(self, model: Any) -> list[Reliance]:
-        return BLOCKS.relies_on(model)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width, text = 18, 19, 77

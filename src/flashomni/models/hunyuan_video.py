@@ -13,23 +13,22 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import Adapter, Reliance, Site, adapter
-from flashomni.models.blocks import TEXT, VISION, MMDiT
-
-BLOCKS = MMDiT(
-    dual_class="HunyuanVideoTransformerBlock",
-    single_class="HunyuanVideoSingleTransformerBlock",
-    attention=("Attention", "HunyuanVideoAttnProcessor2_0"),
-    text="last",
-    returns=(VISION, TEXT),
-    rope=("freqs_cis", "image_rotary_emb"),
-    rope_on_text=False,
-    mask="attention_mask",
-)
+from flashomni.models import adapter
+from flashomni.models.blocks import TEXT, VISION, MMDiT, MMDiTAdapter
 
 
 @adapter("HunyuanVideoTransformer3DModel")
-class HunyuanVideo(Adapter):
+class HunyuanVideo(MMDiTAdapter):
+    blocks: ClassVar = MMDiT(
+        dual_class="HunyuanVideoTransformerBlock",
+        single_class="HunyuanVideoSingleTransformerBlock",
+        attention=("Attention", "HunyuanVideoAttnProcessor2_0"),
+        text="last",
+        returns=(VISION, TEXT),
+        rope=("freqs_cis", "image_rotary_emb"),
+        rope_on_text=False,
+        mask="attention_mask",
+    )
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 4,
@@ -64,12 +63,6 @@ class HunyuanVideo(Adapter):
             "rope_axes_dim": (16, 56, 56),
         },
     }
-
-    def sites(self, model: Any) -> list[Site]:
-        return BLOCKS.sites(model)
-
-    def relies_on(self, model: Any) -> list[Reliance]:
-        return BLOCKS.relies_on(model)
 
     def check(self, model: Any) -> None:
         if getattr(model.config, "image_condition_type", None) == "token_replace":

@@ -8,19 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import Adapter, Reliance, Site, adapter
-from flashomni.models.blocks import MMDiT
-
-BLOCKS = MMDiT(
-    dual_class="LongCatImageTransformerBlock",
-    single_class="LongCatImageSingleTransformerBlock",
-    attention=("LongCatImageAttention", "LongCatImageAttnProcessor"),
-    clip=True,
-)
+from flashomni.models import adapter
+from flashomni.models.blocks import MMDiT, MMDiTAdapter
 
 
 @adapter("LongCatImageTransformer2DModel")
-class LongCatImage(Adapter):
+class LongCatImage(MMDiTAdapter):
+    blocks: ClassVar = MMDiT(
+        dual_class="LongCatImageTransformerBlock",
+        single_class="LongCatImageSingleTransformerBlock",
+        attention=("LongCatImageAttention", "LongCatImageAttnProcessor"),
+        clip=True,
+    )
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,
@@ -32,14 +31,7 @@ class LongCatImage(Adapter):
             "pooled_projection_dim": 24,
             "axes_dims_rope": (4, 6, 6),
         },
-        "published": {"num_layers": 10, "num_single_layers": 20},
     }
-
-    def sites(self, model: Any) -> list[Site]:
-        return BLOCKS.sites(model)
-
-    def relies_on(self, model: Any) -> list[Reliance]:
-        return BLOCKS.relies_on(model)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width, text = 18, 19, 77

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
 from flashomni.kernels.common.rope import Rope
-from flashomni.models import Adapter, Reliance, Site, adapter
+from flashomni.models import adapter
 from flashomni.models.blocks import (
     Inputs,
     MMDiT,
+    MMDiTAdapter,
     added_stream,
     dual_attention,
     feed_forward,
@@ -63,17 +64,15 @@ class QwenBlocks(MMDiT):
         return self._clipped(c), self._clipped(x)
 
 
-BLOCKS = QwenBlocks(
-    dual_class="QwenImageTransformerBlock",
-    attention=("Attention", "QwenDoubleStreamAttnProcessor2_0"),
-    text="last",
-    mask="encoder_hidden_states_mask",
-    clip=True,
-)
-
-
 @adapter("QwenImageTransformer2DModel")
-class QwenImage(Adapter):
+class QwenImage(MMDiTAdapter):
+    blocks: ClassVar = QwenBlocks(
+        dual_class="QwenImageTransformerBlock",
+        attention=("Attention", "QwenDoubleStreamAttnProcessor2_0"),
+        text="last",
+        mask="encoder_hidden_states_mask",
+        clip=True,
+    )
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,
@@ -94,12 +93,6 @@ class QwenImage(Adapter):
             "axes_dims_rope": (16, 56, 56),
         },
     }
-
-    def sites(self, model: Any) -> list[Site]:
-        return BLOCKS.sites(model)
-
-    def relies_on(self, model: Any) -> list[Reliance]:
-        return BLOCKS.relies_on(model)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width = 18, 19

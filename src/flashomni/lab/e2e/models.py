@@ -9,7 +9,7 @@ nearly uniform, so densities of data-dependent policies are not those of a train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,35 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HUNYUAN: dict[str, Any] = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "num_layers": 20,
-    "num_single_layers": 40,
-    "num_refiner_layers": 2,
-    "patch_size": 2,
-    "patch_size_t": 1,
-    "qk_norm": "rms_norm",
-    "guidance_embeds": True,
-    "text_embed_dim": 4096,
-    "pooled_projection_dim": 768,
-    "rope_theta": 256.0,
-    "rope_axes_dim": (16, 56, 56),
-}
-FLUX_DEV: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
+from flashomni.models.flux import Flux
+from flashomni.models.hunyuan_video import HunyuanVideo
+
+HUNYUAN = HunyuanVideo.sizes["published"]
+FLUX_DEV = Flux.sizes["published"]
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 32,
@@ -70,7 +46,7 @@ class Size:
     """
 
     family: str
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     text: int
     valid: int
     height: int

@@ -12,10 +12,10 @@ from flashomni.models.blocks.joint import (
     own_stream,
     valid_first,
 )
-from flashomni.models.blocks.mmdit import TEXT, VISION, Inputs, MMDiT
+from flashomni.models.blocks.mmdit import TEXT, VISION, Inputs, MMDiT, MMDiTAdapter
 
 __all__ = [
-    "TEXT", "VISION", "Inputs", "MMDiT", "Stream",
+    "TEXT", "VISION", "Inputs", "MMDiT", "MMDiTAdapter", "Stream",
     "adaptive_norm", "added_stream", "dual_attention", "feed_forward", "gelu_up",
     "joint_attention", "mlp", "own_stream", "rely_on_attention", "residual_norm", "valid_first",
 ]  # fmt: skip

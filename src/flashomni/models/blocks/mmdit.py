@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from flashomni.engine import LayerRun
 from flashomni.engine.linear import join_tokens
 from flashomni.kernels.common.rope import Rope, pack_rope
 from flashomni.kernels.elementwise.op import gated_residual
-from flashomni.models import Reliance, Site
+from flashomni.models import Adapter, Reliance, Site
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks.fused import adaptive_norm, residual_norm
 from flashomni.models.blocks.joint import (
@@ -209,6 +209,22 @@ class MMDiT:
 
     def _clipped(self, x: Tensor) -> Tensor:
         return x.clip(-65504, 65504) if self.clip and x.dtype == torch.float16 else x
+
+
+class MMDiTAdapter(Adapter):
+    """An adapter of a model that is nothing but such blocks.
+
+    Attributes:
+        blocks: of the model.
+    """
+
+    blocks: ClassVar[MMDiT]
+
+    def sites(self, model: Any) -> list[Site]:
+        return self.blocks.sites(model)
+
+    def relies_on(self, model: Any) -> list[Reliance]:
+        return self.blocks.relies_on(model)
 
 
 class _Named:
