@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from flashomni.engine import Summary
 from flashomni.lab import metrics, viz
+from flashomni.lab.pages import page
 from flashomni.util.files import published, write_bytes, write_text
 from flashomni.util.words import clean
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import Console
 
-TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 # What a report consists of; a new one replaces all of an earlier one's.
 FILES = frozenset(
     {"report.html", "report.json", "density.png", "steps.png"}
@@ -309,8 +308,10 @@ def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:
     """Fill the template. Everything that a user typed is escaped."""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in data["notes"])
     recipe = json.dumps(data["recipe"], indent=2)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return page(
+        "report",
         pictures,
+        style=".plot { min-width: 44rem; }\n",
         title=html.escape(f"{data['model']}, recipe {data['recipe']['name']}"),
         prompt=html.escape(data["prompt"]),
         headline="".join(

@@ -128,24 +128,6 @@ def locked(folder: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
-def is_locked(folder: str | Path) -> bool:
-    """Whether :func:`locked` would have to wait."""
-    try:
-        import fcntl
-    except ImportError:
-        return False
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
-
-
 @contextmanager
 def published(folder: str | Path, names: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Collect files in a folder of its own; they move into ``folder`` together, or none does.

@@ -6,7 +6,6 @@ import html
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,11 +15,11 @@ from flashomni.lab.fidelity.campaign import Campaign
 from flashomni.lab.fidelity.methods import DENSE, FAMILIES, parse_method
 from flashomni.lab.fidelity.result import Case, Result
 from flashomni.lab.fidelity.table import Row
+from flashomni.lab.pages import page
 from flashomni.lab.viz import data_uri, save_figure
 from flashomni.util.files import published, write_text
 from flashomni.util.words import one_line
 
-TEMPLATE = Path(__file__).parent.parent / "templates" / "evaluation.html"
 COLOURS = dict(zip(FAMILIES, ("#2563eb", "#0d9488", "#6b7280", "#d97706"), strict=True))
 MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "^"), strict=True))
 COLUMNS = {
@@ -143,7 +142,8 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         *([] if why is None else [f"LPIPS was not measured: {why}"]),
     ]
     remarks = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    text = page(
+        "evaluation",
         {name: data_uri(path) for name, path in pictures.items()},
         title=html.escape(f"{campaign.model}, {rows[0].device}"),
         head="".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values()),
@@ -155,7 +155,7 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         commit=html.escape(rows[0].commit),
         command=html.escape(command),
     )
-    write_text(folder / "index.html", page)
+    write_text(folder / "index.html", text)
 
 
 def _table_row(row: Row) -> str:
