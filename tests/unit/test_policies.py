@@ -1,15 +1,15 @@
 """Every registered policy keeps the contract; then what is particular to each."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
+from policy_cases import GRIDS, NAMES, NO_TEXT, SET, inputs, low_mass_loop, progress
 
 import flashomni
 from conftest import call
 from flashomni.engine import Recipe
-from flashomni.kernels import sparse_attention
 from flashomni.policies import (
     POLICIES,
     AttentionSite,
@@ -20,31 +20,7 @@ from flashomni.policies import (
 )
 from flashomni.policies import policy as policy_decorator
 from flashomni.policies._pooled import heaviest, low_mass, pooled_map
-from flashomni.symbols import Grid, Symbols, unpack_bits
-
-NAMES = sorted(policies())
-GRIDS = {
-    "text first": Grid(500, 500, (0, 77)),
-    "text last": Grid(500, 500, (400, 500), kv_len=torch.tensor([500, 430], dtype=torch.int32)),
-    "blocks differ": Grid(700, 700, (0, 130), block_m=64, block_n=128),
-}
-NO_TEXT = Grid(300, 520)
-SET = {"radial": {"frames": 4}}  # what a policy needs to be told on a grid without geometry
-
-
-def inputs(grid, heads=4, kv_heads=2, head_dim=16):
-    """q and k with block structure, so that choices are not ties."""
-    q = torch.randn(2, grid.seqlen_q, heads, head_dim)
-    k = torch.randn(2, grid.seqlen_kv, kv_heads, head_dim)
-    for x in (q, k):
-        blocks = -(-x.shape[1] // 50)
-        drift = torch.randn(2, blocks, x.shape[2], head_dim).repeat_interleave(50, 1)
-        x += 1.5 * drift[:, : x.shape[1]]
-    return q, k
-
-
-def progress(value=0.9):
-    return torch.tensor(value)
+from flashomni.symbols import Grid, Symbols
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -129,16 +105,6 @@ def test_unknown_policies_and_settings_list_the_known():
         make_policy("topk", density=0.5)
     with pytest.raises(ValueError, match="policy cached takes no settings, got 'order'"):
         make_policy("cached", order=1)
-
-
-def low_mass_loop(mass, tau):
-    """CumSum over ascending values, one entry after the other (algorithm, A.4)."""
-    chosen, total = set(), 0.0
-    for index in sorted(range(len(mass)), key=lambda i: mass[i]):
-        total += mass[index]
-        if total <= tau * sum(mass) + 1e-9:
-            chosen.add(index)
-    return chosen
 
 
 def test_flashomni_is_the_rule_of_the_paper():
@@ -316,113 +282,6 @@ def test_radial_narrows_with_the_distance_in_time():
     assert row[5] == row[7] > row[4] > row[2] == row[1] > 0
     whole = make_policy("radial", frames=1)(AttentionSite.alone(*inputs(grid), grid, progress()))
     assert whole.kv_mask().all()
-
-
-TEXT_LESS = [name for name in NAMES if not policies()[name].needs_text]
-ODD = {
-    "one token": Grid(1, 1),
-    "one text token": Grid(1, 1, (0, 1)),
-    "one block": Grid(100, 100, (0, 20)),
-    "all text": Grid(300, 300, (0, 300)),
-    "all text but one": Grid(300, 300, (0, 299)),
-    "vision in text blocks only": Grid(200, 200, (0, 100), 64, 256),
-    "no vision query block": Grid(200, 200, (0, 100), 256, 64),
-    "text last, ragged": Grid(333, 333, (300, 333), 64, 64),
-    "text in the middle": Grid(600, 600, spans=(("text", 200, 290),)),
-    "texts at both ends": Grid(600, 600, (0, 50), 64, 32, spans=(("text", 530, 600),)),
-    "text and reference": Grid(900, 900, (0, 77), 64, 64, spans=(("reference", 500, 900),)),
-    "geometry": Grid(6 * 80 + 33, 6 * 80 + 33, (480, 513), 32, 32, shape=(6, 8, 10)),
-    "geometry around a text": Grid(
-        530, 530, block_m=32, block_n=64, shape=(6, 8, 10), spans=(("text", 100, 150),)
-    ),
-}
-
-
-@pytest.mark.parametrize("grid", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("name", NAMES)
-def test_odd_sequences_give_valid_symbols(name, grid):
-    """Ragged, tiny, without vision, text anywhere: valid symbols, or an error of one sentence."""
-    q, k = inputs(grid)
-    site = AttentionSite.alone(q, k, grid, progress())
-    policy = make_policy(name, **SET.get(name, {}))
-    if policies()[name].needs_text and not grid.text_spans:
-        with pytest.raises(ValueError, match=f"policy {name} needs text tokens"):
-            policy(site)
-        return
-    symbols = policy(site)
-    assert (symbols.batch, symbols.num_heads) == (2, 4) and symbols.grid is grid
-    assert symbols.q_mask()[..., grid.text_q_mask(q.device)].all()
-    assert symbols.kv_mask().any(-1).all()
-    for start, stop in grid.text_kv_ranges:
-        assert symbols.kv_mask()[..., start:stop].all()
-    for bits, count in (
-        (symbols.q_bits, grid.num_q_blocks),
-        (symbols.kv_bits, grid.num_kv_blocks),
-    ):  # bits past the last block stay 0: kernels count on it
-        assert not unpack_bits(bits, 8 * bits.shape[-1])[..., count:].any()
-    known = policy.known_fraction(grid)
-    assert known is None or float(symbols.q_density()) == pytest.approx(known)
-    out = sparse_attention(q, k, k, symbols, backend="reference")
-    computed = symbols.q_mask().repeat_interleave(grid.block_m, -1)[..., : grid.seqlen_q]
-    assert torch.isfinite(out.transpose(1, 2)[computed]).all()
-
-
-def test_who_needs_text_says_so_and_names_who_does_not():
-    """An attribute of the class; the error lists every policy that does without."""
-    assert [name for name in NAMES if name not in TEXT_LESS] == ["flashomni"]
-    site = AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT)
-    with pytest.raises(ValueError, match=f"policies {', '.join(TEXT_LESS)} do not"):
-        make_policy("flashomni")(site)
-
-
-def test_flashomni_reads_two_texts_like_one_text():
-    """Texts at both ends guide like their blocks do: C and G sum over all of them."""
-    grid = ODD["texts at both ends"]
-    q, k = inputs(grid)
-    policy = make_policy("flashomni", tau_q=0.5, tau_kv=0.0, power=0.0, combine="g")
-    got = policy(AttentionSite.alone(q, k, grid)).q_mask()
-    attention = pooled_map(q, k, grid)
-    (vision,) = grid.vision_q_ranges
-    columns = [i for span in grid.text_kv_ranges for i in range(*span)]
-    for b in range(2):
-        for h in range(4):
-            mass = attention[b, h][slice(*vision)][:, columns].softmax(0).sum(-1)
-            light = low_mass_loop([float(x) for x in mass], 0.5)
-            expected = [i not in light for i in range(len(mass))]
-            assert got[b, h, slice(*vision)].tolist() == expected
-    assert not got.all()
-
-
-def test_radial_reads_the_frames_off_the_grid():
-    """The grid's frames are what frames= would say; without either, the cure is named."""
-    plain, shaped = (Grid(640, 640, (0, 40), 32, 32, shape=s) for s in (None, (6, 10, 10)))
-    q, k = inputs(plain)
-    by_setting = make_policy("radial", frames=6)(AttentionSite.alone(q, k, plain))
-    by_grid = make_policy("radial")(AttentionSite.alone(q, k, shaped))
-    assert torch.equal(by_setting.kv_bits, by_grid.kv_bits) and not by_grid.kv_mask().all()
-    with pytest.raises(
-        ValueError, match=r"frames of policy radial must be set \(radial:frames=16\)"
-    ):
-        make_policy("radial")(AttentionSite.alone(q, k, plain))
-    tiled = replace(shaped, order="tile")
-    with pytest.raises(NotImplementedError, match="order raster, got tile"):
-        make_policy("radial")(AttentionSite.alone(q, k, tiled))
-
-
-@pytest.mark.parametrize("text", [(0, 0), (0, 21), (300, 321)])
-def test_window_sees_its_neighbours_in_space(text):
-    """No pair of tokens within reach in time, height and width is left out; far blocks are."""
-    shape, reach = (3, 10, 10), 0.2
-    length = 300 + text[1] - text[0]
-    grid = Grid(length, length, text, 16, 16, shape=shape)
-    symbols = make_policy("window", reach=reach)(AttentionSite.alone(*inputs(grid), grid))
-    mask = symbols.kv_mask()[1, 3]
-    offset = text[1] if text[0] == 0 else 0
-    place = torch.cartesian_prod(*map(torch.arange, shape))
-    near = ((place[:, None] - place).abs() <= reach * torch.tensor(shape)).all(-1)
-    block = (torch.arange(300) + offset) // 16
-    assert mask[block[:, None].expand(300, 300)[near], block.expand(300, 300)[near]].all()
-    assert not mask.all() and not mask[int(block[0]) + 1, int(block[250])]
 
 
 def test_a_site_alone_and_in_full():
