@@ -35,13 +35,15 @@ class Engine:
         """What the last generation computed, skipped, cost and kept. ``print`` it."""
         runtime = self._runtime
         summary = runtime.trace.summary(type(runtime.model).__name__, self.recipe)
+        learned = [] if runtime.learner is None else runtime.learner.notes()
+        notes = [*summary.notes, *learned]
         if self._replaced():
             note = (
                 "the pipeline has another transformer by now, which is not accelerated: these are "
                 "the figures of the one that was"
             )
-            summary = replace(summary, notes=[note, *summary.notes])
-        return summary
+            notes = [note, *notes]
+        return replace(summary, tier=runtime.tier, notes=notes)
 
     def remove(self) -> None:
         """Take the engine off the pipeline, which is bit for bit what it was before."""

@@ -100,16 +100,9 @@ class LayerRun:
         """
         key = ("grid", seqlen, text, id(kv_len), shape, spans)
         if key not in self._shared:
-            sparse = self._recipe.sparse
+            blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
             self._shared[key] = Grid(
-                seqlen,
-                seqlen,
-                text,
-                sparse.block_m,
-                sparse.block_n,
-                kv_len,
-                shape=shape,
-                spans=spans,
+                seqlen, seqlen, text, *blocks, kv_len, shape=shape, spans=spans
             )
         self.grid = self._shared[key]
         self._policy = self._recipe.policy_for(self.grid)
@@ -140,23 +133,10 @@ class LayerRun:
         return self._cacheable and self._plan.stores
 
     def _decide_degradation(self, known: float | None) -> None:
-        """S_q: cache the layer whole if little of it is computed; look again at each Update.
-
-        A fraction that depends on the data is the one of the Update before (of the probe, at
-        first), so that the host never waits for the device and every device decides alike.
-        """
-        cache, plan, threshold = self._cache, self._plan, self._recipe.sparse.degrade_below
-        fraction, is_full = known, plan.kind is StepKind.FULL
-        if known is None and cache.fraction is not None:
-            just_measured = plan.step - cache.measured < 2  # it may be under way still
-            if not (plan.optimistic and is_full and just_measured):
-                fraction = cache.fraction.read()
-        if fraction is None:
-            cache.degraded = threshold > 0 and plan.optimistic and is_full
-        else:
-            cache.degraded = threshold > 0 and fraction <= threshold
-        if cache.degraded:
-            cache.forget_heads()
+        """S_q: cache the layer whole if little of it is computed; look again at each Update."""
+        plan, threshold = self._plan, self._recipe.sparse.degrade_below
+        hopeful = plan.optimistic and plan.kind is StepKind.FULL
+        self._cache.degrade(known, plan.step, threshold, hopeful)
 
     @property
     def _caches_heads(self) -> bool:
@@ -165,7 +145,11 @@ class LayerRun:
 
     def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
         """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
-        self._record.add(op, sum(linear_flops(module, rows) for module in modules))
+        self.add(op, sum(linear_flops(module, rows) for module in modules))
+
+    def add(self, op: str, flops: int) -> None:
+        """Record FLOPs that were executed."""
+        self._record.add(op, flops)
 
     def project_q(
         self,
@@ -230,30 +214,53 @@ class LayerRun:
         eps = None if norm is None else norm_eps(norm, x.dtype)
         norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self.backend)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out_projection: nn.Module) -> Tensor:
+    def can_attend(self, q: Tensor) -> bool:
+        """Whether attention of this shape can run here: a Dispatch step needs an Update of it."""
+        cache, is_dispatch = self._cache, self.kind is StepKind.DISPATCH
+        return not is_dispatch or (cache.symbols is not None and cache.attended == q.shape)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out_projection: nn.Module | None,
+        *,
+        softmax_scale: float | None = None,
+        guide: Tensor | None = None,
+    ) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
 
         Args:
             q: ``[B, S, H, D]``; cached tiles may be undefined on Dispatch steps.
             k: ``[B, S, H, D]``, after norm and RoPE.
             v: ``[B, S, H, D]``.
-            out_projection: what :meth:`project_o` will be called with.
+            out_projection: what :meth:`project_o` will be called with; ``None`` where the model
+                reads O itself.
+            softmax_scale: of the scores, ``D ** -0.5`` by default.
+            guide: map of cross-attention, for the policy.
 
         Returns:
             ``[B, S, H, D]``. Cached tiles are undefined, or the forecast where the output
-            projection has to be called as a module.
+            projection has to be called as a module, or is not the engine's.
         """
         cache, kv_len = self._cache, self.grid.kv_len
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        options: dict[str, Any] = {"kv_len": kv_len, "softmax_scale": scale}
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
             self._record.add("attention", flops)
-            o = sparse_attention(q, k, v, kv_len=kv_len, backend=self.backend)
+            o = sparse_attention(q, k, v, **options, backend=self.backend)
+            cache.attended = q.shape
             if self.kind is StepKind.UPDATE:
-                self._choose_symbols(q, k, v)
+                self._choose_symbols(self._site(q, k, v, scale, guide))
             elif self._plan.probes and self._cacheable:
-                self._measure(self._choice(q, k, v))
+                self._measure(self._policy(self._site(q, k, v, scale, guide)))
             if self._stores and self._caches_heads:
-                cache.projected = plain_weights(out_projection, q) is not None
+                weights = None if out_projection is None else plain_weights(out_projection, q)
+                cache.projected = weights is not None
+                if out_projection is None:
+                    self._push_history(o, 0)
             return o
         self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
         forecast = None
@@ -261,34 +268,26 @@ class LayerRun:
             assert cache.history is not None
             weights = self._plan.coefficients(cache.history.times)
             forecast = ForecastTerms(cache.history.terms(), weights, cache.rows[0])
+        symbols = self._symbols()
         return sparse_attention(
-            q, k, v, self._symbols(), kv_len=kv_len, forecast=forecast, backend=self.backend
+            q, k, v, symbols, **options, forecast=forecast, backend=self.backend
         )
 
-    def _choice(self, q: Tensor, k: Tensor, v: Tensor) -> Symbols:
-        """What the policy says of this layer now."""
+    def _site(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, guide: Tensor | None
+    ) -> AttentionSite:
+        """What the policy is shown."""
         plan = self._plan
-        return self._policy(
-            AttentionSite(
-                q=q,
-                k=k,
-                v=v,
-                grid=self.grid,
-                layer=self.index,
-                num_layers=plan.num_layers,
-                heads=range(q.shape[2]),
-                step=plan.step,
-                num_steps=plan.num_steps,
-                progress=plan.progress,
-                branch=plan.branch,
-                softmax_scale=q.shape[-1] ** -0.5,
-                backend=self.backend,
-            )
-        )
+        return AttentionSite(
+            q=q, k=k, v=v, grid=self.grid, layer=self.index, num_layers=plan.num_layers,
+            heads=range(q.shape[2]), step=plan.step, num_steps=plan.num_steps,
+            progress=plan.progress, branch=plan.branch, softmax_scale=scale, guide=guide,
+            backend=self.backend,
+        )  # fmt: skip
 
-    def _choose_symbols(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _choose_symbols(self, site: AttentionSite) -> None:
         cache, sparse = self._cache, self._recipe.sparse
-        symbols = self._choice(q, k, v)
+        symbols = self._policy(site)
         self._measure(symbols)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for

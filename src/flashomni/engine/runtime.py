@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashomni.engine.clock import Clock
 from flashomni.engine.layer import LayerRun
+from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Signals, StepKind
 from flashomni.engine.state.branch import Branch
@@ -56,7 +57,14 @@ class Runtime:
         clock: finds the position of each call.
         backend: take exactly this backend in every op; by default the best that accepts.
         check: raises where the model is not, or no longer, in a state that can be accelerated.
+
+    Attributes:
+        tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
+        learner: watches the first calls of a model that has no adapter.
     """
+
+    tier: str = "adapter"
+    learner: Learner | None = None
 
     def __init__(
         self,
@@ -150,14 +158,16 @@ class Runtime:
         self.last = generation
         branch = generation.branches[tick.branch]
         inputs = self._named(generation, args, kwargs)
-        branch.expect("call", tuple(_signature(value) for value in (*args, *kwargs.values())))
+        sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
+        branch.expect("call", (sort, *map(_signature, (*args, *kwargs.values()))))
         planned = generation.plan
         is_last = tick.step == tick.num_steps - 1
         if is_last and planned is not None and planned.kinds[-1] is not StepKind.DISPATCH:
             branch.reset()  # the last step is dense: its memory can go before it peaks
-        kind = self._kind(generation, tick, branch, inputs)
+        kind = StepKind.FULL if is_new else self._kind(generation, tick, branch, inputs)
         record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         plan = self._plan(generation, kind, tick, device)
+        plan.records = plan.records and not is_new
         branch.prefetch(0, plan.stores)
         return Call(generation, branch, tick, plan, record, inputs)
 
@@ -331,6 +341,12 @@ class Runtime:
             else:
                 branch.spans.close(plan.step)
         return behind
+
+    def as_it_is(self, name: str) -> LayerRecord:
+        """Where the FLOPs of a block go that runs as it is in this call, its output not kept."""
+        record = LayerRecord(name, StepKind.FULL.value)
+        self._current().record.layers.append(record)
+        return record
 
     def _update_instead(self, call: Call) -> None:
         """The step turns out to be one that computes."""

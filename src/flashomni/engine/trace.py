@@ -68,6 +68,7 @@ class Summary:
         cache_bytes_host: peak of what it kept in pinned host memory.
         notes: what deserves attention: a run too short to gain anything, projections that ran
             dense and why.
+        tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
     """
 
     model: str
@@ -81,14 +82,16 @@ class Summary:
     cache_bytes: int
     cache_bytes_host: int
     notes: list[str]
+    tier: str = "adapter"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model}, recipe {self.recipe['name']}: {self.flops_skipped:.1%} of the "
-            f"transformer blocks' FLOPs skipped, cache {self.cache_bytes / 2**20:.1f} MiB"
+            f"{self.model} (tier {self.tier}), recipe {self.recipe['name']}: "
+            f"{self.flops_skipped:.1%} of the transformer blocks' FLOPs skipped, "
+            f"cache {self.cache_bytes / 2**20:.1f} MiB"
         ]
         if self.cache_bytes_host:
             lines[0] += f" and {self.cache_bytes_host / 2**20:.1f} MiB in pinned host memory"

@@ -116,6 +116,7 @@ class LayerCache:
         fraction: computed fraction of S_c, as measured at the last Update (or by a probe).
         measured: the step of that.
         bias_times: anchors of ``bias_terms``.
+        attended: shape of the queries that were last attended in full.
     """
 
     symbols: Symbols | None = None
@@ -131,6 +132,28 @@ class LayerCache:
     fraction: Fraction | None = None
     measured: int = -1
     bias_times: tuple[int, ...] = ()
+    attended: tuple[int, ...] = ()
+
+    def degrade(self, known: float | None, step: int, threshold: float, hopeful: bool) -> None:
+        """Decide whether the layer is cached whole.
+
+        A fraction that depends on the data is the one of the Update before (of the probe, at
+        first), so that the host never waits for the device and every device decides alike.
+
+        Args:
+            known: the computed fraction, where it does not depend on the data.
+            step: of the generation.
+            threshold: the largest fraction that does it; 0 never does.
+            hopeful: take it that a layer will be cached whole while nothing is known of it.
+        """
+        fraction = known
+        if known is None and self.fraction is not None:
+            just_measured = step - self.measured < 2  # it may be under way still
+            if not (hopeful and just_measured):
+                fraction = self.fraction.read()
+        self.degraded = threshold > 0 and (hopeful if fraction is None else fraction <= threshold)
+        if self.degraded:
+            self.forget_heads()
 
     def forget_heads(self) -> None:
         """Drop what only per-head caching needs."""
