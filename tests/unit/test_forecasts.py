@@ -3,13 +3,17 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashomni.engine import Recipe
 from flashomni.engine.forecasts import (
     FORECASTS,
+    Fitted,
+    Known,
     difference_weights,
     forecast,
     forecasts,
@@ -52,14 +56,151 @@ def test_equal_gaps_give_the_coefficients_of_before(name, old, order):
             assert torch.equal(fp32(got), fp32(old(order, x))), (gap, x, got)
 
 
-@pytest.mark.parametrize("name", sorted(forecasts()))
-@pytest.mark.parametrize("times", [(4,), (1, 4), (0, 1, 4), (0, 2, 3, 9)])
+TIMES = [(4,), (1, 4), (0, 1, 4), (0, 2, 3, 9), (0, 1, 2), (3, 4, 6, 11)]
+PUBLISHED = ["chebyshev", "foca", "hermite", "reuse", "taylor"]
+# The highest degree that a forecast continues exactly, by the number of anchors.
+DEGREES = {
+    "reuse": (0, 0, 0, 0),
+    "taylor": (0, 1, 1, 1),
+    "hermite": (0, 0, 0, 0),
+    "foca": (0, 1, 1, 1),
+    "chebyshev": (0, 0, 0, 0),
+}
+
+
+def test_every_published_forecast_is_tested():
+    assert sorted(set(forecasts()) - {"fitted"}) == PUBLISHED
+
+
+@pytest.mark.parametrize("known", [None, Known(28), Known(60)])
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_forecasts_keep_what_does_not_change(name, times, known):
+    """A finite weight for each anchor, whatever the gaps; constants stay."""
+    for x in (1, 3, 11):
+        weights = forecasts()[name](times, times[-1] + x, known)
+        assert len(weights) == len(times) and all(map(math.isfinite, weights))
+        assert sum(weights) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(
+    "name", sorted({*PUBLISHED} - {"chebyshev"})
+)  # a regression meets no point
 def test_forecasts_start_at_the_value(name, times):
-    """A weight for each anchor; at the last anchor they give its value; constants stay."""
+    """At the last anchor they give its value."""
     weights = forecasts()[name](times, times[-1])
     assert weights == pytest.approx([0.0] * (len(times) - 1) + [1.0])
-    later = forecasts()[name](times, times[-1] + 3)
-    assert len(later) == len(times) and sum(later) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_class_that_is_exact(name, times):
+    """Polynomials up to that degree are continued; those of the next are not."""
+    degree = DEGREES[name][len(times) - 1]
+    for n in range(degree + 2):
+        worst = 0.0
+        for x in (1, 2, 7):
+            weights = forecasts()[name](times, times[-1] + x, Known(28))
+            got = sum(w * (t - 5.0) ** n for w, t in zip(weights, times, strict=True))
+            worst = max(worst, abs(got - (times[-1] + x - 5.0) ** n))
+        assert (worst < 1e-8) == (n <= degree), (n, worst)
+
+
+@pytest.mark.parametrize("times", [(0, 1, 2), (0, 2, 4), (1, 4, 7), (0, 5, 10)])
+def test_foca_follows_the_equations(times):
+    """The recursion on values of a random curve, with the paper's equations written out."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(len(times), 6, generator=generator, dtype=torch.float64)
+    gap = times[1] - times[0]
+    anchored = (3 * values[2] - 4 * values[1] + values[0]) / (2 * gap)  # (6) at the anchors
+    curve = (values[2] - 2 * values[1] + values[0]) / gap**2
+    past = values[2] - anchored + curve / 2  # the parabola one step back
+    now, slope = values[2], anchored
+    for x in range(1, 8):
+        forecasted = 4 / 3 * now - 1 / 3 * past + 2 / 3 * slope  # (7)
+        ahead = (3 * forecasted - 4 * now + past) / 2
+        calibrated = now + 1 / 2 * (anchored + ahead)  # (8)
+        slope = (3 * calibrated - 4 * now + past) / 2
+        past, now = now, calibrated
+        weights = torch.tensor(forecasts()["foca"](times, times[-1] + x), dtype=torch.float64)
+        torch.testing.assert_close(weights @ values, now)
+
+
+def test_foca_runs_away_less_than_taylor():
+    """What the correction is for: long gaps behind a curved past."""
+    for times in [(0, 1, 2), (0, 2, 6), (4, 6, 10)]:
+        past = [float(t * t) for t in times]
+        foca, taylor = (
+            sum(w * v for w, v in zip(forecasts()[name](times, times[-1] + 9), past, strict=True))
+            for name in ("foca", "taylor")
+        )
+        assert past[-1] < foca < taylor
+
+
+@pytest.mark.parametrize("times", [(0, 1), (0, 1, 3), (2, 3, 5, 9)])
+def test_chebyshev_is_half_a_regression(times):
+    """The fit by another road: least squares with the ridge's rows below the design."""
+    t, num_steps = times[-1] + 3, 28
+    tau = 2 * np.array([*times, t]) / (num_steps - 1) - 1
+    basis = np.polynomial.chebyshev.chebvander(tau, 4)
+    ridge = math.sqrt(0.1) * np.eye(5)[1:]
+    values = np.random.default_rng(0).normal(size=(len(times), 4))
+    rows, sides = np.vstack([basis[:-1], ridge]), np.vstack([values, np.zeros((4, 4))])
+    fit = basis[-1] @ np.linalg.lstsq(rows, sides, rcond=None)[0]
+    line = values[-1] + (t - times[-1]) / (times[-1] - times[-2]) * (values[-1] - values[-2])
+    weights = np.array(forecasts()["chebyshev"](times, t, Known(num_steps)))
+    np.testing.assert_allclose(weights @ values, 0.5 * fit + 0.5 * line, atol=1e-9)
+
+
+FITTED = {"num_steps": 28, "base": "taylor", "weights": [[[0, 1, 4], 5, [0.25, -1.0, 1.75]]]}
+
+
+def test_fitted_weights_are_those_of_the_recipe():
+    """By anchors and step; what is not listed, and other step counts, are the base's."""
+    table, of = Fitted(**FITTED), forecasts()
+    assert of["fitted"]((0, 1, 4), 5, Known(28, table)) == [0.25, -1.0, 1.75]
+    for times, t, num_steps in [((0, 1, 4), 6, 28), ((1, 4), 5, 28), ((0, 1, 4), 5, 29)]:
+        got = of["fitted"](times, t, Known(num_steps, table))
+        assert got == of["taylor"](times, t)
+    with pytest.raises(ValueError, match="fitted needs the weights that a calibration found"):
+        of["fitted"]((0, 1, 4), 5)
+
+
+def test_fitted_weights_live_in_a_recipe(tmp_path):
+    """They go to JSON and come back, and reach the coefficients; another forecast drops them."""
+    recipe = Recipe.of("taylorseer", forecast={"name": "fitted", "fitted": FITTED}, layer_order=2)
+    recipe.save(tmp_path / "tuned.json")
+    again = Recipe.of(tmp_path / "tuned.json")
+    assert again == recipe and again.forecast.fitted == Fitted(**FITTED)
+    got = again.forecast.coefficients((0, 1, 4), 5, 28)
+    assert from_differences((0, 1, 4), got) == pytest.approx([0.25, -1.0, 1.75])
+    assert Recipe.of(again, forecast="hermite").forecast.fitted is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"base": "fitted"}, "base must be one of chebyshev, .*, got 'fitted'"),
+        ({"weights": [[[0, 1], 5]]}, r"entries \[anchors, step, weights\]"),
+        ({"weights": [[[1, 0], 5, [0.0, 1.0]]]}, "anchors ascending before the step"),
+        ({"weights": [[[0, 5], 5, [0.0, 1.0]]]}, "anchors ascending before the step"),
+        ({"weights": [[[0, 1], 28, [0.0, 1.0]]]}, "the step below 28"),
+        ({"weights": [[[0, 1], 5, [1.0]]]}, "one finite weight an anchor"),
+        ({"weights": [[[0], 5, [True]]]}, "one finite weight an anchor"),
+        ({"weights": [[[0], 5, [1.0]], [[0], 5, [0.9]]]}, "each pair of anchors and step once"),
+    ],
+)
+def test_fitted_weights_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.of("fora", forecast={"name": "fitted", "fitted": {**FITTED, **change}})
+
+
+@pytest.mark.parametrize("forecast", [{"name": "fitted"}, {"fitted": FITTED}])
+def test_fitted_and_its_weights_come_together(forecast):
+    with pytest.raises(ValueError, match="forecast 'fitted' and its weights come together"):
+        Recipe.of("fora", forecast=forecast)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -196,7 +337,7 @@ def registered():
 def test_a_forecast_that_is_no_polynomial(registered):
     """Weights of the anchors' values are what comes out, through the differences that are kept."""
 
-    def blend(times, t, signals=None):
+    def blend(times, t, known=None):
         return [0.25] * (len(times) - 1) + [1 - 0.25 * (len(times) - 1)]
 
     registered("blend", blend)
@@ -211,7 +352,7 @@ def test_a_forecast_that_is_no_polynomial(registered):
 @pytest.mark.parametrize("weights", [[1.0], [float("nan"), 1.0], [1.0, 2.0, 3.0]])
 def test_a_forecast_that_gives_nonsense(registered, weights):
     """The error names the forecast, the anchors and what came."""
-    registered("nonsense", lambda times, t, signals=None: weights)
+    registered("nonsense", lambda times, t, known=None: weights)
     with pytest.raises(ValueError, match=r"forecast nonsense must give 2 finite weights"):
         difference_weights("nonsense", (1, 2), 3)
 
@@ -220,7 +361,7 @@ def test_a_forecast_that_is_defined_again(registered):
     """The new definition counts (a notebook's cell)."""
     for weight in (0.5, 0.75):
 
-        def cell(times, t, signals=None, weight=weight):
+        def cell(times, t, known=None, weight=weight):
             return [weight]
 
         registered("cell", cell)
@@ -228,5 +369,5 @@ def test_a_forecast_that_is_defined_again(registered):
 
 
 def test_an_unknown_forecast():
-    with pytest.raises(ValueError, match="forecast must be one of hermite, taylor, got 'fourier'"):
+    with pytest.raises(ValueError, match=r"forecast must be one of chebyshev, .*, got 'fourier'"):
         difference_weights("fourier", (1,), 2)

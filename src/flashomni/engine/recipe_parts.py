@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashomni.engine.forecasts import forecasts
+from flashomni.engine.forecasts import Fitted, Known, difference_weights, forecasts
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import check_int, check_range
 
@@ -19,23 +20,40 @@ class ForecastSettings:
     """How cached values are carried forward.
 
     Args:
-        name: a forecast: ``taylor``, ``hermite``, or what an extension registers.
+        name: a forecast: ``chebyshev``, ``fitted``, ``foca``, ``hermite``, ``reuse``, ``taylor``,
+            or what an extension registers.
         order: of cached tiles, 0 to 3: the forecast uses one anchor more.
         layer_order: of layers that are cached whole, and of the output, 0 to 3.
         level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
             needs policy ``cached``.
+        fitted: the weights of forecast ``fitted``, which a calibration finds.
     """
 
     name: str = "taylor"
     order: int = 1
     layer_order: int = 0
     level: str = "layers"
+    fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
         _check_choice("forecast", self.name, tuple(forecasts()))
         check_int("order", self.order, 0, 3)
         check_int("layer_order", self.layer_order, 0, 3)
         _check_choice("level", self.level, LEVELS)
+        if isinstance(self.fitted, Mapping):
+            object.__setattr__(self, "fitted", Fitted(**self.fitted))
+        if self.fitted is not None and not isinstance(self.fitted, Fitted):
+            raise ValueError(f"fitted must be an object or null, got {self.fitted!r}")
+        if (self.name == "fitted") != (self.fitted is not None):
+            raise ValueError(
+                "forecast 'fitted' and its weights come together: got forecast "
+                f"{self.name!r} and fitted={self.fitted!r}"
+            )
+
+    def coefficients(self, times: tuple[int, ...], step: int, num_steps: int) -> tuple[float, ...]:
+        """Weights of the terms of a history with these anchors, at a step of a generation."""
+        known = Known(num_steps, self.fitted)
+        return difference_weights(self.name, times, step, known)
 
 
 @dataclass(frozen=True, kw_only=True)

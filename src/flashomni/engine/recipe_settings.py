@@ -19,7 +19,8 @@ T = TypeVar("T")
 def changed_part(key: str, value: Any, old: Any) -> Any:
     """A part of a recipe that a user gives: an object, a name, or some of its settings."""
     if key == "forecast" and isinstance(value, str):
-        return _set_fields(key, old, {"name": value})
+        # Weights belong to the forecast that they were fitted for.
+        return _set_fields(key, old, {"name": value, "fitted": None})
     if key in SECTIONS and isinstance(value, Mapping):
         known = _names(SECTIONS[key])
         for setting in value:

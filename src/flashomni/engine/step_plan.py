@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flashomni.engine.forecasts import difference_weights
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.storage import Storage
@@ -61,7 +60,7 @@ class StepPlan:
         Layers whose history began later have fewer anchors; most layers share one tensor.
         """
         if times not in self._weights:
-            values = difference_weights(self.recipe.forecast.name, times, self.step)
+            values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
             self._weights[times] = _to_device(values, self.device)
         return self._weights[times]
 

@@ -1,9 +1,10 @@
 """Forecasts: how values of the past combine into a value now. One file each.
 
-A forecast is a function ``weights(times, t, signals=None) -> list of floats``: the weights of the
+A forecast is a function ``weights(times, t, known=None) -> list of floats``: the weights of the
 values at the anchors ``times`` (steps, oldest first, at most order + 1 of them), at step ``t``
-behind the last. Caches keep, instead of the values, f_i = i! times the divided difference over the
-newest i + 1 anchors; the weights of these follow here, on the host.
+behind the last; ``known`` says what else may matter. Caches keep, instead of the values, f_i = i!
+times the divided difference over the newest i + 1 anchors; the weights of these follow here, on the
+host.
 """
 
 from __future__ import annotations
@@ -11,12 +12,86 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from flashomni.registry import Registry
 
 Weights = Callable[..., list[float]]
 
 FORECASTS: Registry[Weights] = Registry("forecast", __name__, "flashomni.forecasts")
+
+
+Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights that a calibration found; JSON values, kept in a recipe.
+
+    Args:
+        num_steps: of the generations that they were fitted on; others use ``base``.
+        weights: ``[anchors, step, weights]`` for each pair of anchors (oldest first) and step.
+        base: the forecast of pairs that are not listed.
+
+    Raises:
+        ValueError: an entry is not of this form, or comes twice.
+    """
+
+    num_steps: int
+    weights: tuple[Entry, ...] = ()
+    base: str = "hermite"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.num_steps) or self.num_steps < 1:
+            raise ValueError(f"fitted.num_steps must be at least 1, got {self.num_steps!r}")
+        if not isinstance(self.base, str) or self.base == "fitted" or self.base not in FORECASTS:
+            others = ", ".join(name for name in FORECASTS if name != "fitted")
+            raise ValueError(f"fitted.base must be one of {others}, got {self.base!r}")
+        if not isinstance(self.weights, (list, tuple)):
+            raise ValueError(f"fitted.weights must be a list of entries, got {self.weights!r}")
+        entries = tuple(_entry(entry, self.num_steps) for entry in self.weights)
+        if len({entry[:2] for entry in entries}) != len(entries):
+            raise ValueError("fitted.weights must list each pair of anchors and step once")
+        object.__setattr__(self, "weights", entries)
+
+
+def _entry(entry: Any, num_steps: int) -> Entry:
+    """``[anchors, step, weights]`` checked, as tuples."""
+    parts = tuple(entry) if isinstance(entry, (list, tuple)) else ()
+    good = len(parts) == 3 and all(isinstance(parts[i], (list, tuple)) for i in (0, 2))
+    if good:
+        times, step, found = parts
+        ordered = all(map(_is_int, (*times, step))) and list(times) == sorted(set(times))
+        good = bool(times) and ordered and times[0] >= 0 and times[-1] < step < num_steps
+        good = good and len(found) == len(times) and all(_is_finite(weight) for weight in found)
+    if not good:
+        raise ValueError(
+            "fitted.weights must be entries [anchors, step, weights], anchors ascending before the "
+            f"step, the step below {num_steps}, one finite weight an anchor; got {entry!r}"
+        )
+    return tuple(times), step, tuple(float(weight) for weight in found)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a forecast may use beside the anchors' times.
+
+    Args:
+        num_steps: of the generation.
+        fitted: the weights that the recipe brings, if it does.
+    """
+
+    num_steps: int
+    fitted: Fitted | None = None
 
 
 def forecast(name: str) -> Callable[[Weights], Weights]:
@@ -67,13 +142,21 @@ def from_differences(times: Sequence[int], coefficients: Sequence[float]) -> lis
 
 
 @functools.lru_cache(maxsize=4096)
-def difference_weights(name: str, times: tuple[int, ...], t: int) -> tuple[float, ...]:
+def difference_weights(
+    name: str, times: tuple[int, ...], t: int, known: Known | None = None
+) -> tuple[float, ...]:
     """Weights of f_0, f_1, ... of the forecast ``name`` at step ``t``.
+
+    Args:
+        name: of the forecast.
+        times: of the anchors, oldest first.
+        t: a step behind the last of them.
+        known: of the generation and the recipe.
 
     Raises:
         ValueError: the forecast is unknown, or does not give a finite weight for each anchor.
     """
-    weights = FORECASTS.get(name)(times, t)
+    weights = FORECASTS.get(name)(times, t, known)
     if len(weights) != len(times) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(
             f"forecast {name} must give {len(times)} finite weights for anchors {times} at step "

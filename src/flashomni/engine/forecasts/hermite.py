@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flashomni.engine.forecasts import forecast, from_differences
+from flashomni.engine.forecasts import Known, forecast, from_differences
 
 SIGMA = 0.5
 
 
 @forecast("hermite")
-def weights(times: Sequence[int], t: int, signals: object = None) -> list[float]:
+def weights(times: Sequence[int], t: int, known: Known | None = None) -> list[float]:
     """``sum_i SIGMA ** i (H_i(SIGMA x) - H_i(0)) / i! f_i`` with the physicists' H_i; 1 for i = 0.
 
     x counts the steps behind the last anchor. The constant H_i(0) is left out, so that the forecast

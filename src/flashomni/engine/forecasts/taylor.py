@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flashomni.engine.forecasts import forecast, from_differences
+from flashomni.engine.forecasts import Known, forecast, from_differences
 
 
 @forecast("taylor")
-def weights(times: Sequence[int], t: int, signals: object = None) -> list[float]:
+def weights(times: Sequence[int], t: int, known: Known | None = None) -> list[float]:
     """The differences taken for derivatives: ``sum_i x ** i / i! f_i``, x steps behind the last.
 
     One anchor is reuse, two continue a line exactly whatever their distance. From three on it is
