@@ -30,11 +30,7 @@ unit: $(STAMP)  ## every test that runs here, those of the built wheels among th
 	$(PYTEST)
 
 interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) \
-		-k "portable or live_tiles or head_words or elementwise" \
-		tests/unit/test_live_tiles.py tests/unit/test_elementwise.py tests/unit/test_portable.py \
-		tests/unit/test_portable_symbols.py tests/unit/test_attention.py tests/unit/test_attention_forecast.py \
-		tests/unit/test_gemm_q.py tests/unit/test_gemm_o.py
+	TRITON_INTERPRET=1 $(PYTEST) -m triton tests/unit
 
 compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton, without a GPU
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)

@@ -1,6 +1,8 @@
 """Seeds, devices, and uninitialised memory that shows: every test starts from the same state."""
 
-import os
+import functools
+import importlib.util
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,10 +10,13 @@ import pytest
 import torch
 
 import flashomni
+from flashomni.dispatch import OPS, find, registered
 from flashomni.engine import Recipe
+from flashomni.kernels.gemm_o.op import GemmOCall
+from flashomni.kernels.gemm_q.op import GemmQCall
 from flashomni.models import adapters
 from flashomni.policies import make_policy
-from flashomni.symbols import Symbols
+from flashomni.symbols import Grid, Symbols
 
 STEPS = 10
 ADAPTERS = sorted(adapters())
@@ -36,26 +41,67 @@ class Takes:
         multiple: what strides are multiples of, in elements.
     """
 
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    head_dims: tuple[int, ...] = (16, 72)
-    block_m: tuple[int, ...] = (32, 128)
-    multiple: int = 1
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...]
+    block_m: tuple[int, ...]
+    multiple: int
 
 
-GEMM_TAKES = {"sm90": Takes((torch.float16, torch.bfloat16), (64, 128), (128, 256), 8)}
-if os.environ.get("TRITON_INTERPRET") == "1":  # which cannot multiply bfloat16
-    GEMM_TAKES["portable"] = Takes((torch.float32, torch.float16))
-GPU_BACKENDS = ("sm90", "portable")
+# What is asked, in this order; the first that is taken stands for the others.
+DTYPES, HEAD_DIMS = (torch.float32, torch.float16, torch.bfloat16), (16, 72, 64, 128)
+BLOCKS, MULTIPLES = (32, 128, 256), (1, 8)
 
 
+@functools.cache
 def gemm_takes(backend):
-    return GEMM_TAKES.get(backend, Takes())
+    """Asked of the backend itself: what it does not refuse, by metadata, of both GEMMs."""
+    device = device_for(backend)
+
+    def takes(dtype, head_dim, block_m, multiple):
+        rows, features = 130, 25 if multiple == 1 else 3 * multiple
+        kind = {"dtype": dtype, "device": device}
+        symbols = Symbols.dense(Grid(rows, rows, block_m=block_m), 1, 1).to(device)
+        x, heads = torch.zeros(1, rows, features, **kind), torch.zeros(1, rows, 1, head_dim, **kind)
+        weight = torch.zeros(head_dim, features, **kind)
+        options = (None, None, None, "interleaved")
+        q = GemmQCall(x, weight, None, heads, symbols, 0, *options)
+        o = GemmOCall(heads, weight.mT.contiguous(), None, None, None, None, x, symbols, 0)
+        calls = {"gemm_q": q, "gemm_o": o}
+        return not any(find(op, backend).refuses(call) for op, call in calls.items())
+
+    asked = (DTYPES, HEAD_DIMS, BLOCKS, MULTIPLES)
+    first = next(case for case in itertools.product(*asked) if takes(*case))
+    varied = [
+        tuple(one for one in some if takes(*first[:axis], one, *first[axis + 1 :]))
+        for axis, some in enumerate(asked)
+    ]
+    return Takes(*varied[:3], varied[3][0])
+
+
+def runs_on(backend):
+    """Type of the device of a backend; ``None`` if it takes any, or is not known here."""
+    found = (one for op in OPS for one in registered(op) if one.name == backend)
+    return next((one.device for one in found), None)
 
 
 def with_gpu_marks(backends):
-    """Backends as test parameters; those that only run on a GPU carry its mark."""
-    gpu = [pytest.mark.gpu]
-    return [pytest.param(name, marks=gpu if name in GPU_BACKENDS else []) for name in backends]
+    """Backends as test parameters, marked with what they need: a GPU, Triton."""
+    params = []
+    for name in backends:
+        marks = [pytest.mark.gpu] if runs_on(name) == "cuda" else []
+        if any(one.name == name and is_triton(one) for op in OPS for one in registered(op)):
+            marks.append(pytest.mark.triton)
+        params.append(pytest.param(name, marks=marks))
+    return params
+
+
+def is_triton(backend):
+    """Whether it is plain Triton, which its interpreter runs as well."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from flashomni import triton_host
+
+    return backend.available is triton_host.available
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +121,7 @@ def seeded_and_poisoned():
 
 def device_for(backend):
     """Where a backend's tensors live in these tests."""
-    on_gpu = torch.cuda.is_available() and backend not in ("cpu", "reference")
-    return torch.device("cuda" if on_gpu else "cpu")
+    return torch.device(runs_on(backend) or "cpu")
 
 
 @contextmanager

@@ -4,9 +4,9 @@ An op is declared by the ``op.py`` of its folder: a name, the dataclass of its c
 writes. A backend is one function, registered by ``@register("<op>", "<name>", rank=...,
 refuses=...)`` in a file of that folder, or in a module that another package names in the entry
 point group ``flashomni.backends``: adding one edits nothing. Files are imported on the first use of
-their folder. What cannot be imported is kept as a refusal with its reason. Choice looks at metadata
-only (dtype, device, shape), never at tensor values, so that it costs no synchronisation and works
-under CUDA graphs.
+their folder. What cannot be imported, whatever it raises, is kept as a refusal with its reason.
+Choice looks at metadata only (dtype, device, shape), never at tensor values, so that it costs no
+synchronisation and works under CUDA graphs.
 
 The call object is the argument all the way: :func:`execute` hands it to the backend as it is. Only
 ``torch.compile`` sees it taken apart (:mod:`flashomni.flatten`), as one custom op for each op.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Backend:
         available: reasons why the backend cannot run on this machine at all; asked once.
         serves: other names by which it may be asked for.
         device: type of the device its tensors live on; ``None`` takes any.
+        package: what brought it by an entry point; ``None`` for the library's own.
     """
 
     op: str
@@ -85,11 +86,20 @@ class Backend:
     available: Callable[[], list[str]]
     serves: tuple[str, ...] = ()
     device: str | None = None
+    package: str | None = None
+
+    def missing(self) -> list[str]:
+        """Why it cannot run on this machine at all."""
+        try:
+            return self.available()
+        except Exception as error:  # somebody else's code
+            return [f"cannot tell whether it runs here: {_told(error)}"]
 
 
 _ops: dict[str, Op] = {}
 _registry: dict[tuple[str, str], Backend] = {}
 _broken: dict[tuple[str, str], str] = {}
+_bringing: list[str] = []  # the package whose entry point is being loaded
 _imported: set[str] = set()
 _sorted: dict[str, tuple[Backend, ...]] = {}
 _usable: dict[tuple[str, str | None], tuple[Backend, ...]] = {}
@@ -137,9 +147,17 @@ def register(
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
 
     def keep(run: Callable) -> Callable:
-        if (op, name) in _registry:
-            raise ValueError(f"backend {name!r} of {op} is registered twice")
-        _registry[op, name] = Backend(op, name, rank, run, refuses, available, serves, device)
+        package = None
+        if not run.__module__.startswith("flashomni."):
+            _discover(_FOLDER[op])  # the library has its names first
+            package = _bringing[-1] if _bringing else None
+        taken = _registry.get((op, name))
+        if taken is not None:
+            whose = "comes with FlashOmni" if taken.package is None else f"is of {taken.package}"
+            raise ValueError(f"backend {name!r} of {op} is registered twice: one {whose}")
+        _registry[op, name] = Backend(
+            op, name, rank, run, refuses, available, serves, device, package
+        )
         forget_choices()
         return run
 
@@ -167,20 +185,41 @@ def _discover(folder: str) -> None:
         name = module.rpartition(".")[2]
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except Exception as error:  # Triton's own among them; the other backends go on
             for op in FOLDERS[folder]:
-                _broken[op, name] = f"cannot be imported: {error}"
-    if GROUP in _imported:
-        return
-    _imported.add(GROUP)
-    for point in entry_points(group=GROUP):
-        try:
-            point.load()
-        except ImportError as error:
-            package = "an unknown package" if point.dist is None else point.dist.name
-            for op in OPS:
-                why = f"entry point of {package} cannot be imported: {error}"
-                _broken.setdefault((op, point.name), why)
+                _broken[op, name] = f"cannot be imported: {_told(error)}"
+    if GROUP not in _imported:
+        _imported.add(GROUP)
+        for point in entry_points(group=GROUP):
+            _load(point)
+
+
+def _load(point: EntryPoint) -> None:
+    """One entry point: its backends are all there, or none and a reason that doctor shows."""
+    package = "an unknown package" if point.dist is None else point.dist.name
+    before, why = set(_registry), ""
+    _bringing.append(package)
+    try:
+        point.load()
+    except Exception as error:
+        for key in [key for key in _registry if key not in before]:
+            if _registry[key].package == package:
+                del _registry[key]
+        forget_choices()
+        why = f"cannot be imported: {_told(error)}"
+    finally:
+        _bringing.pop()
+    mine = {key for key, backend in _registry.items() if backend.package == package}
+    if not why and not any(name == point.name for _, name in mine):
+        why = "registers no backend of its name"
+    if why:
+        known = {name for _, name in (*_registry, *_broken)}
+        name = f"{point.name} of {package}" if point.name in known else point.name
+        _broken.update({(op, name): f"entry point of {package} {why}" for op in OPS})
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
 
 def registered(op: str) -> tuple[Backend, ...]:
@@ -195,15 +234,13 @@ def registered(op: str) -> tuple[Backend, ...]:
 
 def backends(op: str) -> list[str]:
     """Names of the backends of ``op`` that can run on this machine, best first."""
-    return [backend.name for backend in registered(op) if not backend.available()]
+    return [backend.name for backend in registered(op) if not backend.missing()]
 
 
 def refusals(op: str) -> dict[str, str]:
     """Why the other backends of ``op`` cannot run on this machine: name -> reason."""
     reasons = {
-        backend.name: "; ".join(backend.available())
-        for backend in registered(op)
-        if backend.available()
+        backend.name: "; ".join(why) for backend in registered(op) if (why := backend.missing())
     }
     return reasons | {name: why for (of, name), why in _broken.items() if of == op}
 
@@ -266,7 +303,7 @@ def _candidates(op: str, name: str | None) -> tuple[Backend, ...]:
                 raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {name!r}")
         else:
             found = exact or (() if broken else serving)
-    usable = tuple(backend for backend in found if not backend.available())
+    usable = tuple(backend for backend in found if not backend.missing())
     _usable[op, name] = usable
     return usable
 
@@ -283,7 +320,7 @@ def _reasons(op: str, call: Any, name: str | None, usable: tuple[Backend, ...]) 
     """Why nobody accepts; one line for each backend that was asked."""
     asked = [b for b in registered(op) if name in (None, b.name, *b.serves) or b in usable]
     lines = [
-        f"  {backend.name}: {'; '.join(backend.available() or backend.refuses(call))}"
+        f"  {backend.name}: {'; '.join(backend.missing() or backend.refuses(call))}"
         for backend in asked
     ]
     lines += [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 RANK = 5 if INTERPRETED else 30
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def available() -> list[str]:
@@ -28,9 +29,9 @@ def available() -> list[str]:
 
 
 def refuse_device(tensor: Tensor) -> list[str]:
-    runs_on, got = "cpu" if INTERPRETED else "cuda", tensor.device.type
-    if got != runs_on:
-        return [f"tensors are on {got}, this backend is for {runs_on}"]
+    got = tensor.device.type
+    if got != DEVICE:
+        return [f"tensors are on {got}, this backend is for {DEVICE}"]
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         return ["Triton's interpreter cannot multiply bfloat16"]
     return []

@@ -15,6 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = INTERPRETED or torch.cuda.is_available()
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None or not RUNS, reason="needs Triton and a GPU"
     ),

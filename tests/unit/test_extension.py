@@ -144,3 +144,107 @@ def test_a_package_that_cannot_be_imported_is_a_reason(tmp_path):
     assert done.returncode == 1
     assert "flashomni-extras cannot be imported" in done.stderr
     assert "a_package_that_is_nowhere" in done.stderr
+
+
+ABACUS = """
+from flashomni.dispatch import find, register
+
+ASKED = []
+
+
+@register("attention", "abacus", rank=90, refuses=lambda call: ["only when asked"] * (not ASKED))
+def run(call):
+    find("attention", "reference").run(call)
+    call.out.mul_(2.0)
+"""
+
+
+def backend_package(folder, module, name="abacus"):
+    """A package with one entry point ``flashomni.backends``."""
+    head = examples()["pyproject"].partition("[project.entry-points")[0]
+    points = f'[project.entry-points."flashomni.backends"]\n{name} = "flashomni_extras.backend"\n'
+    return install(folder, head + points, {"backend": module})
+
+
+def doctor(site):
+    """What `flashomni doctor` says, line by line, as it is without a table."""
+    whole = run("-m", "flashomni", "doctor", path=[site])
+    assert whole.returncode == 0, whole.stderr
+    return python(site, "from flashomni.lab.doctor import text\nprint(text())").stdout.splitlines()
+
+
+def test_a_backend_is_found_chosen_and_shown(tmp_path):
+    """By its name and by its rank, for its op alone; doctor lists it, the library's stay."""
+    site = backend_package(tmp_path, ABACUS)
+    done = python(
+        site,
+        """
+        import torch
+        from flashomni.kernels import backends, sparse_attention, sparse_gemm_q
+        from flashomni.symbols import Grid, Symbols
+        assert backends("attention")[0] == "abacus" and "abacus" not in backends("gemm_q")
+        assert {"cpu", "reference"} < set(backends("attention"))
+        q, k, v = torch.randn(3, 1, 130, 2, 16)
+        symbols = Symbols.dense(Grid(130, 130), 1, 2)
+        plain = sparse_attention(q, k, v, symbols)
+        import flashomni_extras.backend as ours
+        try:
+            sparse_attention(q, k, v, symbols, backend="abacus")
+            raise SystemExit("was not refused")
+        except NotImplementedError as error:
+            assert "abacus: only when asked" in str(error)
+        ours.ASKED.append(True)
+        for got in (sparse_attention(q, k, v, symbols, backend="abacus"),
+                    sparse_attention(q, k, v, symbols)):
+            torch.testing.assert_close(got, 2 * plain, atol=1e-5, rtol=1e-5)
+        x, weight = torch.randn(1, 130, 8), torch.randn(32, 8)
+        try:
+            sparse_gemm_q(x, weight, None, symbols, backend="abacus")
+            raise SystemExit("was not refused")
+        except ValueError as error:
+            assert "backend must be one of" in str(error)
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = doctor(site)
+    assert [line.split() for line in shown if "abacus" in line] == [["attention", "abacus", "yes"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "shown", "reason"),
+    [
+        ("import a_package_that_is_nowhere", "abacus", "abacus", "a_package_that_is_nowhere"),
+        ("{}['no such key']", "abacus", "abacus", "KeyError: 'no such key'"),
+        (ABACUS + "\nraise RuntimeError('half way')", "abacus", "abacus", "half way"),
+        ("x = 1", "abacus", "abacus", "registers no backend of its name"),
+        ("def (", "abacus", "abacus", "SyntaxError"),
+        (ABACUS.replace('"abacus"', '"cpu"'), "cpu", "cpu of flashomni-extras", "registered twice"),
+        (
+            ABACUS.replace('"abacus"', '"cpu"').replace("attention", "gemm_q"),
+            "cpu", "cpu of flashomni-extras", "registered twice: one comes with FlashOmni",
+        ),
+    ],
+    ids=["import", "key", "half way", "nothing", "syntax", "taken", "taken in another folder"],
+)  # fmt: skip
+def test_a_backend_that_fails_is_a_named_refusal(tmp_path, module, name, shown, reason):
+    """Whatever its module raises: the library works as before, and doctor says why."""
+    site = backend_package(tmp_path, module, name)
+    done = python(
+        site,
+        f"""
+        import torch
+        from flashomni.kernels import backends, refusals, sparse_attention, sparse_gemm_q
+        from flashomni.symbols import Grid, Symbols
+        assert "abacus" not in backends("attention") and backends("attention")[-1] == "reference"
+        q = torch.randn(1, 130, 2, 16)
+        symbols = Symbols.dense(Grid(130, 130), 1, 2)
+        assert torch.isfinite(sparse_attention(q, q, q, symbols, backend="cpu")).all()
+        sparse_gemm_q(torch.randn(1, 130, 8), torch.randn(32, 8), None, symbols, backend="cpu")
+        why = refusals("attention")[{shown!r}]
+        assert {reason!r} in why and "flashomni-extras" in why, why
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in doctor(site)]
+    assert any(line.startswith(f"attention {shown} ") and reason in line for line in lines)

@@ -25,6 +25,7 @@ CASES = [
 ]
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(
         not INTERPRETED and not torch.cuda.is_available(),
         reason="needs a CUDA device or TRITON_INTERPRET=1",

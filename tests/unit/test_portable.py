@@ -17,6 +17,7 @@ from flashomni.symbols import Grid, Symbols
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(bool(portable.available()), reason="; ".join(portable.available())),
 ]
 DEVICE = device_for("portable")

@@ -16,6 +16,7 @@ from flashomni.symbols.choice.op import heaviest, low_mass, pool
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.triton,
     pytest.mark.skipif(bool(portable.available()), reason="; ".join(portable.available())),
 ]
 DEVICE = device_for("portable")

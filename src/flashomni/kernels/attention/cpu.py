@@ -22,7 +22,7 @@ def _refuses(call: AttentionCall) -> list[str]:
     return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
 
 
-@register("attention", "cpu", rank=10, refuses=_refuses)
+@register("attention", "cpu", rank=10, refuses=_refuses, device="cpu")
 def run(call: AttentionCall) -> None:
     write_forecast_rows(call)
     batch, seqlen_q, num_heads, _ = call.q.shape

@@ -220,8 +220,9 @@ def _refuses(call: AttentionCall) -> list[str]:
 
 
 @register(
-    "attention", "portable", rank=portable.RANK, refuses=_refuses, available=portable.available
-)
+    "attention", "portable", rank=portable.RANK, refuses=_refuses,
+    available=portable.available, device=portable.DEVICE,
+)  # fmt: skip
 def run(call: AttentionCall) -> None:
     if not call.q.numel():
         return

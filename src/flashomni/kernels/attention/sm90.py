@@ -700,7 +700,10 @@ def _symbol_refusals(symbols: Symbols) -> list[str]:
     return []
 
 
-@register("attention", "sm90", rank=40, refuses=_refuses, available=hopper_refusals)
+@register(
+    "attention", "sm90", rank=40, refuses=_refuses,
+    available=hopper_refusals, device="cuda",
+)  # fmt: skip
 def run(call: AttentionCall) -> None:
     block_n = 128 if call.symbols is None else call.symbols.grid.block_n
     with on_device(call.q.device):

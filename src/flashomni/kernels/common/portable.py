@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flashomni.kernels.common.configs import DEFAULT, Config, places, tiles
-from flashomni.triton_host import INTERPRETED, RANK, available, refuse_device
+from flashomni.triton_host import DEVICE, INTERPRETED, RANK, available, refuse_device
 
-__all__ = ["INTERPRETED", "RANK", "available", "refuse_device"]  # beside what is defined here
+# Beside what is defined here.
+__all__ = ["DEVICE", "INTERPRETED", "RANK", "available", "refuse_device"]
 
 MAX_HEAD_DIM = 256
 

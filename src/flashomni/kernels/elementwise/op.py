@@ -209,7 +209,7 @@ def _definition(op: str) -> Callable[[Callable], Callable]:
         return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
 
     def keep(run: Callable) -> Callable:
-        register(op, "cpu", rank=10, refuses=refuses)(run)
+        register(op, "cpu", rank=10, refuses=refuses, device="cpu")(run)
         return register(op, "reference", rank=0)(run)
 
     return keep

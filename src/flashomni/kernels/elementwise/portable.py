@@ -264,16 +264,16 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _refuses(call: Any) -> list[str]:
-    device, runs_on = first_tensor(call).device.type, "cpu" if portable.INTERPRETED else "cuda"
-    if device != runs_on:
-        return [f"tensors are on {device}, this backend is for {runs_on}"]
+    device = first_tensor(call).device.type
+    if device != portable.DEVICE:
+        return [f"tensors are on {device}, this backend is for {portable.DEVICE}"]
     return []
 
 
 def _register(op: str, run: Callable[[Any], Any]) -> None:
     register(
         op, "portable", rank=portable.RANK, refuses=_refuses, available=portable.available,
-        serves=("sm90",),
+        serves=("sm90",), device=portable.DEVICE,
     )(run)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ def _refuses(call: GemmOCall | GemmOUpdateCall) -> list[str]:
     return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
 
 
-@register("gemm_o", "cpu", rank=10, refuses=_refuses)
+@register("gemm_o", "cpu", rank=10, refuses=_refuses, device="cpu")
 def run(call: GemmOCall) -> None:
     width = call.o.shape[2] * call.o.shape[3]
     # fp32 accumulation for every dtype: heads arrive one group after the other.
@@ -28,7 +28,7 @@ def run(call: GemmOCall) -> None:
     _finish(call.out, y)
 
 
-@register("gemm_o_update", "cpu", rank=10, refuses=_refuses)
+@register("gemm_o_update", "cpu", rank=10, refuses=_refuses, device="cpu")
 def update(call: GemmOUpdateCall) -> None:
     o = call.terms[0]
     width = o.shape[2] * o.shape[3]

@@ -197,7 +197,10 @@ def _refuses_update(call: GemmOUpdateCall) -> list[str]:
     return reasons
 
 
-@register("gemm_o", "portable", rank=portable.RANK, refuses=_refuses, available=portable.available)
+@register(
+    "gemm_o", "portable", rank=portable.RANK, refuses=_refuses,
+    available=portable.available, device=portable.DEVICE,
+)  # fmt: skip
 def run(call: GemmOCall) -> None:
     if not call.out.numel():
         return
@@ -210,12 +213,9 @@ def run(call: GemmOCall) -> None:
 
 
 @register(
-    "gemm_o_update",
-    "portable",
-    rank=portable.RANK,
-    refuses=_refuses_update,
-    available=portable.available,
-)
+    "gemm_o_update", "portable", rank=portable.RANK, refuses=_refuses_update,
+    available=portable.available, device=portable.DEVICE,
+)  # fmt: skip
 def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return

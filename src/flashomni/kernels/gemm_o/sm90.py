@@ -395,7 +395,10 @@ def _refuses_update(call: GemmOUpdateCall) -> list[str]:
     return reasons
 
 
-@register("gemm_o", "sm90", rank=40, refuses=_refuses, available=hopper_refusals)
+@register(
+    "gemm_o", "sm90", rank=40, refuses=_refuses,
+    available=hopper_refusals, device="cuda",
+)  # fmt: skip
 def run(call: GemmOCall) -> None:
     if not call.out.numel():
         return
@@ -409,7 +412,10 @@ def run(call: GemmOCall) -> None:
         _launch(*data, tiles, lists, update=False)
 
 
-@register("gemm_o_update", "sm90", rank=40, refuses=_refuses_update, available=hopper_refusals)
+@register(
+    "gemm_o_update", "sm90", rank=40, refuses=_refuses_update,
+    available=hopper_refusals, device="cuda",
+)  # fmt: skip
 def update(call: GemmOUpdateCall) -> None:
     if not call.out.numel():
         return

@@ -16,7 +16,7 @@ def _refuses(call: GemmQCall) -> list[str]:
     return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
 
 
-@register("gemm_q", "cpu", rank=10, refuses=_refuses)
+@register("gemm_q", "cpu", rank=10, refuses=_refuses, device="cpu")
 def run(call: GemmQCall) -> None:
     q_mask, block_m = call.symbols.q_mask(), call.symbols.grid.block_m
     rows, head_dim = call.x.shape[1], call.out.shape[-1]

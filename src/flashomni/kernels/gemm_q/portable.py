@@ -129,7 +129,10 @@ def _refuses(call: GemmQCall) -> list[str]:
     )
 
 
-@register("gemm_q", "portable", rank=portable.RANK, refuses=_refuses, available=portable.available)
+@register(
+    "gemm_q", "portable", rank=portable.RANK, refuses=_refuses,
+    available=portable.available, device=portable.DEVICE,
+)  # fmt: skip
 def run(call: GemmQCall) -> None:
     if not call.out.numel():
         return

@@ -269,7 +269,10 @@ def _tables(cos: Tensor, sin: Tensor, apart: bool) -> TensorDescriptor | None:
     return hopper.descriptor(cos.as_strided((rows, 2 * pairs), (stride_m, 1)), [64, 2 * pairs])
 
 
-@register("gemm_q", "sm90", rank=40, refuses=_refuses, available=hopper_refusals)
+@register(
+    "gemm_q", "sm90", rank=40, refuses=_refuses,
+    available=hopper_refusals, device="cuda",
+)  # fmt: skip
 def run(call: GemmQCall) -> None:
     if call.out.numel():
         with on_device(call.out.device):

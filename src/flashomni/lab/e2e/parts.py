@@ -1,12 +1,22 @@
 """Which part of a step a kernel belongs to, by its name.
 
+Our own kernels are found where backends are: the folder of an op has its kernels, and so has the
+module of a backend that another package brings. For other people's there are patterns.
+
 A name tells what a kernel does, not whom it serves: matrix products of a policy count as GEMM, and
 so do the dense projections of Full steps. On a CPU torch's operators stand for kernels.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+from flashomni.dispatch import FOLDERS, OPS, registered
 
 ATTENTION, GEMM_Q, GEMM_O, GEMM = "attention", "gemm_q", "gemm_o", "other GEMM"
 FORECAST = "forecast"
@@ -14,21 +24,25 @@ POINTWISE, SYMBOLS, COPIES = "norm, RoPE, elementwise", "symbols", "copies"
 OTHER, IDLE = "other", "idle"
 PARTS = (ATTENTION, GEMM_Q, GEMM_O, GEMM, POINTWISE, SYMBOLS, FORECAST, COPIES, OTHER, IDLE)
 
+# What an op is in a step; of the ops of a folder, a kernel is of the one that its name has in it.
+OF_OP = {
+    "attention": ATTENTION,
+    "gemm_q": GEMM_Q,
+    "gemm_o": GEMM_O,
+    "gemm_o_update": GEMM_O,
+    "differences": FORECAST,
+    "weighted_sum": FORECAST,
+    **dict.fromkeys(FOLDERS["flashomni.symbols.choice"], SYMBOLS),
+}
+# What a kernel does beside the op's own work, by a word of its name.
+ASIDE = {"forecast": FORECAST, "list": SYMBOLS, "order": SYMBOLS}
+SHARED = "flashomni.kernels.common"  # its kernels make lists of symbols
+
 # The first pattern that is found anywhere in the name decides.
 TABLE = [
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (
-        # ours
-        (GEMM_Q, r"^gemm_q_"),
-        (GEMM_O, r"^gemm_o_"),
-        (ATTENTION, r"^attention_kernel|^_empty_kernel"),
-        (POINTWISE, r"^_(modulate|norm_rope)_kernel"),
-        (FORECAST, r"^(_differences|_weighted_sum|forecast)_kernel"),
-        (
-            SYMBOLS,
-            r"^_(means|heavy|most|order)_kernel|^_list_(tiles|heads)|^list_kernel|"
-            r"radix_?sort|bitonicsort|gathertopk|^aten::(topk|sort|argsort|cumsum)",
-        ),
+        (SYMBOLS, r"radix_?sort|bitonicsort|gathertopk|^aten::(topk|sort|argsort|cumsum)"),
         # torch.compile's, before the words that their names collect
         (ATTENTION, r"^triton_tem_.*(flex_?attention|scaled_dot)"),
         (GEMM, r"^triton_tem_"),
@@ -68,4 +82,39 @@ def part_of(kernel: str) -> str:
         kernel: its name as a profiler shows it.
     """
     name = kernel.removeprefix("void ").strip()
-    return next((part for part, pattern in TABLE if pattern.search(name)), OTHER)
+    mine = ours().get(name)
+    return mine or next((part for part, pattern in TABLE if pattern.search(name)), OTHER)
+
+
+@functools.cache
+def ours() -> dict[str, str]:
+    """Every kernel of a registered backend by its name, and the part that it is."""
+    found: dict[str, str] = {}
+    for op in OPS:
+        for backend in registered(op):
+            home = backend.run.__module__
+            folder = next((name for name in FOLDERS if home.startswith(f"{name}.")), None)
+            ops = [op] if folder is None else FOLDERS[folder]
+            for module in _modules(home if folder is None else folder):
+                for name in _kernels(module):
+                    named = next((one for one in ops if one in name), ops[0])
+                    aside = next((ASIDE[word] for word in ASIDE if word in name), None)
+                    found.setdefault(name, aside or OF_OP.get(named, POINTWISE))
+    for module in _modules(SHARED):
+        found.update(dict.fromkeys(_kernels(module), SYMBOLS))
+    return found
+
+
+def _modules(name: str) -> list[ModuleType]:
+    """A module, and what of its folder is imported."""
+    return [
+        module for known, module in list(sys.modules.items()) if f"{known}.".startswith(f"{name}.")
+    ]
+
+
+def _kernels(module: ModuleType) -> Iterator[str]:
+    """Names of the Triton functions that a module defines; those that are launched among them."""
+    for name, thing in list(vars(module).items()):
+        function = getattr(thing, "fn", None)
+        if inspect.isfunction(function) and function.__module__ == module.__name__:
+            yield name

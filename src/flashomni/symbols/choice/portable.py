@@ -178,7 +178,7 @@ def _refuses(call: Any) -> list[str]:
 def _register(op: str) -> Any:
     return register(
         op, "portable", rank=triton_host.RANK, refuses=_refuses, available=triton_host.available,
-        serves=("sm90",),
+        serves=("sm90",), device=triton_host.DEVICE,
     )  # fmt: skip
 
 
