@@ -56,6 +56,7 @@ class LayerRun:
     Attributes:
         grid: blocks of the sequence, after :meth:`begin`.
         kind: what the step does in this layer.
+        geometry: of the vision tokens; what its ``place(start, count)`` gives is for :meth:`begin`.
     """
 
     grid: Grid
@@ -69,7 +70,7 @@ class LayerRun:
         shared: dict[Any, Any],
         cacheable: bool = True,
     ) -> None:
-        self.index, self._cacheable = index, cacheable
+        self.index, self._cacheable, self.geometry = index, cacheable, plan.geometry
         self.kind = plan.kind if cacheable else StepKind.FULL
         self._cache, self._plan, self._recipe = cache, plan, plan.recipe
         self._record, self._shared, self.backend = record, shared, plan.backend
@@ -101,9 +102,8 @@ class LayerRun:
         key = ("grid", seqlen, text, id(kv_len), shape, spans)
         if key not in self._shared:
             blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
-            self._shared[key] = Grid(
-                seqlen, seqlen, text, *blocks, kv_len, shape=shape, spans=spans
-            )
+            sizes, place = (seqlen, seqlen), {"shape": shape, "spans": spans}
+            self._shared[key] = Grid(*sizes, text, *blocks, kv_len, **place)
         self.grid = self._shared[key]
         self._policy = self._recipe.policy_for(self.grid)
         if self._stores:

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flashomni.engine.clock import Clock
+from flashomni.engine.geometry import Asked
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Signals, StepKind
-from flashomni.engine.state.branch import Branch
+from flashomni.engine.state.branch import Branch, signature
 from flashomni.engine.state.generation import Generation, Tick
 from flashomni.engine.state.span import Streams
 from flashomni.engine.state.storage import Lane, Storage
@@ -61,10 +62,12 @@ class Runtime:
     Attributes:
         tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
         learner: watches the first calls of a model that has no adapter.
+        geometry: asks the adapter where the tokens of a generation lie.
     """
 
     tier: str = "adapter"
     learner: Learner | None = None
+    geometry: Asked | None = None
 
     def __init__(
         self,
@@ -154,12 +157,13 @@ class Runtime:
             generation = self._start(
                 Generation(position, len(self.layers), self.recipe, self.backend)
             )
+            generation.geometry = self.geometry and self.geometry(args, kwargs)
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
         inputs = self._named(generation, args, kwargs)
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
-        branch.expect("call", (sort, *map(_signature, (*args, *kwargs.values()))))
+        branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
         planned = generation.plan
         is_last = tick.step == tick.num_steps - 1
         if is_last and planned is not None and planned.kinds[-1] is not StepKind.DISPATCH:
@@ -239,6 +243,7 @@ class Runtime:
             backend=self.backend,
             device=device,
             num_layers=len(self.layers),
+            geometry=generation.geometry,
         )
 
     def _storage(self, device: torch.device) -> Storage:
@@ -391,10 +396,3 @@ class Runtime:
     def _current(self) -> Call:
         assert self._call is not None, "no call is under way"
         return self._call
-
-
-def _signature(value: Any) -> Any:
-    """What of an argument the caches depend on: tensors of tokens, by shape, dtype and device."""
-    if isinstance(value, Tensor) and value.ndim > 2:
-        return value.shape, value.dtype, value.device
-    return value if isinstance(value, bool) else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.storage import Storage
@@ -32,6 +33,7 @@ class StepPlan:
         backend: take exactly this one in every op; ``None`` takes the best that accepts.
         device: where the model computes.
         num_layers: of the model.
+        geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
     """
 
     kind: StepKind
@@ -47,6 +49,7 @@ class StepPlan:
     backend: str | None
     device: torch.device
     num_layers: int
+    geometry: Geometry | None = None
     _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from flashomni.engine.geometry import Geometry
 from flashomni.models._relies import Reliance, verify
 from flashomni.registry import Registry
 
@@ -98,6 +99,18 @@ class Adapter:
         """Everything that the adapter takes apart instead of calling it: the one list of it."""
         return []
 
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        """Where the vision tokens of a call lie: frames, rows, columns, and reference images.
+
+        Asked once a generation, and only for a policy that wants it; the function that runs a block
+        hands it on: ``run.begin(..., **run.geometry.place(start, count))``, where it is not None.
+
+        Args:
+            model: the model.
+            arguments: of the generation's first call, by name.
+        """
+        return Geometry(why=f"the adapter of {self.transformer} does not tell where tokens lie")
+
     def check(self, model: nn.Module) -> None:
         """Whether the model is, or still is, what the adapter understands. Costs microseconds.
 
@@ -154,6 +167,6 @@ def find_adapter(model: nn.Module) -> Adapter:
 from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
 
 __all__ = [
-    "ADAPTERS", "Adapter", "BlockRun", "Reliance", "Site", "Streams",
+    "ADAPTERS", "Adapter", "BlockRun", "Geometry", "Reliance", "Site", "Streams",
     "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from flashomni.dispatch import OPS, registered
 from flashomni.engine import Clock, Engine, Recipe
+from flashomni.engine.geometry import Asked
 from flashomni.engine.runtime import Runtime
 from flashomni.models import adapters, find_adapter
 
@@ -73,6 +75,7 @@ def accelerate(
     clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe)
     layers = [site.name for site in sites]
     runtime = Runtime(model, recipe, layers, clock, backend, check)
+    runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
     detach = _attach.attach(runtime, sites)
     engine = Engine(runtime, pipe, detach)
     hook = _attach.call_hook(model)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import adapter
+from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import MMDiT, MMDiTAdapter
+from flashomni.models.blocks.positions import of_position_ids
 
 
 @adapter("FluxTransformer2DModel")
@@ -48,6 +49,9 @@ class Flux(MMDiTAdapter):
             "axes_dims_rope": (16, 56, 56),
         },
     }
+
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        return of_position_ids(arguments.get("img_ids"))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width, text = 18, 19, 77

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import adapter
+from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import TEXT, VISION, MMDiT, MMDiTAdapter
 
 
@@ -71,6 +71,11 @@ class HunyuanVideo(MMDiTAdapter):
                 "blocks modulate the first frame apart; text-to-video and 'latent_concat' are"
             )
         super().check(model)
+
+    def geometry(self, model: Any, arguments: Mapping[str, Any]) -> Geometry:
+        frames, height, width = arguments["hidden_states"].shape[2:]
+        patch, patch_t = model.config.patch_size, model.config.patch_size_t
+        return Geometry((frames // patch_t, height // patch, width // patch))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         text = torch.arange(75) < torch.tensor([[75], [30]])

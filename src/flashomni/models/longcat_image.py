@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from flashomni.models import adapter
+from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import MMDiT, MMDiTAdapter
+from flashomni.models.blocks.positions import of_position_ids
 
 
 @adapter("LongCatImageTransformer2DModel")
@@ -32,6 +33,9 @@ class LongCatImage(MMDiTAdapter):
             "axes_dims_rope": (4, 6, 6),
         },
     }
+
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        return of_position_ids(arguments.get("img_ids"))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width, text = 18, 19, 77

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
 from flashomni.kernels.common.rope import Rope
-from flashomni.models import adapter
+from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import (
     Inputs,
     MMDiT,
@@ -27,6 +27,7 @@ from flashomni.models.blocks import (
     own_stream,
     valid_first,
 )
+from flashomni.models.blocks.positions import of_image_shapes
 
 
 class QwenBlocks(MMDiT):
@@ -93,6 +94,9 @@ class QwenImage(MMDiTAdapter):
             "axes_dims_rope": (16, 56, 56),
         },
     }
+
+    def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
+        return of_image_shapes(arguments.get("img_shapes"))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width = 18, 19

@@ -44,6 +44,10 @@ class Policy:
         """The computed fraction of S_c, where it does not depend on q and k."""
         return None if self.caches else 1.0
 
+    def wants_shape(self) -> bool:
+        """Whether it looks at ``grid.shape``: only then are a model's position ids read."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., field: value}``, all JSON values.
 

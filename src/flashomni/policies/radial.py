@@ -54,6 +54,9 @@ class Radial(Policy):
         gap = (row_place[:, None] - column_place).abs() - (grid.block_m + grid.block_n) / 2
         return shared_symbols((apart == 0) | (gap <= reach) | (columns <= 0), site)
 
+    def wants_shape(self) -> bool:
+        return self.frames is None
+
     def _tokens_per_frame(self, grid: Grid) -> int:
         if grid.order != "raster":
             raise NotImplementedError(

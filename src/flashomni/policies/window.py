@@ -43,6 +43,9 @@ class Window(Policy):
             kv_mask = (rows[:, None] - columns).abs() <= self.reach * grid.seqlen_kv
         return shared_symbols(kv_mask, site)
 
+    def wants_shape(self) -> bool:
+        return True
+
     def _near_in_space(
         self, grid: Grid, shape: tuple[int, int, int], device: torch.device
     ) -> Tensor:

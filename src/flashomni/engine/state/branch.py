@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from torch import Tensor
+
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.cache import LayerCache
 from flashomni.engine.state.output import Output
@@ -69,3 +71,10 @@ class Branch:
             else:
                 device += size
         return device, host
+
+
+def signature(value: Any) -> Any:
+    """What of an argument the caches depend on: tensors of tokens, by shape, dtype and device."""
+    if isinstance(value, Tensor) and value.ndim > 2:
+        return value.shape, value.dtype, value.device
+    return value if isinstance(value, bool) else None

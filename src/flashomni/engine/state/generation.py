@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashomni.engine.clock import Position
+from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
@@ -44,7 +45,10 @@ class Generation:
         branches: state by branch.
         trace: what its calls computed and skipped.
         plan: the kinds of its steps, where the schedule knows them before.
+        geometry: where its tokens lie, if anybody wants to know.
     """
+
+    geometry: Geometry | None = None
 
     def __init__(
         self, position: Position, num_layers: int, recipe: Recipe, backend: str | None = None

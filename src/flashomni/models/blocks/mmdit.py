@@ -124,8 +124,10 @@ class MMDiT:
         num_vision, num_text = inputs.x.shape[1], inputs.c.shape[1]
         seqlen, first = num_vision + num_text, self.text == "first"
         text = (0, num_text) if first else (num_vision, seqlen)
-        run.begin(seqlen, text=text, kv_len=self.kv_len(run, inputs))
-        return ((num_text, seqlen) if first else (0, num_vision)), text
+        vision = (num_text, seqlen) if first else (0, num_vision)
+        place = {} if run.geometry is None else run.geometry.place(vision[0], num_vision)
+        run.begin(seqlen, text=text, kv_len=self.kv_len(run, inputs), **place)
+        return vision, text
 
     def kv_len(self, run: LayerRun, inputs: Inputs) -> Tensor | None:
         """Valid keys of each batch item, int32 ``[B]``, where a mask is given.

@@ -1,0 +1,48 @@
+"""The geometry of vision tokens, of what models get for their position embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flashomni.engine.geometry import Geometry
+
+
+def of_position_ids(ids: Any, name: str = "img_ids") -> Geometry:
+    """Of a table of positions, as FLUX's models take it: kind or index of the image, row, column.
+
+    Tokens of the first token's kind are generated, what follows are references. Reads the values:
+    once a generation, and only for policies that ask for it.
+
+    Args:
+        ids: ``[S, 3]``, or ``[B, S, 3]``, one for each item of the batch.
+        name: of the model's argument, for the reason where there is no shape.
+    """
+    if not isinstance(ids, torch.Tensor) or ids.ndim not in (2, 3) or ids.shape[-1] != 3:
+        return Geometry(why=f"{name} is no table of positions [S, 3]")
+    table = (ids if ids.ndim == 2 else ids[0]).detach().to("cpu", torch.float64)
+    others = (table[:, 0] != table[0, 0]).nonzero()
+    count = int(others[0]) if len(others) else len(table)
+    place = table[:count, 1:] - table[0, 1:]
+    height, width = (int(size) + 1 for size in place[-1].tolist())
+    raster = torch.cartesian_prod(torch.arange(max(height, 0)), torch.arange(max(width, 0)))
+    if height < 1 or width < 1 or len(raster) != count or not torch.equal(place, raster.double()):
+        return Geometry(why=f"{name} does not number the rows and columns of one image in order")
+    return Geometry((1, height, width), len(table) - count)
+
+
+def of_image_shapes(shapes: Any, name: str = "img_shapes") -> Geometry:
+    """Of lists of ``(T, H, W)``, one for each item of the batch, as Qwen-Image takes them."""
+    try:
+        items = {tuple(_images(item)) for item in shapes}
+    except TypeError:
+        items = set()
+    if len(items) != 1 or not all(len(image) == 3 for image in next(iter(items))):
+        return Geometry(why=f"{name} is not one list of (T, H, W) for the whole batch")
+    return Geometry.of_images(next(iter(items)))
+
+
+def _images(item: Any) -> list[tuple[int, ...]]:
+    """The images of one item: a list of shapes, or one shape."""
+    return [tuple(image) for image in item] if isinstance(item, list) else [tuple(item)]
