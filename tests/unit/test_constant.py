@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import flashomni
-from conftest import STEPS, call
+from conftest import STEPS, call, run
 from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
 from flashomni.models import Adapter, Site, _accelerate, find_adapter
@@ -252,14 +252,25 @@ def test_what_a_model_adds_between_blocks_is_added_once(toy, cache_whole, betwee
         assert toy_error(model, inputs, layers, cache_whole, order) < 1, layers
 
 
-@pytest.mark.parametrize("between", ["in place", "new tensor"])
-def test_additions_between_blocks_under_inference_mode(toy, cache_whole, between):
-    """Inference tensors have no version: sites that are not chained do not need one."""
-    model, inputs = toy(between, chain=False)
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("chain", [True, False])
+@pytest.mark.parametrize("between", ["in place", "new tensor", "nothing"])
+def test_additions_between_blocks_under_inference_mode(toy, cache_whole, between, chain, order):
+    """Inference tensors have no version: what could be written to is handed on as a copy."""
+    model, inputs = toy(between, chain=chain)
     with torch.inference_mode():
         inputs = {"hidden_states": inputs["hidden_states"].clone()}
         for layers in TOY_SUBSETS:
-            assert toy_error(model, inputs, layers, cache_whole) < 1, layers
+            assert toy_error(model, inputs, layers, cache_whole, order) < 1, layers
+
+
+def test_inference_mode_gives_what_no_grad_gives(tiny):
+    """Bit for bit, whole layers cached: copies lie as what they are copies of."""
+    model, inputs = tiny
+    plain, _ = run(model, inputs, "fora:interval=3,warmup=0")
+    with torch.inference_mode():
+        inside, report = run(model, inputs, "fora:interval=3,warmup=0")
+    assert torch.equal(plain, inside) and "bypass" in report.steps[1]["layer_kinds"]
 
 
 @pytest.mark.parametrize("shape", ["tensor", "pair"])

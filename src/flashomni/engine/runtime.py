@@ -342,7 +342,7 @@ class Runtime:
         call.record.layers.append(record)
         if plan.stores:
             if inner and branch.layers[index].degraded:
-                branch.spans.record(index, streams, behind, plan.step, chain=chain)
+                behind = branch.spans.record(index, streams, behind, plan.step, chain=chain)
             else:
                 branch.spans.close(plan.step)
         return behind

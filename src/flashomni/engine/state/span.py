@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from flashomni.engine.state.cache import History
@@ -46,8 +47,8 @@ class Spans:
 
     What a run adds is taken when it ends. A model that writes into a block's output before that
     shows by the tensors' versions: then nothing of the step is kept, and from the next one on that
-    block's addition is taken as soon as it returns. (Tensors made under inference mode have no
-    versions; there a site must say ``chain=False``.)
+    block's addition is taken as soon as it returns. Tensors made under inference mode have no
+    versions: there the model goes on with copies that have.
 
     Args:
         order: forecast order.
@@ -79,22 +80,29 @@ class Spans:
 
     def record(
         self, index: int, before: Streams, after: Streams, step: int, chain: bool = True
-    ) -> None:
+    ) -> Streams:
         """Layer ``index`` is cached whole from now on and led from ``before`` to ``after``.
 
         Args:
             chain: whether the next layer may join its span. If not, what it adds is taken at once,
                 before anybody can write to ``after``.
+
+        Returns:
+            ``after``, or copies of it: what the model must go on with.
         """
         span, chain = self._open, chain and index not in self._exposed
+        if chain:
+            after = _versioned(after)
         if span is not None and chain and self._continues(span, index, before):
             span.stop, span.after = index + 1, after
             span.versions = _versions(span.before, after)
-            return
+            return after
         self.close(step)
+        before = _versioned(before) if chain else before
         self._open = Span(index, index + 1, before, after, _versions(before, after))
         if not chain:
             self.close(step)
+        return after
 
     def _continues(self, span: Span, index: int, before: Streams) -> bool:
         untouched = all(a is b for a, b in zip(span.after, before, strict=True))
@@ -149,3 +157,11 @@ class Spans:
 def _versions(before: Streams, after: Streams) -> tuple[int, ...]:
     """How often each tensor was written to; inference tensors count nothing and give -1."""
     return tuple(-1 if x.is_inference() else x._version for x in (*before, *after))
+
+
+def _versioned(streams: Streams) -> Streams:
+    """The streams, inference tensors as copies that count what is written to them."""
+    if not any(stream.is_inference() for stream in streams):
+        return streams
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(x.clone() if x.is_inference() else x for x in streams)
