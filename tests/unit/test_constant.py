@@ -311,6 +311,52 @@ def test_differences_that_overflow_fp16_are_finite(toy, cache_whole, monkeypatch
         assert "bypass" in engine.report().steps[1]["layer_kinds"]
 
 
+class Jumps(nn.Module):
+    """A block whose attention gives ``value`` everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_out, self.value = nn.Linear(32, 8), 0.0
+        self.to_out.weight.mul_(1e-5)
+
+    def forward(self, x, skip=None):
+        o = torch.full((*x.shape[:2], 32), self.value, dtype=x.dtype)
+        return x + self.to_out(o)
+
+
+def run_jumps(run, block, x, skip=None):
+    run.begin(x.shape[1])
+    q = x.new_zeros(*x.shape[:2], 2, 16)
+    o = run.attend(q, q, torch.full_like(q, block.value), block.to_out)
+    return x + run.project_o(o, block.to_out, row_offset=0)
+
+
+def test_differences_of_tiles_that_overflow_fp16(toy, cache_whole, monkeypatch):
+    """Two steps in a row whose O lie 80000 apart: what is forecast of them is not infinite."""
+    model, _ = toy()
+    model.blocks = nn.ModuleList([Jumps()])
+    site = Site("blocks.0", model.blocks[0], run_jumps, ("x",), "x")
+    monkeypatch.setattr(ToyAdapter, "sites", lambda self, model: [site])
+    policy = make_policy("topk", q_density=0.25, kv_density=1.0)
+    chosen = Recipe.of(policy, schedule="steps", steps=(0, 1), of=4, order=1)
+    cache_whole(set())
+    x = torch.zeros(1, 1030, 8)
+    outputs = []
+    for dtype in (torch.float16, torch.float32):
+        model.to(dtype)
+        with flashomni.accelerate(model, chosen) as engine:
+            for step, value in enumerate((4e4, -4e4, -4e4)):
+                model.blocks[0].value = value
+                engine.step(step, 4)
+                out = call(model, {"hidden_states": x.to(dtype)})
+            kinds = [step["kind"] for step in engine.report().steps]
+        assert kinds[1:] == ["update", "dispatch"]
+        outputs.append(out.float())
+    got, exact = outputs
+    assert len(exact.round(decimals=2).unique(dim=1).flatten()) == 16  # tiles computed and forecast
+    torch.testing.assert_close(got, exact, rtol=5e-3, atol=5e-3)
+
+
 def test_the_contract_sees_wrong_rows(tiny, no_grad):
     """Symbols that say the opposite of what was cached: constant inputs do not hide it."""
     model, inputs = tiny

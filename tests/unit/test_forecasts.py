@@ -307,6 +307,29 @@ def test_sums_out_of_the_range_of_fp16(dtype):
     torch.testing.assert_close(got, after, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_differences_of_tiles_stay_in_the_range_of_fp16(order):
+    """Values that jump between the ends of the range: halved terms, weights that make up for it."""
+    history = History(order, order + 1, Storage(), halved=True)
+    exact = History(order, order + 1, Storage())
+    for step in range(order + 1):
+        value = torch.full((2, 3), 65_000.0 * (-1) ** step)
+        terms = history.push(value.half(), step)
+        wide = exact.push(value.half().float(), step)
+    assert all(term.dtype == torch.float16 and term.isfinite().all() for term in terms)
+    for i, (term, other) in enumerate(zip(terms, wide, strict=True)):
+        torch.testing.assert_close(term.float() * 2**i, other, rtol=1e-3, atol=0)
+
+
+def test_other_dtypes_are_not_halved():
+    """bf16 and fp32 have the range; and weights of halved terms are exact multiples."""
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, halved = (History(2, 3, Storage(), halved=h) for h in (False, True))
+        for step, value in enumerate(torch.randn(3, 8).to(dtype)):
+            pair = [history.push(value, step) for history in (plain, halved)]
+        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_dtype_of_differences(dtype):
     """By default that of the value, the same bits as asking for it; or another."""

@@ -266,7 +266,7 @@ class LayerRun:
         forecast = None
         if self._caches_heads and not cache.projected:
             assert cache.history is not None
-            weights = self._plan.coefficients(cache.history.times)
+            weights = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
             forecast = ForecastTerms(cache.history.terms(), weights, cache.rows[0])
         symbols = self._symbols()
         return sparse_attention(
@@ -370,13 +370,13 @@ class LayerRun:
                     f"({why_not_plain(linear, o)}); load or remove adapters between generations"
                 )
             self._record.add("gemm_o", flops, self._live_share(row_offset, o.shape[1]))
-            bias_terms = cache.bias_terms.get()
+            bias_terms, is_half = cache.bias_terms.get(), o.dtype == torch.float16
             return sparse_gemm_o(
                 o,
                 *weights,
                 self._symbols(),
                 bias_terms,
-                self._plan.coefficients(cache.bias_times)[: len(bias_terms)],
+                self._plan.coefficients(cache.bias_times, is_half)[: len(bias_terms)],
                 always=always,
                 row_offset=row_offset,
                 backend=self.backend,
@@ -390,7 +390,7 @@ class LayerRun:
         # Projected terms are made now; only what the next differences need has to be kept.
         keep = order if cache.projected else order + 1
         if cache.history is None or cache.history.keep != keep:
-            cache.history = History(order, keep, self._plan.storage)
+            cache.history = History(order, keep, self._plan.storage, halved=True)
         cache.rows = (row_offset, row_offset + o.shape[1])
         return cache.history.push(o, self._plan.step)
 

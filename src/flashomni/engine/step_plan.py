@@ -57,15 +57,21 @@ class StepPlan:
         """Whether this step adds to the histories."""
         return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
 
-    def coefficients(self, times: tuple[int, ...]) -> Tensor:
+    def coefficients(self, times: tuple[int, ...], halved: bool = False) -> Tensor:
         """Weights of the terms of a history with these anchors, at this step: fp32, on the device.
 
         Layers whose history began later have fewer anchors; most layers share one tensor.
+
+        Args:
+            times: the anchors.
+            halved: for terms that a history of that name keeps of fp16 values.
         """
-        if times not in self._weights:
+        key = (*times, halved)
+        if key not in self._weights:
             values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
-            self._weights[times] = _to_device(values, self.device)
-        return self._weights[times]
+            values = [x * 2**i for i, x in enumerate(values)] if halved else values
+            self._weights[key] = _to_device(values, self.device)
+        return self._weights[key]
 
 
 def _to_device(values: Sequence[float], device: torch.device) -> Tensor:

@@ -27,13 +27,18 @@ class History:
         storage: how to keep them.
         wide: keep terms of fp16 values in fp32: a sum over layers, or a difference of two, may be
             out of the range of fp16 where the values are not.
+        halved: keep term i of fp16 values divided by 2**i, which always is in the range of fp16, as
+            a difference of two values need not be. The forecast's weights must make up for it.
 
     Attributes:
         times: steps of the anchors that the terms are of, oldest first.
     """
 
-    def __init__(self, order: int, keep: int, storage: Storage, wide: bool = False) -> None:
-        self.order, self.keep, self.storage, self._wide = order, keep, storage, wide
+    def __init__(
+        self, order: int, keep: int, storage: Storage, wide: bool = False, halved: bool = False
+    ) -> None:
+        self.order, self.keep, self.storage = order, keep, storage
+        self._wide, self._halved = wide, halved
         self.times: tuple[int, ...] = ()
         self._kept: list[Kept] = []
         self._dtype = torch.float32
@@ -47,8 +52,10 @@ class History:
             self.times, self._kept = (), []
         old = [kept.get() for kept in self._kept[: self.order]][: len(self.times)]
         gaps = [(step - self.times[-i]) / i for i in range(1, len(old) + 1)]
-        is_wide = self._wide and value.dtype == torch.float16
-        dtype = torch.float32 if is_wide else value.dtype
+        is_half = value.dtype == torch.float16
+        dtype = torch.float32 if self._wide and is_half else value.dtype
+        if self._halved and is_half:
+            gaps = [2 * gap for gap in gaps]
         terms = differences(value, minus, old, gaps, dtype, backend=self.storage.backend)
         self.times = (*self.times, step)[-len(terms) :]
         self._dtype = value.dtype
