@@ -102,3 +102,57 @@ def test_reference_on_a_gpu_selects_no_kernel():
     ):
         assert dispatch.select(op, call, "reference").name == "reference"
         assert dispatch.select(op, call).name == "portable"
+
+
+HALF, LONG = torch.ones(2, 6, 32, dtype=torch.int32), torch.ones(7)
+Q, ONE = torch.ones(2, 6, 2, 16), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("modulated_norm", HALF, scale, shift, 1e-6), "x must be float32 or .*, got int32"),
+        (("modulated_norm", None, scale, shift, 1e-6), "x must be a tensor, got None"),
+        (("modulated_norm", x[0], scale, shift, 1e-6), r"x must be \[B, R, K\], got \[6, 32\]"),
+        (("modulated_norm", x, scale[:1], shift, 1e-6), r"scale must be \[2, 32\], got \[1, 32\]"),
+        (("modulated_norm", x, scale, 2.0, 1e-6), "shift must be a tensor, got float"),
+        (("modulated_norm", x, scale, shift, -1.0), "eps must be at least 0, got -1.0"),
+        (("modulated_norm", x, scale, shift, "tiny"), "eps must be a number, got str"),
+        (("gated_residual", x, y[:, :5], gate), r"y must be \[2, 6, 32\], got \[2, 5, 32\]"),
+        (("gated_residual", x, y, gate[:, None]), r"gate must be \[2, 32\], got \[2, 1, 32\]"),
+        (("gated_residual", x, y.to("meta"), gate), "y must be on cpu, got meta"),
+        (("gated_residual_norm", x, y, gate, scale, x, 1e-6), r"shift must be \[2, 32\]"),
+        (("norm_rope_", x, None, 1e-6, None), r"q must be \[B, R, H, D\], got \[2, 6, 32\]"),
+        (("norm_rope_", Q, torch.ones(8), 1e-6, None), r"weight must be \[16\], got \[8\]"),
+        (("norm_rope_", Q, torch.ones(16), None, None), "weight needs eps, got None"),
+        (("norm_rope_", Q, None, None, (TABLE,)), r"rope must be a pair \(cos, sin\)"),
+        (("norm_rope_", Q, None, None, (TABLE, LONG)), r"rope sin must be \[6, 8\], got \[7\]"),
+        (("norm_rope_", Q, None, None, (TABLE.half(), TABLE)), "rope cos must be float32, got"),
+        (("norm_rope_", Q[..., :3], None, None, (TABLE, TABLE)), "rope needs an even head_dim"),
+        (("differences", x, y[:1], [], []), r"minus must be \[2, 6, 32\], got \[1, 6, 32\]"),
+        (("differences", x, None, [y] * 4, [1.0] * 4), "old must hold 0 to 3 tensors, got 4"),
+        (("differences", x, None, [y, LONG], [1.0] * 2), r"old\[1\] must be \[2, 6, 32\]"),
+        (("differences", x, None, [y], []), "gaps must be as many as old, 1, got 0"),
+        (("differences", x, None, [y], [0.0]), r"gaps\[0\] must not be 0"),
+        (("differences", x, None, [y], [float("nan")]), r"gaps\[0\] must be finite"),
+        (("differences", x, None, [], [], torch.int8), "dtype must be .*float64, got torch.int8"),
+        (("weighted_sum", [], ONE, None, x.dtype), "terms must hold 1 to 4 tensors, got 0"),
+        (("weighted_sum", x, ONE, None, x.dtype), "terms must be a list of tensors, got Tensor"),
+        (("weighted_sum", [x, LONG], ONE, None, x.dtype), r"terms\[1\] must be \[2, 6, 32\]"),
+        (("weighted_sum", [x, y], ONE, None, x.dtype), r"coefficients must be \[T\], T at least 2"),
+        (("weighted_sum", [x], ONE.half(), None, x.dtype), "coefficients must be float32"),
+        (("weighted_sum", [x], ONE, HALF, x.dtype), "base must be float32 or"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one[0],
+)
+def test_refusals_name_the_argument(call, message):
+    """A wrong type, shape, dtype or device never reaches a kernel."""
+    name, *given = call
+    with pytest.raises(ValueError, match=message):
+        getattr(elementwise, name)(*given)
+
+
+def test_dtypes_may_be_mixed():
+    """As under autocast: a residual in fp32, branches in bf16."""
+    got = elementwise.gated_residual(x, y.bfloat16(), gate.bfloat16())
+    torch.testing.assert_close(got, elementwise.gated_residual(x, y, gate), atol=5e-2, rtol=5e-2)

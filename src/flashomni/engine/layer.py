@@ -102,8 +102,8 @@ class LayerRun:
         key = ("grid", seqlen, text, id(kv_len), shape, spans)
         if key not in self._shared:
             blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
-            sizes, place = (seqlen, seqlen), {"shape": shape, "spans": spans}
-            self._shared[key] = Grid(*sizes, text, *blocks, kv_len, **place)
+            grid = Grid(seqlen, seqlen, text, *blocks, kv_len, shape=shape, spans=spans)
+            self._shared[key] = grid
         self.grid = self._shared[key]
         self._policy = self._recipe.policy_for(self.grid)
         if self._stores:
@@ -266,8 +266,8 @@ class LayerRun:
         forecast = None
         if self._caches_heads and not cache.projected:
             assert cache.history is not None
-            weights = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
-            forecast = ForecastTerms(cache.history.terms(), weights, cache.rows[0])
+            scales = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
+            forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
         symbols = self._symbols()
         return sparse_attention(
             q, k, v, symbols, **options, forecast=forecast, backend=self.backend

@@ -157,7 +157,7 @@ class Runtime:
             generation = self._start(
                 Generation(position, len(self.layers), self.recipe, self.backend)
             )
-            generation.geometry = self.geometry and self.geometry(args, kwargs)
+            generation.geometry = None if self.geometry is None else self.geometry(args, kwargs)
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]

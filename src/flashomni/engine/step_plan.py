@@ -69,7 +69,7 @@ class StepPlan:
         key = (*times, halved)
         if key not in self._weights:
             values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
-            values = [x * 2**i for i, x in enumerate(values)] if halved else values
+            values = tuple(x * 2**i for i, x in enumerate(values)) if halved else values
             self._weights[key] = _to_device(values, self.device)
         return self._weights[key]
 

@@ -3,7 +3,8 @@
 Norm and modulation, gate and residual, norm and RoPE, the terms of a forecast and their sum: an op
 each. ``reference`` and ``cpu`` are the definitions; they round after every operation, as the stock
 models do. The kernels of ``portable`` compute in fp32 and round once; they serve ``sm90`` too.
-Every function takes ``backend``, as the big ops do.
+Every function takes ``backend``, as the big ops do, and raises ``ValueError`` for an argument of a
+wrong type, shape, dtype or device, by its name.
 
 Letters in shapes: B batch, R rows (tokens), K features, H num_heads, D head_dim.
 """
@@ -19,8 +20,15 @@ from torch import Tensor
 
 from flashomni.dispatch import declare, execute, register
 from flashomni.kernels.common.rope import Rope, apply_rope, rms_norm
+from flashomni.kernels.elementwise._checks import (
+    MAX_TERMS,
+    check_differences,
+    check_norm_rope,
+    check_streams,
+    check_weighted_sum,
+)
 
-MAX_TERMS = 4  # of a forecast: order 3
+__all__ = ["MAX_TERMS"]  # beside what is defined here
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,13 @@ def modulated_norm(
         shift: ``[B, K]``.
         eps: epsilon of the norm.
     """
+    check_streams(x, {}, {"scale": scale, "shift": shift}, eps)
     return execute("modulated_norm", ModulatedNormCall(x, scale, shift, eps), backend)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """``x + gate * y`` for ``x`` and ``y`` ``[B, R, K]`` and ``gate`` ``[B, K]``."""
+    check_streams(x, {"y": y}, {"gate": gate})
     return execute("gated_residual", GatedResidualCall(x, y, gate), backend)
 
 
@@ -115,6 +125,7 @@ def gated_residual_norm(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`gated_residual`, and :func:`modulated_norm` of it."""
+    check_streams(x, {"y": y}, {"gate": gate, "scale": scale, "shift": shift}, eps)
     call = GatedResidualNormCall(x, y, gate, scale, shift, eps)
     total, normed = execute("gated_residual_norm", call, backend)
     return total, normed
@@ -136,6 +147,7 @@ def norm_rope_(
         eps: epsilon of the norm; ``None`` leaves the norm out.
         rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, or ``None``.
     """
+    check_norm_rope(q, weight, eps, rope)
     if eps is None and rope is None:
         return
     execute("norm_rope", NormRopeCall(q, weight, eps, rope), backend)
@@ -162,6 +174,7 @@ def differences(
     Returns:
         ``len(old) + 1`` new tensors.
     """
+    check_differences(value, minus, old, gaps, dtype)
     dtype = value.dtype if dtype is None else dtype
     return list(execute("differences", DifferencesCall(value, minus, old, gaps, dtype), backend))
 
@@ -182,6 +195,7 @@ def weighted_sum(
         base: a tensor of that shape, or ``None``.
         dtype: of the result.
     """
+    check_weighted_sum(terms, coefficients, base, dtype)
     return execute("weighted_sum", WeightedSumCall(terms, coefficients, base, dtype), backend)
 
 

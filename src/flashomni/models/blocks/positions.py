@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flashomni.engine.geometry import Geometry
+from flashomni.engine.geometry import Geometry, Shape
 
 
 def of_position_ids(ids: Any, name: str = "img_ids") -> Geometry:
@@ -36,13 +36,13 @@ def of_image_shapes(shapes: Any, name: str = "img_shapes") -> Geometry:
     """Of lists of ``(T, H, W)``, one for each item of the batch, as Qwen-Image takes them."""
     try:
         items = {tuple(_images(item)) for item in shapes}
-    except TypeError:
-        items = set()
-    if len(items) != 1 or not all(len(image) == 3 for image in next(iter(items))):
+        (images,) = items
+    except (TypeError, ValueError):
         return Geometry(why=f"{name} is not one list of (T, H, W) for the whole batch")
-    return Geometry.of_images(next(iter(items)))
+    return Geometry.of_images(images)
 
 
-def _images(item: Any) -> list[tuple[int, ...]]:
+def _images(item: Any) -> list[Shape]:
     """The images of one item: a list of shapes, or one shape."""
-    return [tuple(image) for image in item] if isinstance(item, list) else [tuple(item)]
+    given = item if isinstance(item, list) else [item]
+    return [(frames, height, width) for frames, height, width in given]
