@@ -1,9 +1,11 @@
 """Model folders that are damaged: one sentence each, and nothing in them is run."""
 
 import json
+import logging
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flashomni.lab import zoo
 from flashomni.lab.generation import Generation
@@ -32,6 +34,17 @@ def make_pickle(path):
     path.unlink()
 
 
+def other_model(path):
+    """The weights of the pipeline's other text encoder: a valid file."""
+    shutil.copy(path.parent.parent / "text_encoder_2" / path.name, path)
+
+
+def fewer_layers(path):
+    """A valid file of the same class that lacks what is in the encoder's layers."""
+    tensors = {name: t for name, t in load_file(path).items() if ".layers." not in name}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def wrong_call(path):
     path.write_text(json.dumps({"call": {"hieght": 64, "generator": 1}}))
 
@@ -47,6 +60,8 @@ def wrong_call(path):
         ("model_index.json", cut, "cannot be loaded"),
         ("model_index.json", rename_class, "cannot be loaded: .*NoSuchModel"),
         ("text_encoder/model.safetensors", make_pickle, "a pickle, which may run code"),
+        ("text_encoder/model.safetensors", other_model, "of another model: .* of CLIPTextModel"),
+        ("text_encoder/model.safetensors", fewer_layers, "of another model: .* of CLIPTextModel"),
         ("flashomni.json", wrong_call, "got 'generator', 'hieght'"),
     ],
 )
@@ -57,6 +72,23 @@ def test_damage_is_one_sentence(saved, tmp_path, name, damage, message):
     with pytest.raises(ValueError, match=message) as caught:
         zoo.load(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_few_missing_weights_are_named(saved, tmp_path, caplog):
+    """One norm is not in the file: random, which a reader of the log learns."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file({n: t for n, t in tensors.items() if n != lost}, path, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, "flashomni"):
+        zoo.load(folder)
+    (message,) = [one for one in caplog.messages if "weights of" in one]
+    assert "1 of the" in message and "'final_layer_norm.bias' for one" in message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "flashomni"):
+        zoo.load(saved)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("call", [{"height": "tall", "width": 64}, {"guidance_scale": [1]}])

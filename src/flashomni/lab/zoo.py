@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flashomni.lab.foreign import check_weights
 from flashomni.util.words import one_line
 
 BUNDLED = ("tiny-image", "tiny-video")
@@ -92,6 +93,8 @@ def load(
     except Exception as error:  # each library below has its own for a file that is cut or foreign
         why = one_line(f"{type(error).__name__}: {error}", 400)
         raise ValueError(f"model {str(model)!r} cannot be loaded: {why}") from error
+    if is_folder:
+        check_weights(folder, pipe.components)
     _check_call(folder / "flashomni.json", note.get("call", {}), pipe)
     pipe.to(device)
     prompt = note.get("prompt", PROMPT)
