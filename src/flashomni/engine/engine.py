@@ -35,6 +35,9 @@ class Engine:
         """What the last generation computed, skipped, cost and kept. ``print`` it."""
         runtime = self._runtime
         summary = runtime.trace.summary(type(runtime.model).__name__, self.recipe)
+        if self.recipe.groups:
+            found = runtime.trace.of_groups(runtime.division, runtime.layers)
+            summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
         notes = [*summary.notes, *learned]
         if self._replaced():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashomni.engine.groups import Group, load_groups, refuse_late
 from flashomni.engine.recipe_file import plain, read_recipe, upgrade
 from flashomni.engine.recipe_parts import (
     SECTIONS,
@@ -44,6 +45,7 @@ class Recipe:
         sparse: what is done with the symbols.
         policy_without_text: what runs in place of a policy that needs text tokens in the attention
             where there are none (Wan, LTX, ...); without it such a model is refused.
+        groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
 
     Raises:
         ValueError: a value is not allowed, or two do not go together.
@@ -56,6 +58,7 @@ class Recipe:
     storage: StorageSettings = field(default_factory=StorageSettings)
     sparse: SparseSettings = field(default_factory=SparseSettings)
     policy_without_text: Policy | None = None
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         wanted: dict[str, type] = {"policy": Policy, "schedule": Schedule, **SECTIONS}
@@ -69,6 +72,9 @@ class Recipe:
             raise ValueError(f"policy_without_text must be a Policy or None, got {other!r}")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
+        object.__setattr__(self, "groups", load_groups(self.groups, load_part))
+        if self.groups:
+            refuse_late(self.schedule)
         self.to_dict()  # what has no name or is no JSON is found here, not at the report
         if self.forecast.level == "output":
             self._check_output_level()
@@ -78,6 +84,11 @@ class Recipe:
             raise ValueError(
                 "forecast level 'output' leaves out the whole model, so policy must be 'cached', "
                 f"got {self.policy.name!r}"
+            )
+        if self.groups:
+            raise ValueError(
+                "forecast level 'output' leaves out the whole model; level must be 'layers' where "
+                "there are groups of layers"
             )
         if self.schedule.decides:
             raise ValueError(
@@ -96,7 +107,7 @@ class Recipe:
         return self.policy.name != "dense"
 
     def plan(self, num_steps: int) -> Plan | None:
-        """The steps of a generation; ``None`` where the schedule decides them one by one."""
+        """The steps of a generation, of layers in no group; ``None`` where the schedule decides."""
         return self.schedule.plan(num_steps, self.order)
 
     def policy_for(self, grid: Grid) -> Policy:
@@ -110,9 +121,9 @@ class Recipe:
 
         Args:
             changes: parts (``policy``, ``schedule``, ...) as objects, as names, or as mappings of
-                some of their settings; or settings of any part by their own names. A setting that
-                only another schedule has selects that schedule: ``interval=3`` on a list of steps
-                gives the schedule ``interval``.
+                some of their settings (``groups``: the whole list); or settings of any part by
+                their own names. A setting that only another schedule has selects that schedule:
+                ``interval=3`` on a list of steps gives the schedule ``interval``.
 
         Raises:
             ValueError: a key is no setting, or a value is not allowed.
@@ -142,6 +153,7 @@ class Recipe:
                 "policy_without_text": None if other is None else other.to_dict(),
                 "schedule": self.schedule.to_dict(),
                 **{section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS},
+                "groups": [group.to_dict() for group in self.groups],
             }
         )
 

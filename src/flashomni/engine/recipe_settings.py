@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from flashomni.engine.groups import Group, load_groups
 from flashomni.engine.recipe_file import plain
 from flashomni.engine.recipe_parts import SECTIONS
 from flashomni.engine.schedules import Schedule, make_schedule, schedules
@@ -27,11 +28,18 @@ def changed_part(key: str, value: Any, old: Any) -> Any:
             if setting not in known:
                 raise ValueError(f"{key} has {', '.join(known)}; got {setting!r}")
         return _set_fields(key, old, value)
+    if key == "groups":
+        return load_groups(plain(value, key) if _is_json(value) else value, load_part)
     if key in ("policy", "policy_without_text", "schedule"):
         value = {"name": value} if isinstance(value, str) else value
         if isinstance(value, Mapping):
             return load_part(key, plain(value, key))
     return value
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a list of groups has no objects in it."""
+    return isinstance(value, (list, tuple)) and not any(isinstance(each, Group) for each in value)
 
 
 def place_settings(parts: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -87,6 +95,8 @@ def _set_fields(part: str, old: T, values: Mapping[str, Any]) -> T:
 
 def load_part(key: str, value: Any) -> Any:
     """A part of a recipe as JSON has it, as an object."""
+    if key == "groups":
+        return load_groups(value, load_part)
     if key == "name" or (key == "policy_without_text" and value is None):
         return value
     if key in SECTIONS:

@@ -5,45 +5,31 @@ Hooks and adapters talk to it; users have :class:`flashomni.Engine`.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from flashomni.engine.call import Call, Place, by_name, first_tensor, overall, signals
 from flashomni.engine.clock import Clock
 from flashomni.engine.geometry import Asked
+from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.schedules import Signals, StepKind
+from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import Branch, signature
 from flashomni.engine.state.generation import Generation, Tick
 from flashomni.engine.state.span import Streams
 from flashomni.engine.state.storage import Lane, Storage
 from flashomni.engine.step_plan import StepPlan
-from flashomni.engine.trace import LayerRecord, StepRecord, Trace
+from flashomni.engine.trace import LayerRecord, Trace
 
 MAX_GENERATIONS = 8  # that have begun and not ended
 log = logging.getLogger("flashomni")
-
-
-@dataclass
-class Call:
-    """A call of the model that is under way."""
-
-    generation: Generation
-    branch: Branch
-    tick: Tick
-    plan: StepPlan
-    record: StepRecord
-    inputs: Mapping[str, Any]
-    decided: bool | None = None  # by a schedule that decides inside a step
-    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 class Runtime:
@@ -77,9 +63,11 @@ class Runtime:
         clock: Clock,
         backend: str | None,
         check: Callable[[], None],
+        latents: str = "hidden_states",
     ) -> None:
         self.model, self.recipe, self.clock, self.backend = model, recipe, clock, backend
-        self.layers, self._check = layers, check
+        self.layers, self._check, self._latents = layers, check, latents
+        self.division = Division.make(recipe, layers)
         self.generations: dict[Hashable, Generation] = {}
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -154,26 +142,39 @@ class Runtime:
         generation = self.generations.get(position.key)
         if generation is None or not generation.continues(position):
             self._check()
-            generation = self._start(
-                Generation(position, len(self.layers), self.recipe, self.backend)
-            )
+            generation = self._start(Generation(position, self.division, self.backend))
             generation.geometry = None if self.geometry is None else self.geometry(args, kwargs)
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
-        inputs = self._named(generation, args, kwargs)
+        decides_late = None in generation.plans or self.recipe.schedule.decides
+        inputs = by_name(self.model, args, kwargs) if decides_late else kwargs
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
-        planned = generation.plan
-        is_last = tick.step == tick.num_steps - 1
-        if is_last and planned is not None and planned.kinds[-1] is not StepKind.DISPATCH:
+        ends = [None if plan is None else plan.kinds[-1] for plan in generation.plans]
+        if tick.step == tick.num_steps - 1 and not {None, StepKind.DISPATCH} & set(ends):
             branch.reset()  # the last step is dense: its memory can go before it peaks
-        kind = StepKind.FULL if is_new else self._kind(generation, tick, branch, inputs)
-        record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
-        plan = self._plan(generation, kind, tick, device)
-        plan.records = plan.records and not is_new
-        branch.prefetch(0, plan.stores)
-        return Call(generation, branch, tick, plan, record, inputs)
+        kinds = [StepKind.FULL] * len(branch.groups)
+        if not is_new:
+            kinds = self._kinds(generation, tick, branch, inputs)
+        kind = overall(tuple(kinds)).value
+        record = generation.trace.begin(tick.step, tick.num_steps, kind, tick.branch, device)
+        shared = {
+            "storage": self._storage(device),
+            "backend": self.backend,
+            "device": device,
+            "num_layers": len(self.layers),
+            "geometry": generation.geometry,
+        }
+        plans = [
+            StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
+            for each in zip(self.division.recipes, generation.plans, kinds, strict=True)
+        ]
+        for plan, group in zip(plans, branch.groups, strict=True):
+            plan.records = plan.records and not is_new
+            group.spans.measure = plan.coefficients if self.recipe.schedule.measures else None
+        branch.prefetch(0, plans[self.division.of[0]].stores)
+        return Call(generation, branch, tick, plans, record, inputs, self._latents)
 
     def _start(self, generation: Generation) -> Generation:
         """Remember a new generation, and forget those that have ended."""
@@ -194,57 +195,22 @@ class Runtime:
         self.generations = {**alive, generation.key: generation}
         return generation
 
-    def _named(self, generation: Generation, args: tuple, kwargs: dict) -> Mapping[str, Any]:
-        """The arguments of the call by name, for schedules that look at them."""
-        decides_late = generation.plan is None or self.recipe.schedule.decides
-        if not args or not decides_late:
-            return kwargs
-        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def _signals(
-        self, tick: Tick, branch: Branch, inputs: Mapping[str, Any], streams: Streams = ()
-    ) -> Signals:
-        return Signals(
-            step=tick.step,
-            num_steps=tick.num_steps,
-            computed=tuple(branch.computed),
-            inputs=inputs,
-            streams=streams,
-            memory=branch.memory,
-        )
-
-    def _kind(
+    def _kinds(
         self, generation: Generation, tick: Tick, branch: Branch, inputs: Mapping[str, Any]
-    ) -> StepKind:
+    ) -> list[StepKind]:
         """What this call does; an Update is due where a Dispatch would use what is too old."""
-        kind = generation.kind(lambda: self._signals(tick, branch, inputs))
-        if kind is not StepKind.DISPATCH:
-            return kind
-        due = generation.computed_before()
-        missed = due is not None and (not branch.computed or branch.computed[-1] < due)
-        return StepKind.UPDATE if branch.stored is None or missed else kind
 
-    def _plan(
-        self, generation: Generation, kind: StepKind, tick: Tick, device: torch.device
-    ) -> StepPlan:
-        planned, at_output = generation.plan, self.recipe.forecast.level == "output"
-        return StepPlan(
-            kind=kind,
-            step=tick.step,
-            num_steps=tick.num_steps,
-            branch=tick.branch,
-            records=planned is None or planned.records[tick.step],
-            probes=planned is not None and planned.probes[tick.step] and not at_output,
-            optimistic=planned is None or planned.optimistic,
-            progress=torch.full((), (tick.step + 1) / tick.num_steps, device=device),
-            recipe=self.recipe,
-            storage=self._storage(device),
-            backend=self.backend,
-            device=device,
-            num_layers=len(self.layers),
-            geometry=generation.geometry,
-        )
+        def look() -> Any:
+            return signals(generation, branch, tick, inputs, self._latents)
+
+        kinds = generation.kinds(look)
+        for number, group in enumerate(branch.groups):
+            if kinds[number] is StepKind.DISPATCH:
+                due = generation.computed_before(number)
+                missed = due is not None and (not group.computed or group.computed[-1] < due)
+                if group.stored is None or missed:
+                    kinds[number] = StepKind.UPDATE
+        return kinds
 
     def _storage(self, device: torch.device) -> Storage:
         settings = self.recipe.storage
@@ -253,18 +219,29 @@ class Runtime:
             self._lane = Lane(device)
         return Storage(settings.history_dtype, self._lane if on_host else None, self.backend)
 
-    def end(self) -> None:
-        """A call of the model is over."""
+    def end(self, output: Any = None) -> None:
+        """A call of the model is over.
+
+        Args:
+            output: what it returned.
+        """
         if not self.running:
             return
         call = self._current()
-        plan, branch, generation = call.plan, call.branch, call.generation
-        if plan.stores:
-            whole = branch.spans.finish(plan.step)
-            # Where a block's output was written to before it could be kept, nothing was stored.
-            branch.stored = plan.step if whole else None
-        if plan.kind is not StepKind.DISPATCH and call.record.layers:
-            branch.computed.append(plan.step)
+        branch, generation = call.branch, call.generation
+        for plan, group in zip(call.plans, branch.groups, strict=True):
+            if plan.stores:
+                whole = group.spans.finish(plan.step)
+                # Where a block's output was written to before it could be kept, nothing was stored.
+                group.stored = plan.step if whole else None
+            if plan.kind is not StepKind.DISPATCH and call.record.layers:
+                group.computed.append(plan.step)
+        branch.measured()
+        schedule = self.recipe.schedule
+        if schedule.learns and call.tick.leads and StepKind.DISPATCH not in call.kinds:
+            tensor = first_tensor(output)
+            if tensor is not None:
+                schedule.learn(tensor, call.signals())
         generation.trace.saw_bytes(*generation.nbytes())
         is_last = call.tick.step == call.tick.num_steps - 1
         if is_last:
@@ -278,7 +255,8 @@ class Runtime:
         if self.running:
             call = self._current()
             call.branch.reset()
-            call.branch.computed.clear()
+            for group in call.branch.groups:
+                group.computed.clear()
             self._stop()
 
     def _stop(self) -> None:
@@ -303,7 +281,7 @@ class Runtime:
     def block(
         self,
         index: int,
-        streams: Streams,
+        place: Place,
         compute: Callable[[LayerRun], Streams],
         chain: bool = True,
     ) -> Streams:
@@ -311,59 +289,64 @@ class Runtime:
 
         Args:
             index: position in the list of layers.
-            streams: what the block gets and returns, ``[B, R, K]`` each.
+            place: what the block gets.
             compute: runs the block with its run; gives the streams behind it.
             chain: whether the block may share a span with its neighbours.
         """
         call = self._current()
-        plan, branch = call.plan, call.branch
-        signature = tuple((stream.shape, stream.dtype, stream.device) for stream in streams)
-        if branch.expect(index, signature) and plan.kind is StepKind.DISPATCH:
-            self._update_instead(call)
+        branch, streams = call.branch, place.streams
+        plan, group = call.plans[self.division.of[index]], branch.group_of(index)
+        if branch.expect(index, tuple((x.shape, x.dtype, x.device) for x in streams)):
+            call.update_instead()
         schedule = self.recipe.schedule
         inner = schedule.front <= index < len(self.layers) - schedule.back
-        inner = inner and self.recipe.forecast.level == "layers"
-        if schedule.decides and inner and plan.kind is StepKind.DISPATCH and call.decided is None:
-            signals = self._signals(call.tick, branch, call.inputs, streams)
-            call.decided = bool(schedule.decide(index, signals))
-            if call.decided:
-                self._update_instead(call)
+        inner = inner and plan.recipe.forecast.level == "layers"
+        if schedule.decides and index <= schedule.front:
+            self._look_inside(index, place)
+        for other in branch.groups:
+            if other is not group:
+                other.spans.close(plan.step)
         if plan.kind is StepKind.DISPATCH and inner:
-            times = branch.spans.times(index)
+            times = group.spans.times(index)
             if times:
-                behind = branch.spans.replay(index, streams, plan.coefficients(times))
+                behind = group.spans.replay(index, streams, plan.coefficients(times))
                 if behind is not None:
-                    self._bypassed(index, call)
+                    call.bypassed(index, self.layers[index])
                     return behind
-        branch.prefetch(index + 1, plan.stores)
+        if index + 1 < len(self.layers):
+            branch.prefetch(index + 1, call.plans[self.division.of[index + 1]].stores)
         record = LayerRecord(self.layers[index], plan.kind.value)
         run = LayerRun(index, branch.layers[index], plan, record, call.shared, cacheable=inner)
         behind = compute(run)
         call.record.layers.append(record)
         if plan.stores:
             if inner and branch.layers[index].degraded:
-                behind = branch.spans.record(index, streams, behind, plan.step, chain=chain)
+                behind = group.spans.record(index, streams, behind, plan.step, chain=chain)
             else:
-                branch.spans.close(plan.step)
+                group.spans.close(plan.step)
         return behind
+
+    def _look_inside(self, index: int, place: Place) -> None:
+        """A schedule that decides inside a step sees its first blocks; once a step it decides."""
+        call, schedule = self._current(), self.recipe.schedule
+        if index == 0:
+            call.entrance = place.streams
+        if index < schedule.front or call.decided or not call.tick.leads:
+            return
+        call.decided, signals = True, call.signals(place)
+        call.entrance = ()
+        if call.plans[0].kind is not StepKind.DISPATCH:
+            schedule.watch(index, signals)
+            return
+        call.generation.inside = bool(schedule.decide(index, signals))
+        if call.generation.inside:
+            call.update_instead()
 
     def as_it_is(self, name: str) -> LayerRecord:
         """Where the FLOPs of a block go that runs as it is in this call, its output not kept."""
         record = LayerRecord(name, StepKind.FULL.value)
         self._current().record.layers.append(record)
         return record
-
-    def _update_instead(self, call: Call) -> None:
-        """The step turns out to be one that computes."""
-        call.plan.kind = StepKind.UPDATE
-        call.record.kind = StepKind.UPDATE.value
-
-    def _bypassed(self, index: int, call: Call) -> None:
-        """Record that a layer was left out, and what it would have cost."""
-        record = LayerRecord(self.layers[index], StepKind.BYPASS.value, 0.0, 0.0)
-        for op, flops, _ in call.branch.layers[index].ops:
-            record.add(op, flops, 0.0)
-        call.record.layers.append(record)
 
     def output(self, compute: Callable[[], Any]) -> Any:
         """The model's output, forecast where the recipe caches it (``level: output``).
@@ -374,13 +357,14 @@ class Runtime:
         if self.recipe.forecast.level != "output" or not self.running:
             return compute()
         call = self._current()
-        plan, kept = call.plan, call.branch.output
+        plan, kept = call.plans[0], call.branch.output
         if plan.kind is StepKind.DISPATCH:
             for index in range(len(self.layers)):
-                self._bypassed(index, call)
+                call.bypassed(index, self.layers[index])
             return kept.predict(plan.coefficients(kept.times))
         output = compute()
-        if plan.stores and not kept.record(output, plan.step):
+        measure = plan.coefficients if self.recipe.schedule.measures else None
+        if plan.stores and not kept.record(output, plan.step, measure):
             raise NotImplementedError(
                 f"forecast.level 'output': {type(self.model).__name__} returned "
                 f"{type(output).__name__}, which holds no tensor; use level 'layers'"

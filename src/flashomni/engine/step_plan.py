@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.schedules import StepKind
+from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.storage import Storage
 
 
@@ -51,6 +52,46 @@ class StepPlan:
     num_layers: int
     geometry: Geometry | None = None
     _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        planned: Plan | None,
+        kind: StepKind,
+        step: int,
+        num_steps: int,
+        branch: str,
+        *,
+        device: torch.device,
+        **shared: Any,
+    ) -> StepPlan:
+        """The plan of a group of layers.
+
+        Args:
+            recipe: that the group follows.
+            planned: its steps, where the schedule knows them before.
+            kind: what it does in this one.
+            step: index.
+            num_steps: of the generation.
+            branch: name.
+            device: where the model computes.
+            shared: what all groups share.
+        """
+        at_output = recipe.forecast.level == "output"
+        return cls(
+            kind=kind,
+            step=step,
+            num_steps=num_steps,
+            branch=branch,
+            records=planned is None or planned.records[step],
+            probes=planned is not None and planned.probes[step] and not at_output,
+            optimistic=planned is None or planned.optimistic,
+            progress=torch.full((), (step + 1) / num_steps, device=device),
+            recipe=recipe,
+            device=device,
+            **shared,
+        )
 
     @property
     def stores(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashomni.engine.groups import Division
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
 from flashomni.util.stopwatch import Stopwatch
@@ -66,6 +67,8 @@ class Summary:
         flops_skipped: 1 - executed / dense, over all ops.
         cache_bytes: peak of what the engine kept on the compute device.
         cache_bytes_host: peak of what it kept in pinned host memory.
+        groups: ``{layers, schedule, forecast, computed}`` for each group of layers: their names and
+            how many calls of the model computed them; empty where the recipe has no groups.
         notes: what deserves attention: a run too short to gain anything, projections that ran
             dense and why.
         tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
@@ -83,6 +86,7 @@ class Summary:
     cache_bytes_host: int
     notes: list[str]
     tier: str = "adapter"
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +107,12 @@ class Summary:
         for op, dense in self.flops_dense.items():
             skipped = 1 - self.flops_executed[op] / dense if dense else 0.0
             lines.append(f"  {op:9}{dense / 1e9:12.1f} GFLOP dense, {skipped:6.1%} skipped")
+        for group in self.groups:
+            names, forecast = group["layers"], group["forecast"]
+            lines.append(
+                f"  {names[0]} to {names[-1]} ({len(names)}): computed in {group['computed']} of "
+                f"{len(self.steps)} calls, schedule {group['schedule']}, forecast {forecast}"
+            )
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -134,6 +144,28 @@ class Trace:
         share = layers.count(StepKind.BYPASS.value) / max(len(layers), 1)
         calls = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         return f"{calls}; {share:.0%} of the blocks cached whole"
+
+    def of_groups(self, division: Division, names: list[str]) -> list[dict[str, Any]]:
+        """:attr:`Summary.groups`.
+
+        Args:
+            division: of the model's layers into groups.
+            names: of those layers.
+        """
+        live = (StepKind.FULL.value, StepKind.UPDATE.value)
+        found = []
+        for number, recipe in enumerate(division.recipes):
+            own = [name for name, of in zip(names, division.of, strict=True) if of == number]
+            calls = [{x.kind for x in record.layers if x.name in own} for record in self.steps]
+            found.append(
+                {
+                    "layers": own,
+                    "schedule": recipe.schedule.name,
+                    "forecast": recipe.forecast.name,
+                    "computed": sum(not kinds.isdisjoint(live) for kinds in calls),
+                }
+            )
+        return found
 
     def gain_note(self, recipe: Recipe) -> str | None:
         """Why nothing was skipped, if nothing was although the recipe would skip."""

@@ -39,6 +39,9 @@ class Site:
             returns ``None``.
         chain: whether the block may be cached in one with its neighbours. ``False`` where something
             but the next block reads what it returns (skip connections, collected hidden states).
+        modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
+            first norm and modulation, for schedules that look there (TeaCache); ``None`` if there
+            is no such thing.
     """
 
     name: str
@@ -47,6 +50,12 @@ class Site:
     streams: tuple[str, ...]
     returns: str | tuple[str | None, ...] | None = None
     chain: bool = True
+    modulated: Callable[..., Tensor] | None = None
+
+    @property
+    def main(self) -> int:
+        """Which stream holds the vision tokens."""
+        return self.streams.index("hidden_states") if "hidden_states" in self.streams else 0
 
     def unpack(self, output: Any) -> Streams:
         """The streams of what the block returned, in the order of ``streams``."""

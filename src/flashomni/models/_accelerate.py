@@ -74,7 +74,12 @@ def accelerate(
     check()
     clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe)
     layers = [site.name for site in sites]
-    runtime = Runtime(model, recipe, layers, clock, backend, check)
+    if recipe.schedule.modulates and sites[0].modulated is None:
+        raise NotImplementedError(
+            f"schedule {recipe.schedule.name} looks at the modulated input of the first block, "
+            f"which nothing gives for {type(model).__name__}; take first_block or easycache"
+        )
+    runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
     detach = _attach.attach(runtime, sites)
     engine = Engine(runtime, pipe, detach)

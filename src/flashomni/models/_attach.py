@@ -20,6 +20,7 @@ from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import Tensor, nn
 
 from flashomni.engine import Engine
+from flashomni.engine.call import Place
 from flashomni.engine.callers import calling_pipeline
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
@@ -89,7 +90,12 @@ class BlockForward(InsteadOfForward):
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             return site.unpack(site.run(run, site.block, *args, **kwargs))
 
-        return site.pack(runtime.block(self.index, streams, compute, site.chain))
+        def modulated() -> Tensor:
+            assert site.modulated is not None
+            return site.modulated(site.block, *args, **kwargs)
+
+        place = Place(streams, site.main, None if site.modulated is None else modulated)
+        return site.pack(runtime.block(self.index, place, compute, site.chain))
 
 
 class ModelForward(InsteadOfForward):
@@ -225,7 +231,7 @@ def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
             installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),
-            CallHook(runtime, lambda *_: runtime.end()),
+            CallHook(runtime, lambda _, output: runtime.end(output)),
             CallHook(runtime, lambda *_: runtime.abort()),
         )
         handles.append(model.register_forward_pre_hook(pre, with_kwargs=True))

@@ -3,6 +3,12 @@
 A schedule is a frozen dataclass whose fields are JSON values, registered by name. It plans all
 steps before (:meth:`Schedule.plan`), or decides at the start of each step (:meth:`Schedule.kind`),
 or inside a step, when the first blocks have run (:meth:`Schedule.decide`).
+
+What a late decision costs: the host waits for the device only where the schedule reads a value of
+a tensor. Those of the library read none in steps that compute anyway (the first ones, the last),
+and one in a step that may be left out: the number was made by the small probe in front of it, so
+the launch queue runs empty once, for as long as the probe takes. ``adaptive`` reads a number of the
+step before, which is long there.
 """
 
 from __future__ import annotations
@@ -90,6 +96,14 @@ class Signals:
         inputs: arguments of the model's call, by name (``hidden_states``, ``timestep``, ...).
         streams: the token streams in front of the layer, ``[B, R, K]`` each, inside a step.
         memory: a scratch of the schedule's own, which lives as long as the branch.
+        latents: the argument that the model's output changes, any shape.
+        main: which of ``streams`` holds the vision tokens.
+        entrance: the streams in front of the first layer, inside a step.
+        modulated: makes the first layer's input after its norm and modulation, ``[B, R, K]``; in
+            front of that layer, where the adapter knows how.
+        error: reads how far the forecasts were off at the last Update: norm of the error over the
+            norm of the value, over all layers that are cached whole (or the output), the worst
+            branch; ``None`` before there is one, or where ``measures`` is not set.
     """
 
     step: int
@@ -98,6 +112,11 @@ class Signals:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     streams: tuple[Tensor, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)
+    latents: Tensor | None = None
+    main: int = 0
+    entrance: tuple[Tensor, ...] = ()
+    modulated: Callable[[], Tensor] | None = None
+    error: Callable[[], float] | None = None
 
 
 class Schedule:
@@ -106,11 +125,17 @@ class Schedule:
     Attributes:
         front: layers that are computed in every step, by schedules that decide inside a step.
         back: likewise, at the end.
-        decides: whether :meth:`decide` is asked.
+        decides: whether :meth:`decide` is asked, and :meth:`watch` told.
+        learns: whether :meth:`learn` is told.
+        measures: whether the error of the forecasts is measured at Updates.
+        modulates: whether it needs ``Signals.modulated``.
     """
 
     name: ClassVar[str]
     decides: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+    modulates: ClassVar[bool] = False
     front: int = 0
     back: int = 0
 
@@ -124,7 +149,10 @@ class Schedule:
         return None
 
     def kind(self, step: int, num_steps: int, signals: Signals) -> StepKind:
-        """What this step does; asked at its first call, where :meth:`plan` says nothing."""
+        """What this step does; asked at its first call, where :meth:`plan` says nothing.
+
+        The step's other calls (other branches) do the same, with what is said inside the step too.
+        """
         raise TypeError(f"schedule {type(self).__name__} implements neither plan nor kind")
 
     def decide(self, layer: int, signals: Signals) -> bool:
@@ -134,6 +162,12 @@ class Schedule:
         come from the cache.
         """
         raise TypeError(f"schedule {type(self).__name__} does not implement decide")
+
+    def watch(self, layer: int, signals: Signals) -> None:
+        """What :meth:`decide` would have seen, in a step that computes anyway. Read no value."""
+
+    def learn(self, output: Tensor, signals: Signals) -> None:
+        """What the model returned in a step that computed (its first tensor). Read no value."""
 
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., field: value}``, all JSON values.

@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flashomni.engine.recipe import Recipe
-from flashomni.engine.state.cache import LayerCache
+from flashomni.engine.groups import Division
+from flashomni.engine.state.cache import Fraction, LayerCache
 from flashomni.engine.state.output import Output
 from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
+
+
+class GroupState:
+    """What the layers that share a schedule remember together.
+
+    Attributes:
+        spans: layers that are cached whole.
+        computed: the steps that this branch has computed in them, in order.
+        stored: the last of them that added to the histories, ``None`` before the first.
+    """
+
+    def __init__(self) -> None:
+        self.computed: list[int] = []
+        self.spans: Spans
+        self.stored: int | None = None
 
 
 class Branch:
@@ -19,28 +35,33 @@ class Branch:
 
     Attributes:
         layers: what each layer remembers of its own.
-        spans: layers that are cached whole.
+        groups: what the groups of the recipe remember; one where it has none.
         output: of the whole model, where the recipe caches that.
-        computed: the steps that this branch has computed, in order.
-        stored: the last of them that added to the histories, ``None`` before the first.
         memory: scratch of a schedule that decides late.
+        error: of the forecasts at the last Update, where the schedule asks for it.
     """
 
-    def __init__(self, num_layers: int, recipe: Recipe, backend: str | None = None) -> None:
-        self._num_layers, self._recipe, self._backend = num_layers, recipe, backend
-        self.computed: list[int] = []
+    def __init__(self, division: Division, backend: str | None = None) -> None:
+        self._division, self._backend = division, backend
+        self.groups = [GroupState() for _ in division.recipes]
         self.memory: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
         """Drop everything that is kept; the steps that were computed stay known."""
-        order, storage = self._recipe.forecast.layer_order, self._recipe.storage
-        kept = Storage(storage.history_dtype, backend=self._backend)
-        self.layers = [LayerCache() for _ in range(self._num_layers)]
-        self.spans = Spans(order, kept)
-        self.output = Output(order, kept)
-        self.stored: int | None = None
+        recipes = self._division.recipes
+        kept = Storage(recipes[0].storage.history_dtype, backend=self._backend)
+        self.layers = [LayerCache() for _ in self._division.of]
+        for group, recipe in zip(self.groups, recipes, strict=True):
+            group.spans = Spans(recipe.forecast.layer_order, kept)
+            group.stored = None
+        self.output = Output(recipes[0].forecast.layer_order, kept)
+        self.error: Fraction | None = None
         self._signatures: dict[Hashable, tuple] = {}
+
+    def group_of(self, index: int) -> GroupState:
+        """The group that layer ``index`` is in."""
+        return self.groups[self._division.of[index]]
 
     def expect(self, key: Hashable, signature: tuple) -> bool:
         """Start afresh, and say so, if what ``key`` gets is not what it got before.
@@ -60,11 +81,22 @@ class Branch:
         if index < len(self.layers):
             self.layers[index].prefetch(stores)
 
+    def measured(self) -> None:
+        """An Update is over: send what its forecasts were off by on its way to the host."""
+        spans = [group.spans for group in self.groups]
+        misses = [miss for kept in (*spans, self.output) for miss in kept.misses]
+        for kept in (*spans, self.output):
+            kept.misses = []
+        if misses:
+            off, true = (torch.stack(values).sum() for values in zip(*misses, strict=True))
+            self.error = Fraction((off / true).sqrt())
+
     def nbytes(self) -> tuple[int, int]:
         """Bytes kept on the compute device and on the host."""
         device = host = 0
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
-        for tensor in tensors + self.spans.tensors() + self.output.tensors():
+        tensors += [tensor for group in self.groups for tensor in group.spans.tensors()]
+        for tensor in tensors + self.output.tensors():
             size = tensor.untyped_storage().nbytes()
             if tensor.device.type == "cpu" and tensor.is_pinned():
                 host += size

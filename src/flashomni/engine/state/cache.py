@@ -74,6 +74,14 @@ class History:
         backend = self.storage.backend
         return weighted_sum(self.terms(), coefficients, base, self._dtype, backend=backend)
 
+    def miss(
+        self, coefficients: Tensor, value: Tensor, minus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """How far a forecast is off: squared norms of the error and of the value, fp32 scalars."""
+        true = value.float() if minus is None else value.float() - minus.float()
+        off = self.predict(coefficients).float() - true
+        return off.square().sum(), true.square().sum()
+
     def prefetch(self) -> None:
         """The terms are needed soon."""
         for kept in self._kept:

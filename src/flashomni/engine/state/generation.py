@@ -8,7 +8,7 @@ from typing import Any
 
 from flashomni.engine.clock import Position
 from flashomni.engine.geometry import Geometry
-from flashomni.engine.recipe import Recipe
+from flashomni.engine.groups import Division
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.trace import Trace
@@ -24,11 +24,13 @@ class Tick:
         step: index in this generation, from 0.
         num_steps: of this generation.
         branch: key of the conditioning branch.
+        leads: whether it is the step's first call, which late decisions are made at.
     """
 
     step: int
     num_steps: int
     branch: str
+    leads: bool = True
 
 
 class Generation:
@@ -36,29 +38,29 @@ class Generation:
 
     Args:
         position: of its first call.
-        num_layers: of the model.
-        recipe: decides how many steps are planned and what a branch keeps.
+        division: the layers, and what decides their steps and what a branch keeps of them.
         backend: of the passes over what is kept.
 
     Attributes:
         key: whose generation it is.
         branches: state by branch.
         trace: what its calls computed and skipped.
-        plan: the kinds of its steps, where the schedule knows them before.
+        plans: the kinds of its steps for each group of layers; ``None`` where the schedule does not
+            know them before.
+        inside: what the schedule decided inside this step, once it has.
         geometry: where its tokens lie, if anybody wants to know.
     """
 
     geometry: Geometry | None = None
 
-    def __init__(
-        self, position: Position, num_layers: int, recipe: Recipe, backend: str | None = None
-    ) -> None:
+    def __init__(self, position: Position, division: Division, backend: str | None = None) -> None:
         self.key: Hashable = position.key
         self.branches: dict[str, Branch] = {}
         self.trace = Trace()
-        self.plan: Plan | None = None
+        self.plans: list[Plan | None] = [None] * len(division.recipes)
+        self.inside: bool | None = None
         self.step, self.num_steps = -1, 0
-        self._num_layers, self._recipe, self._backend = num_layers, recipe, backend
+        self._division, self._backend = division, backend
         self._first, self._timesteps = position.index, position.timesteps
         self._index = position.index - 1
         self._calls: dict[str, int] = {}
@@ -88,8 +90,9 @@ class Generation:
             ValueError: more branches than a pipeline has: its steps are not seen; or a branch
                 that was announced twice in a step.
         """
-        if position.index != self._index:
-            self._calls = {}
+        leads = position.index != self._index
+        if leads:
+            self._calls, self.inside = {}, None
             self.step += 1
         if position.step is not None:
             self.step = position.step
@@ -97,7 +100,7 @@ class Generation:
         num_steps = max(position.num_steps, self.step + 1)
         if num_steps != self.num_steps:
             self.num_steps = num_steps
-            self.plan = self._recipe.plan(num_steps)
+            self.plans = [recipe.plan(num_steps) for recipe in self._division.recipes]
         name = position.branch or "call"
         seen = self._calls[name] = self._calls.get(name, 0) + 1
         if position.announced and seen > 1:
@@ -108,8 +111,8 @@ class Generation:
         branch = name if seen == 1 else f"{name}#{seen - 1}"
         if branch not in self.branches:
             self._refuse_runaway(branch)
-            self.branches[branch] = Branch(self._num_layers, self._recipe, self._backend)
-        return Tick(self.step, num_steps, branch)
+            self.branches[branch] = Branch(self._division, self._backend)
+        return Tick(self.step, num_steps, branch, leads)
 
     def _refuse_runaway(self, branch: str) -> None:
         if len(self.branches) < MAX_BRANCHES:
@@ -122,27 +125,36 @@ class Generation:
             "before each call of the transformer, or engine.remove()"
         )
 
-    def kind(self, signals: Any) -> StepKind:
-        """What this step does: as planned, or as the schedule decides at its first call.
+    def kinds(self, signals: Any) -> list[StepKind]:
+        """What this step does in each group: as planned, or as is decided at its first call.
 
         Args:
             signals: makes the :class:`Signals` of this call.
         """
-        if self.plan is not None:
-            return self.plan.kinds[self.step]
-        if self._late is None or self._late[0] != self.step:
-            decided = self._recipe.schedule.kind(self.step, self.num_steps, signals())
-            self._late = (self.step, decided)
-        return self._late[1]
+        late = None in self.plans  # then there is but one group
+        if late and (self._late is None or self._late[0] != self.step):
+            schedule = self._division.recipes[0].schedule
+            self._late = (self.step, schedule.kind(self.step, self.num_steps, signals()))
+        decided = self._late[1] if late and self._late is not None else StepKind.UPDATE
+        kinds = [decided if plan is None else plan.kinds[self.step] for plan in self.plans]
+        if self.inside and kinds[0] is StepKind.DISPATCH:
+            kinds[0] = StepKind.UPDATE  # the step's first call found out inside of it
+        return kinds
 
-    def computed_before(self) -> int | None:
+    def computed_before(self, group: int) -> int | None:
         """The last step before this one that was to be computed, as far as it is known."""
-        if self.plan is not None:
+        plan = self.plans[group]
+        if plan is not None and not self._division.recipes[0].schedule.decides:
             planned = range(self.step - 1, -1, -1)
-            kinds = self.plan.kinds
-            return next((s for s in planned if kinds[s] is not StepKind.DISPATCH), None)
-        steps = (branch.computed[-1] for branch in self.branches.values() if branch.computed)
-        return max((step for step in steps if step < self.step), default=None)
+            return next((s for s in planned if plan.kinds[s] is not StepKind.DISPATCH), None)
+        states = [branch.groups[group] for branch in self.branches.values()]
+        steps = [step for state in states for step in state.computed if step < self.step]
+        return max(steps, default=None)
+
+    def error(self) -> float | None:
+        """How far forecasts were off at the last Update, in the worst branch."""
+        errors = [b.error.read() for b in self.branches.values() if b.error is not None]
+        return max(errors, default=None)
 
     def free(self) -> None:
         """Drop what the branches keep; the trace stays."""

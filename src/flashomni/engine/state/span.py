@@ -7,6 +7,7 @@ see: one forecast for each stream replaces the run, whatever its length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from flashomni.engine.state.cache import History
 from flashomni.engine.state.storage import Storage
 
 Streams = tuple[Tensor, ...]
+Measure = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Spans:
     Args:
         order: forecast order.
         storage: how to keep the histories.
+
+    Attributes:
+        measure: gives the coefficients of a forecast at this step; with it, forecasts are compared
+            with what is recorded.
+        misses: what the comparisons gave, see :meth:`History.miss`.
     """
 
     def __init__(self, order: int, storage: Storage) -> None:
@@ -62,6 +69,8 @@ class Spans:
         self._open: Span | None = None
         self._exposed: set[int] = set()  # layers whose output the model writes to
         self._whole = True
+        self.measure: Measure | None = None
+        self.misses: list[tuple[Tensor, Tensor]] = []
 
     def times(self, index: int) -> tuple[int, ...]:
         """The anchors of the span that layer ``index`` is in; none if it is not cached whole."""
@@ -127,6 +136,8 @@ class Spans:
                 History(self._order, keep, self._storage, wide=True) for _ in span.before
             ]
         for history, before, after in zip(span.histories, span.before, span.after, strict=True):
+            if self.measure is not None and history.times:
+                self.misses.append(history.miss(self.measure(history.times), after, before))
             history.push(after, step, minus=before)
         span.before = span.after = ()
         self._new.append(span)

@@ -191,8 +191,12 @@ def planned_kinds(recipe: Recipe, steps: int) -> tuple[StepKind, ...]:
     """What each step of a generation does.
 
     Raises:
-        ValueError: the schedule decides that while it runs.
+        ValueError: the schedule decides that while it runs, or there are groups of layers.
     """
+    if recipe.groups:
+        raise ValueError(
+            "groups of layers do different things in a step, which is timed as a whole"
+        )
     plan = recipe.plan(steps)
     if plan is None:
         raise ValueError(

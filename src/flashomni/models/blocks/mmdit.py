@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -86,14 +87,17 @@ class MMDiT:
 
     def sites(self, model: Any) -> list[Site]:
         """The blocks of a model, in the order in which they run."""
-        groups = [("transformer_blocks", self.dual)]
+        groups = [("transformer_blocks", self.dual, self.modulated)]
         if self.single_class is not None:
-            groups.append(("single_transformer_blocks", self.single))
-        return [
-            Site(f"{group}.{i}", block, _Named(run, block), self.returns)
-            for group, run in groups
-            for i, block in enumerate(getattr(model, group))
-        ]
+            groups.append(("single_transformer_blocks", self.single, None))
+        found = []
+        for group, run, modulated in groups:
+            for i, block in enumerate(getattr(model, group)):
+                named = _Named(run, block)
+                probe = None if modulated is None else partial(named.apply, modulated)
+                site = Site(f"{group}.{i}", block, named, self.returns, modulated=probe)
+                found.append(site)
+        return found
 
     def relies_on(self, model: Any) -> list[Reliance]:
         """Blocks and attention modules, which are never called; what is in them mostly is."""
@@ -180,6 +184,10 @@ class MMDiT:
         )
         return self.output(x, self._clipped(c))
 
+    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+        """Vision tokens of a dual block after its first norm and modulation."""
+        return block.norm1(inputs.x, emb=inputs.rest["temb"])[0]
+
     def single(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         """A block with one sequence, split again at the end."""
         vision, text = self.begin(run, inputs)
@@ -248,8 +256,15 @@ class _Named:
         self.__signature__ = inspect.Signature(first + positional)
 
     def __call__(self, run: LayerRun, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return self._compute(run, block, self._inputs(args, kwargs))
+
+    def apply(self, probe: Callable[..., Tensor], block: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """``probe(block, inputs)`` of the same arguments."""
+        return probe(block, self._inputs(args, kwargs))
+
+    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         rest = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        return self._compute(run, block, Inputs(rest.pop(VISION), rest.pop(TEXT), rest))
+        return Inputs(rest.pop(VISION), rest.pop(TEXT), rest)
 
 
 def _count_valid(mask: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""A call of the model that is under way, and what a schedule that decides late may see of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashomni.engine.schedules import Signals, StepKind
+from flashomni.engine.state.branch import Branch
+from flashomni.engine.state.generation import Generation, Tick
+from flashomni.engine.state.output import take_apart
+from flashomni.engine.state.span import Streams
+from flashomni.engine.step_plan import StepPlan
+from flashomni.engine.trace import LayerRecord, StepRecord
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands, for schedules that look inside a step.
+
+    Args:
+        streams: the token streams in front of it, ``[B, R, K]`` each.
+        main: which of them holds the vision tokens.
+        modulated: makes its input after norm and modulation, where the adapter knows how.
+    """
+
+    streams: Streams
+    main: int = 0
+    modulated: Callable[[], Tensor] | None = None
+
+
+@dataclass
+class Call:
+    """A call of the model that is under way.
+
+    Attributes:
+        plans: of each group of layers; what a call launches depends on their kinds (see
+            :attr:`kinds`), the densities of the symbols aside.
+        decided: whether the schedule has looked inside this step already.
+        entrance: streams in front of the first block, kept where the schedule looks inside.
+    """
+
+    generation: Generation
+    branch: Branch
+    tick: Tick
+    plans: list[StepPlan]
+    record: StepRecord
+    inputs: Mapping[str, Any]
+    latents: str
+    decided: bool = False
+    entrance: Streams = ()
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[StepKind, ...]:
+        """What the step does in each group of layers."""
+        return tuple(plan.kind for plan in self.plans)
+
+    def update_instead(self) -> None:
+        """The step turns out to be one that computes."""
+        for plan in self.plans:
+            if plan.kind is StepKind.DISPATCH:
+                plan.kind = StepKind.UPDATE
+        self.record.kind = overall(self.kinds).value
+
+    def bypassed(self, index: int, name: str) -> None:
+        """Record that a layer was left out, and what it would have cost."""
+        record = LayerRecord(name, StepKind.BYPASS.value, 0.0, 0.0)
+        for op, flops, _ in self.branch.layers[index].ops:
+            record.add(op, flops, 0.0)
+        self.record.layers.append(record)
+
+    def signals(self, place: Place | None = None) -> Signals:
+        """What the schedule may look at now."""
+        generation, branch, tick = self.generation, self.branch, self.tick
+        return signals(generation, branch, tick, self.inputs, self.latents, place, self.entrance)
+
+
+def signals(
+    generation: Generation,
+    branch: Branch,
+    tick: Tick,
+    inputs: Mapping[str, Any],
+    latents: str,
+    place: Place | None = None,
+    entrance: Streams = (),
+) -> Signals:
+    """What the schedule may look at."""
+    place = Place(()) if place is None else place
+    known = any(each.error is not None for each in generation.branches.values())
+    return Signals(
+        step=tick.step,
+        num_steps=tick.num_steps,
+        computed=tuple(branch.groups[0].computed),
+        inputs=inputs,
+        streams=place.streams,
+        memory=branch.memory,
+        latents=inputs.get(latents),
+        main=place.main,
+        entrance=entrance,
+        modulated=place.modulated,
+        error=generation.error if known else None,
+    )
+
+
+def overall(kinds: tuple[StepKind, ...]) -> StepKind:
+    """What a step does, of what it does in each group: the one that does most names it."""
+    return next(k for k in (StepKind.UPDATE, StepKind.FULL, StepKind.DISPATCH) if k in kinds)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of what a model returned."""
+    tensors: list[Tensor] = []
+    take_apart(output, tensors)
+    return tensors[0] if tensors else None
+
+
+def by_name(model: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    """The arguments of a model's call by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,175 @@
+"""Groups of layers with a schedule and a forecast of their own.
+
+Where the layers of a model change at different pace (dual and single blocks, the first and the
+last), some may be computed more often than others: PAB (arXiv 2408.12588), SmoothCache (2411.10510)
+and BlockDance choose steps by kind of layer, offline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashomni.engine.recipe_parts import ForecastSettings
+from flashomni.engine.schedules import Schedule
+
+if TYPE_CHECKING:
+    from flashomni.engine.recipe import Recipe
+
+Layers = str | tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Layers that share a schedule and a forecast.
+
+    Args:
+        layers: ``"0:19"``, a range of their positions as Python slices; a pattern of their names
+            (``"single_transformer_blocks.*"``); or a list of positions, ranges and patterns.
+        schedule: which steps compute them; it must plan before.
+        forecast: how they are carried forward.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    layers: Layers
+    schedule: Schedule
+    forecast: ForecastSettings
+
+    def __post_init__(self) -> None:
+        chosen = (self.layers,) if isinstance(self.layers, (str, int)) else self.layers
+        good = isinstance(chosen, (list, tuple)) and bool(chosen)
+        if not good or not all(_is_choice(choice) for choice in chosen):
+            raise ValueError(
+                "layers must be a range ('0:19'), a pattern of names, or a list of positions and "
+                f"such, got {self.layers!r}"
+            )
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        for part, kind in (("schedule", Schedule), ("forecast", ForecastSettings)):
+            if not isinstance(getattr(self, part), kind):
+                raise ValueError(f"{part} of a group must be given, got {getattr(self, part)!r}")
+        refuse_late(self.schedule)
+        if self.forecast.level != "layers":
+            raise ValueError(f"level of a group must be 'layers', got {self.forecast.level!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {
+            "layers": self.layers,
+            "schedule": self.schedule.to_dict(),
+            "forecast": dataclasses.asdict(self.forecast),
+        }
+
+    def select(self, names: Sequence[str]) -> set[int]:
+        """Positions of its layers.
+
+        Args:
+            names: of all layers of a model, in order.
+
+        Raises:
+            ValueError: something selects no layer of this model.
+        """
+        found: set[int] = set()
+        chosen = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        for choice in chosen:
+            picked = _pick(choice, names)
+            if not picked:
+                raise ValueError(
+                    f"layers {choice!r} of a group selects none of this model's {len(names)} "
+                    f"layers, {names[0]} to {names[-1]}"
+                )
+            found |= picked
+        return found
+
+
+def refuse_late(schedule: Schedule) -> None:
+    """Raise ``ValueError`` for a schedule that does not plan: groups could not follow it."""
+    if schedule.decides or schedule.plan(28, 0) is None:
+        raise ValueError(
+            f"schedule of a recipe with groups must plan before; {schedule.name!r} decides late"
+        )
+
+
+def _is_choice(choice: Any) -> bool:
+    return isinstance(choice, (int, str)) and not isinstance(choice, bool) and choice != ""
+
+
+def _pick(choice: int | str, names: Sequence[str]) -> set[int]:
+    everything = range(len(names))
+    if isinstance(choice, int):
+        return {choice % len(names)} if -len(names) <= choice < len(names) else set()
+    start, colon, stop = choice.partition(":")
+    if colon and all(part == "" or part.lstrip("-").isdecimal() for part in (start, stop)):
+        return set(everything[slice(int(start or 0), int(stop) if stop else None)])
+    return {i for i in everything if fnmatch.fnmatchcase(names[i], choice)}
+
+
+@dataclass(frozen=True)
+class Division:
+    """The layers of one model, divided.
+
+    Args:
+        recipes: of each group; of those that no group names, at the end, the recipe itself.
+        of: which of them each layer follows.
+    """
+
+    recipes: tuple[Recipe, ...]
+    of: tuple[int, ...]
+
+    @classmethod
+    def make(cls, recipe: Recipe, names: Sequence[str]) -> Division:
+        """Divide the layers ``names``.
+
+        Raises:
+            ValueError: a group has no layer, or a layer is in two groups.
+        """
+        taken: dict[int, int] = {}
+        recipes = []
+        for number, group in enumerate(recipe.groups):
+            for index in sorted(group.select(names)):
+                if index in taken:
+                    other = recipe.groups[taken[index]].layers
+                    raise ValueError(
+                        f"layer {names[index]} is in two groups, {other!r} and {group.layers!r}"
+                    )
+                taken[index] = number
+            recipes.append(
+                dataclasses.replace(
+                    recipe, schedule=group.schedule, forecast=group.forecast, groups=()
+                )
+            )
+        if len(taken) < len(names) or not recipes:
+            recipes.append(dataclasses.replace(recipe, groups=()))
+        return cls(tuple(recipes), tuple(taken.get(i, len(recipes) - 1) for i in range(len(names))))
+
+
+def load_groups(value: Any, load: Any) -> tuple[Group, ...]:
+    """Groups of JSON values; objects stay.
+
+    Args:
+        value: a list.
+        load: ``load(part, value)`` gives a schedule or forecast.
+
+    Raises:
+        ValueError: an entry is no group.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"groups must be a list, got {value!r}")
+    return tuple(entry if isinstance(entry, Group) else _load(entry, load) for entry in value)
+
+
+def _load(entry: Any, load: Any) -> Group:
+    known = [f.name for f in dataclasses.fields(Group)]
+    if not isinstance(entry, Mapping) or set(entry) != set(known):
+        got = sorted(entry) if isinstance(entry, Mapping) else entry
+        raise ValueError(f"a group has {', '.join(known)}, all of them; got {got!r}")
+    parts = {key: load(key, entry[key]) for key in ("schedule", "forecast")}
+    try:
+        return Group(layers=entry["layers"], **parts)
+    except ValueError as error:
+        raise ValueError(f"groups: {error}") from error
