@@ -4,6 +4,12 @@ A short launch turns each row of S_s into a list of block numbers, cut off at ``
 S_c into the length of the list. Then one program runs for each query tile and head. The number of
 the next block is read one step ahead, so that its latency hides behind a tile. Only the last tile
 can be ragged: all others are computed without a mask.
+
+The softmax is online or *anchored*: the row maximum of the first visit, plus a margin, is what all
+weights are relative to, so that nothing is rescaled and no visit waits for a maximum. bf16 and fp32
+have the exponents for it. A tile for which they do not suffice is done again online, by the same
+program: what its keys are decides, and no step waits for the host. (FlashDecoding++, arXiv
+2311.01282, section 3, has a reference fixed before the run, and computes again where it fails.)
 """
 
 from __future__ import annotations
@@ -23,6 +29,12 @@ from flashomni.kernels.common.configs import Config
 from flashomni.symbols import Symbols
 
 CACHED = tl.constexpr(-1)  # length of the list of a query block that is not computed
+# Of the anchored softmax; powers of two, as its scores. A tile is done again online unless every
+# row's weights sum up to less than MAX_SUM, so that times v they stay finite, and its output times
+# that sum is at least MIN_SIZE, so that what fp32 cannot hold of it does not count.
+MARGIN = tl.constexpr(40.0)
+MAX_SUM = tl.constexpr(2.0**64)
+MIN_SIZE = tl.constexpr(2.0**-80)
 
 
 @triton.jit(do_not_specialize=["seqlen_kv", "num_kv_blocks"])
@@ -73,36 +85,87 @@ def _load_keys(x, start, stride_n, keys, TILE_N: tl.constexpr, HEAD_DIM: tl.cons
 
 @triton.jit
 def _visit(
-    acc, row_sum, row_max, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
+    acc, row_sum, row_max, is_first, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
     TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, ANCHORED: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one tile of keys; ``scale`` and ``row_max`` are in powers of two."""
+    """Softmax over one tile of keys; ``scale`` and ``row_max`` are in powers of two.
+
+    Online, or anchored: the maximum of the first visit, moved up by ``MARGIN``, serves for all.
+    """
     key = _load_keys(k, start, k_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
     score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
     if IS_LAST:
         score = tl.where((start + tl.arange(0, TILE_N) < keys)[None, :], score, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
-    prob = tl.exp2(score * scale - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + tl.sum(prob, 1)
-    acc = acc * shrink[:, None]
+    if ANCHORED:
+        if is_first:
+            row_max = tl.max(score, 1) * scale + MARGIN
+        prob = tl.exp2(score * scale - row_max[:, None]).to(v.dtype.element_ty)
+        # Of the weights as they are used: where one key has nearly all, its rounding cancels.
+        row_sum += tl.sum(prob.to(tl.float32), 1)
+    else:
+        new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
+        prob = tl.exp2(score * scale - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(prob, 1)
+        acc = acc * shrink[:, None]
+        row_max = new_max
     value = _load_keys(v, start, v_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
     acc = tl.dot(prob.to(value.dtype), value, acc, input_precision=PRECISION)
-    return acc, row_sum, new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _walk(
+    query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
+    BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
+):  # fmt: skip
+    """All visits of a query tile: ``(sum of weights times v, sum of weights, reference)``."""
+    SPLIT: tl.constexpr = BLOCK_N // TILE_N
+    full_tiles = tl.where(count > 0, (count - 1) * SPLIT + in_last // TILE_N, 0)
+    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    row_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    block = 0
+    if blocks is not None:
+        block = tl.load(blocks, mask=count > 0, other=0).to(tl.int32)
+    for t in range(full_tiles):
+        start = t * TILE_N
+        if blocks is not None:
+            start = block * BLOCK_N + t % SPLIT * TILE_N
+            block = tl.load(blocks + tl.minimum((t + 1) // SPLIT, count - 1)).to(tl.int32)
+        acc, row_sum, row_max = _visit(
+            acc, row_sum, row_max, t == 0, query, k, v, start, k_stride_n, v_stride_n, keys, scale,
+            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, False,
+        )  # fmt: skip
+    if (count > 0) & (in_last % TILE_N > 0):
+        start = last * BLOCK_N + in_last // TILE_N * TILE_N
+        acc, row_sum, row_max = _visit(
+            acc, row_sum, row_max, full_tiles == 0, query, k, v, start, k_stride_n, v_stride_n,
+            keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, True,
+        )  # fmt: skip
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _is_sound(acc, row_sum):
+    """Whether no row of an anchored tile overflowed, or lost its small values to fp32's end."""
+    size = tl.sum(tl.abs(acc), 1)  # NaN and infinity stay
+    good = (row_sum < MAX_SUM) & (size < float("inf")) & (size >= MIN_SIZE)
+    return tl.min(good.to(tl.int32), 0) != 0
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_kv", "num_q_blocks", "num_kv_blocks"])
 def attention_kernel(
-    q, k, v, out, lse, blocks, counts, kv_len, q_stride_b, q_stride_m, q_stride_h, k_stride_b,
-    k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h, out_stride_b, out_stride_m,
-    out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, seqlen_q, seqlen_kv, num_q_blocks,
-    num_kv_blocks, scale, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, out, lse, blocks, counts, kv_len, redone, q_stride_b, q_stride_m, q_stride_h,
+    k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h, out_stride_b,
+    out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, seqlen_q, seqlen_kv,
+    num_q_blocks, num_kv_blocks, scale, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: TILE_M tokens, which lie in one query block."""
-    SPLIT: tl.constexpr = BLOCK_N // TILE_N
     place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # From both ends inwards: text sits at one of them, and its rows visit most and start early.
     tile = tl.where(place % 2 == 0, place // 2, tl.num_programs(0) - 1 - place // 2)
@@ -130,28 +193,19 @@ def attention_kernel(
     if counts is not None:
         last = tl.load(blocks + last, mask=count > 0, other=0).to(tl.int32)
     in_last = tl.minimum(keys - last * BLOCK_N, BLOCK_N)
-    full_tiles = tl.where(count > 0, (count - 1) * SPLIT + in_last // TILE_N, 0)
-
-    acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    row_sum = tl.zeros([TILE_M], tl.float32)
-    row_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    block = 0
-    if counts is not None:
-        block = tl.load(blocks, mask=count > 0, other=0).to(tl.int32)
-    for t in range(full_tiles):
-        start = t * TILE_N
-        if counts is not None:
-            start = block * BLOCK_N + t % SPLIT * TILE_N
-            block = tl.load(blocks + tl.minimum((t + 1) // SPLIT, count - 1)).to(tl.int32)
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, query, k, v, start, k_stride_n, v_stride_n, keys, scale,
-            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False,
-        )  # fmt: skip
-    if (count > 0) & (in_last % TILE_N > 0):
-        start = last * BLOCK_N + in_last // TILE_N * TILE_N
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, query, k, v, start, k_stride_n, v_stride_n, keys, scale, TILE_N,
-            HEAD_DIM, PADDED_DIM, PRECISION, True,
+    acc, row_sum, row_max = _walk(
+        query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
+        BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED,
+    )  # fmt: skip
+    is_lost = False
+    if ANCHORED:
+        is_lost = (count > 0) & (_is_sound(acc, row_sum) == 0)
+    if is_lost:
+        if redone is not None:
+            tl.atomic_add(redone, 1)
+        acc, row_sum, row_max = _walk(
+            query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
+            BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False,
         )  # fmt: skip
 
     is_empty = row_sum == 0
@@ -189,8 +243,14 @@ def key_block_lists(symbols: Symbols, kv_len: Tensor | None) -> tuple[Tensor, Te
     return blocks, counts
 
 
-def launch(call: AttentionCall, config: Config) -> None:
-    """Run with this configuration; tiles are cut down to divide the blocks."""
+def launch(call: AttentionCall, config: Config, redone: Tensor | None = None) -> None:
+    """Run with this configuration; tiles are cut down to divide the blocks.
+
+    Args:
+        call: what to compute.
+        config: how to tile. An anchored softmax needs the exponents of fp32: fp16 goes without.
+        redone: int32 ``[1]``, counts the tiles that the online softmax did again; for tests.
+    """
     write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -201,12 +261,13 @@ def launch(call: AttentionCall, config: Config) -> None:
         blocks, counts = key_block_lists(symbols, call.kv_len)
     tile_m = portable.dividing(config.tile_m, block_m)
     attention_kernel[(triton.cdiv(seqlen_q, tile_m), num_heads, batch)](
-        q, k, v, out, lse, blocks, counts, call.kv_len, *q.stride()[:3], *k.stride()[:3],
+        q, k, v, out, lse, blocks, counts, call.kv_len, redone, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *out.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()),
         seqlen_q, k.shape[1], triton.cdiv(seqlen_q, block_m), triton.cdiv(k.shape[1], block_n),
         call.softmax_scale * math.log2(math.e), GROUPS=num_heads // k.shape[2], HEAD_DIM=head_dim,
         PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
         TILE_N=portable.dividing(config.tile_n, block_n), PRECISION=portable.precision(q.dtype),
+        ANCHORED=config.anchored and q.dtype != torch.float16,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

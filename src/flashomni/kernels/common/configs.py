@@ -31,7 +31,8 @@ class Config(NamedTuple):
     """How a portable kernel tiles: ``tile_n`` keys or features, ``tile_k`` of what is summed over.
 
     In attention ``tile_k`` is of no meaning: a tile holds the whole head_dim. In GEMM-Q ``tile_n``
-    is head_dim: a tile is one head, so that its norm and RoPE stay in registers.
+    is head_dim: a tile is one head, so that its norm and RoPE stay in registers. ``anchored`` is of
+    attention alone: whether the softmax is.
     """
 
     tile_m: int
@@ -39,6 +40,7 @@ class Config(NamedTuple):
     tile_k: int
     num_warps: int
     num_stages: int
+    anchored: bool = False
 
 
 def slug(card: str) -> str:
