@@ -22,7 +22,8 @@ def test_files_hold_tiles_that_kernels_can_have(name):
     for op in OPS:
         for entry in tables.get(f"{op}/portable", {}).values():
             config = configs.Config(**entry)
-            assert all(type(value) is int for value in config)
+            assert all(type(value) is int for value in config[:5])
+            assert type(config.anchored) is bool and (op == "attention" or not config.anchored)
             for tile in config[:3]:
                 assert tile >= 16 and tile & (tile - 1) == 0
 
