@@ -383,6 +383,8 @@ def test_the_command_line(tmp_path):
         assert "LPIPS not measured" in done.output or metrics.why_no_lpips() is None
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"cases", "fidelity.csv", "index.html", "pareto.png", "sheet.png"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<th>SSIM</th>" in page and "<th>caption</th>" not in page  # of no row
     with (tmp_path / "all.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [r["recipe"] for r in rows] == ["dense", "fora", "steps=4"]

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import flashomni
+from flashomni.cli._common import command_line
 from flashomni.lab import metrics, report, viz
 from flashomni.models import adapters
 from flashomni.symbols import Grid, Symbols
@@ -133,6 +135,24 @@ def test_report_is_complete_and_self_contained(comparison, tmp_path):
     page.feed(path.read_text())
     assert "script" not in page.tags and page.tags.count("img") == 5
     assert all(load.startswith("data:image/") for load in page.loads)
+
+
+def test_a_report_says_how_to_make_it_again(comparison, tmp_path):
+    """The command, escaped, where one made it; the words that were typed stay apart."""
+    report.write_report(comparison, tmp_path / "by hand")
+    plain = (tmp_path / "by hand" / "report.html").read_text()
+    told = replace(comparison, command="flashomni generate --prompt 'a <b>'")
+    report.write_report(told, tmp_path / "told")
+    page = (tmp_path / "told" / "report.html").read_text()
+    assert "<pre>flashomni generate --prompt &#x27;a &lt;b&gt;&#x27;</pre>" in page
+    assert page.count("<pre>") == plain.count("<pre>") + 1
+    assert json.loads((tmp_path / "told" / "report.json").read_text())["command"] == told.command
+
+
+def test_the_command_line_can_be_typed_again(monkeypatch):
+    """A prompt of several words is quoted."""
+    monkeypatch.setattr(sys, "argv", ["x", "generate", "--prompt", "a ring", "--steps", "4"])
+    assert command_line() == "flashomni generate --prompt 'a ring' --steps 4"
 
 
 def test_a_failing_disk_leaves_nothing_half_written(comparison, tmp_path, monkeypatch):

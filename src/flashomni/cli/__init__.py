@@ -126,6 +126,7 @@ def generate(
             summary=summary,
             versions=versions(target),
             seconds_warm_up=compiling,
+            command=command_line(),
         )
         with status("writing the report"):
             _write_report(comparison, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,4 +178,4 @@ def bar_name(text: object) -> str:
 
 def command_line() -> str:
     """What the user typed; a row of results carries it."""
-    return clean(" ".join(["flashomni", *sys.argv[1:]]))
+    return clean(shlex.join(["flashomni", *sys.argv[1:]]))

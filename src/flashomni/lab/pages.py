@@ -9,16 +9,15 @@ from string import Template
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(name: str, pictures: Mapping[str, str], style: str = "", **parts: object) -> str:
+def page(name: str, pictures: Mapping[str, str], **parts: object) -> str:
     """The page ``templates/NAME.html`` under the common head, filled in.
 
     Args:
         name: of the template of the body.
         pictures: data URIs by their names in the template.
-        style: rules of this page alone.
         parts: everything else that the template names, ``title`` among them, escaped already.
     """
     text = "".join(
         (TEMPLATES / f"{part}.html").read_text(encoding="utf-8") for part in ("head", name)
     )
-    return Template(text).substitute(pictures, style=style, **parts)
+    return Template(text).substitute(pictures, **parts)

@@ -58,6 +58,7 @@ class Comparison:
         summary: what the engine recorded.
         versions: of what took part.
         seconds_warm_up: what kernels took to compile before anything was timed; 0 on a CPU.
+        command: that made it, if one did.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Comparison:
     summary: Summary
     versions: dict[str, str]
     seconds_warm_up: float = 0.0
+    command: str = ""
 
     @property
     def speedup(self) -> float:
@@ -122,6 +124,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "layers": s.layers,
         "steps": s.steps,
         "versions": c.versions,
+        "command": c.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -311,7 +314,6 @@ def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:
     return page(
         "report",
         pictures,
-        style=".plot { min-width: 44rem; }\n",
         title=html.escape(f"{data['model']}, recipe {data['recipe']['name']}"),
         prompt=html.escape(data["prompt"]),
         headline="".join(
@@ -322,6 +324,7 @@ def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:
         phases=_rows(phases(data)),
         flops=_rows(flops(data)),
         notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
+        command=f"<pre>{html.escape(data['command'])}</pre>" if data["command"] else "",
         recipe=html.escape(recipe),
         versions=_rows(data["versions"].items()),
         created=html.escape(data["created"]),

@@ -142,13 +142,14 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         *([] if why is None else [f"LPIPS was not measured: {why}"]),
     ]
     remarks = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    shown = [name for name in COLUMNS if any(getattr(row, name) != "" for row in rows)]
     text = page(
         "evaluation",
         {name: data_uri(path) for name, path in pictures.items()},
         title=html.escape(f"{campaign.model}, {rows[0].device}"),
-        head="".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS.values()),
-        rows="".join(_table_row(row) for row in rows),
-        notes=f"<ul>{remarks}</ul>" if remarks else "",
+        head="".join(f"<th>{html.escape(COLUMNS[name])}</th>" for name in shown),
+        rows="".join(_table_row(row, shown) for row in rows),
+        notes=f"<h2>Notes</h2><ul>{remarks}</ul>" if remarks else "",
         prompts="".join(f"<li>{html.escape(prompt)}</li>" for prompt in campaign.prompts),
         seeds=html.escape(" ".join(map(str, campaign.seeds))),
         versions=html.escape(f"torch {rows[0].torch}, diffusers {rows[0].diffusers}"),
@@ -158,11 +159,11 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
     write_text(folder / "index.html", text)
 
 
-def _table_row(row: Row) -> str:
+def _table_row(row: Row, shown: Sequence[str]) -> str:
     def show(name: str) -> str:
         value = getattr(row, name)
         if name in ("flops_skipped", "caption_score") and value != "":
             return f"{value:.1%}"
         return f"{value:.2f}x" if name == "speedup" else str(value)
 
-    return "<tr>" + "".join(f"<td>{html.escape(show(name))}</td>" for name in COLUMNS) + "</tr>"
+    return "<tr>" + "".join(f"<td>{html.escape(show(name))}</td>" for name in shown) + "</tr>"
