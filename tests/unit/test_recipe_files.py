@@ -54,11 +54,14 @@ def nested(depth, open="[", close="]"):
         ('{"policy": {"name": "dense"}, "format": null}', "format .* must be 1 or 2, got None"),
         ('{"policy": {"name": "dense"}, "format": [1]}', "format .* must be 1 or 2, got "),
         ('{"policy": {"name": "dense"}, "schedule": "interval"}', "schedule must be {.*interval"),
-        ('{"policy": {"name": "dense"}, "schedule": {}}', "schedule must be {.*interval, steps"),
-        ('{"policy": {"name": "dense"}, "schedule": {"name": "tea"}}', "one of interval, steps"),
+        ('{"policy": {"name": "dense"}, "schedule": {}}', "schedule must be {.*interval, magcache"),
+        (
+            '{"policy": {"name": "dense"}, "schedule": {"name": "tea"}}',
+            "one of adaptive, easycache",
+        ),
         (
             '{"policy": {"name": "dense"}, "schedule": {"name": "interval", "speed": 3}}',
-            "schedule interval takes interval, warmup, min_steps, got 'speed'",
+            "schedule interval takes interval, warmup, min_steps, growth, got 'speed'",
         ),
         ('{"policy": {"name": "dense"}, "format": 2, "forecast": "taylor"}', "forecast must be an"),
         ('{"policy": {"name": "dense"}, "forecast": {"degree": 1}}', "forecast has name, order"),

@@ -126,8 +126,15 @@ class Division:
         """Divide the layers ``names``.
 
         Raises:
-            ValueError: a group has no layer, or a layer is in two groups.
+            ValueError: a group has no layer, a layer is in two groups, or the schedule computes
+                all layers always.
         """
+        ends = recipe.schedule.front + recipe.schedule.back
+        if ends >= len(names):
+            raise ValueError(
+                f"front + back of schedule {recipe.schedule.name} must leave some of the model's "
+                f"{len(names)} layers, got {ends}"
+            )
         taken: dict[int, int] = {}
         recipes = []
         for number, group in enumerate(recipe.groups):

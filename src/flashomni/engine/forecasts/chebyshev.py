@@ -1,9 +1,10 @@
 """Chebyshev polynomials fitted by ridge regression, blended with a line (Spectrum, 2603.01623).
 
 As published: time mapped to [-1, 1] over the whole generation, polynomials up to degree 4, ridge
-0.1, half of the result the line through the last two values. Not as published: the window is what
-the cache keeps (``order + 1`` anchors, 4 at most) where Spectrum keeps ten or all, and the ridge
-leaves the constant alone, because with so few anchors it would shrink what does not change.
+0.1; half of the result is the line through the last two values, as the authors advise since. Not as
+published: the window is what the cache keeps (``order + 1`` anchors, 4 at most) where Spectrum
+keeps ten or all, and the ridge leaves the constant alone, because with so few anchors it would
+shrink what does not change.
 """
 
 from __future__ import annotations

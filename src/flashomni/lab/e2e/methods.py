@@ -201,7 +201,7 @@ def planned_kinds(recipe: Recipe, steps: int) -> tuple[StepKind, ...]:
     if plan is None:
         raise ValueError(
             f"schedule {recipe.schedule.name} decides at each step, so its steps are not known "
-            "before; take a schedule that plans (interval, steps)"
+            "before; take a schedule that plans (interval, ramp, ...)"
         )
     return plan.kinds
 
