@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flashomni.engine import Engine, Recipe, Summary
 from flashomni.kernels import gemm_o_update, sparse_attention, sparse_gemm_o, sparse_gemm_q
-from flashomni.models import accelerate, engine_of, restore
+from flashomni.models import Blocks, accelerate, engine_of, restore
 from flashomni.symbols import Grid, Symbols
 
 __version__ = "0.2.0"
@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 logging.getLogger("flashomni").addHandler(logging.NullHandler())
 
 __all__ = [
+    "Blocks",
     "Engine",
     "Grid",
     "Recipe",

@@ -174,8 +174,9 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 
 from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
+from flashomni.models.generic import Blocks  # noqa: E402
 
 __all__ = [
-    "ADAPTERS", "Adapter", "BlockRun", "Geometry", "Reliance", "Site", "Streams",
+    "ADAPTERS", "Adapter", "BlockRun", "Blocks", "Geometry", "Reliance", "Site", "Streams",
     "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore",
 ]  # fmt: skip

@@ -14,7 +14,8 @@ from flashomni.dispatch import OPS, registered
 from flashomni.engine import Clock, Engine, Recipe
 from flashomni.engine.geometry import Asked
 from flashomni.engine.runtime import Runtime
-from flashomni.models import adapters, find_adapter
+from flashomni.models import Adapter, adapters, find_adapter
+from flashomni.models.generic import Blocks
 
 log = logging.getLogger("flashomni")
 
@@ -24,17 +25,20 @@ def accelerate(
     recipe: Recipe | str | Path = "balanced",
     *,
     backend: str | None = None,
+    blocks: Blocks | None = None,
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
 
     Args:
-        pipe: a pipeline whose ``transformer`` is supported, or such a transformer itself. A
-            transformer is accelerated for every pipeline that calls it; in a loop of your own call
+        pipe: a pipeline with a ``transformer``, or a transformer itself, of diffusers or your own.
+            It is accelerated for every pipeline that calls it; in a loop of your own call
             ``engine.step(i, num_steps)`` before each call of it.
         recipe: a preset, a method's or policy's name, a path to a recipe's JSON or YAML, or a
             ``Recipe``.
         backend: take exactly this backend in every op; by default the best that accepts.
+        blocks: what is known of the blocks of a transformer that no adapter knows; without it they
+            are found. Given for one that an adapter knows, it does without the adapter.
         settings: settings of the recipe to replace, by name: ``interval=3``.
 
     Returns:
@@ -59,11 +63,11 @@ def accelerate(
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     if compiled or isinstance(model, torch._dynamo.OptimizedModule):
         raise NotImplementedError("the transformer is compiled: accelerate it first, then compile")
-    found = find_adapter(model)
     if engine_of(model) is not None:
         raise ValueError("the pipeline is accelerated already: call engine.remove() first")
     from flashomni.models import _attach
 
+    found = _find(model, blocks)
     sites = found.sites(model)
     _attach.clear_remains(model, sites)
 
@@ -81,7 +85,8 @@ def accelerate(
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
-    detach = _attach.attach(runtime, sites)
+    stand_ins = None if isinstance(found, Adapter) else found.stand_ins(runtime)
+    detach = _attach.attach(runtime, sites, stand_ins)
     engine = Engine(runtime, pipe, detach)
     hook = _attach.call_hook(model)
     assert hook is not None
@@ -95,6 +100,26 @@ def accelerate(
         backend or "automatic",
     )
     return engine
+
+
+def _find(model: nn.Module, blocks: Blocks | None) -> Any:
+    """The adapter of a model, or what learns it.
+
+    A model is learned where there is no adapter, and where the attention that the user has chosen
+    is to be kept: an adapter brings its own.
+    """
+    from flashomni.models.generic.tier import Generic, kept_backend
+
+    if blocks is not None:
+        return Generic(model, blocks)
+    try:
+        adapter = find_adapter(model)
+    except ValueError as unknown:
+        try:
+            return Generic(model)
+        except ValueError as nothing:
+            raise ValueError(f"{unknown}; {nothing}") from None
+    return adapter if kept_backend(model) is None else Generic(model)
 
 
 def engine_of(pipe: Any) -> Engine | None:

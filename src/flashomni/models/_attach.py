@@ -11,7 +11,7 @@ import copy
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -201,8 +201,15 @@ def take_off_context(model: nn.Module) -> None:
     _forget_children(model)
 
 
-def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
+def attach(
+    runtime: Runtime, sites: list[Site], stand_ins: Iterable[InsteadOfForward] | None = None
+) -> Callable[[], None]:
     """Install a runtime on its model; on any failure nothing is left there.
+
+    Args:
+        runtime: what runs.
+        sites: the blocks.
+        stand_ins: put themselves on the model as they are asked for; by default one for each site.
 
     Returns:
         What takes it off again.
@@ -225,8 +232,10 @@ def attach(runtime: Runtime, sites: list[Site]) -> Callable[[], None]:
     context = ContextHook(runtime)
     try:
         context.put_on(model)
-        for index, site in enumerate(sites):
-            installed.append(BlockForward(runtime, index, site))
+        if stand_ins is None:
+            stand_ins = (BlockForward(runtime, index, site) for index, site in enumerate(sites))
+        for stand_in in stand_ins:
+            installed.append(stand_in)
         if runtime.recipe.forecast.level == "output":
             installed.append(ModelForward(runtime))
         pre, post, always = (

@@ -1,0 +1,286 @@
+"""A model without an adapter: learned from its first call, then cached like any other."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.layer import LayerRun
+from flashomni.engine.runtime import Runtime
+from flashomni.models import Site
+from flashomni.models._attach import InsteadOfForward
+from flashomni.models.generic.blocks import Blocks, declared, find_blocks
+from flashomni.models.generic.pattern import Learned, learn, mismatch
+from flashomni.models.generic.run import InBlock, run_block
+from flashomni.models.generic.watch import Watch, named_arguments
+
+log = logging.getLogger("flashomni")
+
+
+class Generic:
+    """Learns a model, and runs its blocks.
+
+    Each sort of call (which arguments it gets, and of which kinds) is watched once: that call
+    computes everything and keeps nothing.
+
+    Args:
+        model: the transformer.
+        blocks: what is said of its blocks; by default what is declared about its class.
+
+    Raises:
+        ValueError: there is no list of blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks | None = None) -> None:
+        known = declared()
+        name = type(model).__name__
+        self.said = known.get(name, Blocks()) if blocks is None else blocks
+        self.tier = "generic" if blocks is None and name not in known else "declared"
+        self.model = model
+        self.lists: list[str] = []  # of each block
+        self.blocks: list[tuple[str, nn.Module]] = []
+        for path, members in find_blocks(model, self.said).items():
+            self.lists += [path] * len(members)
+            self.blocks += members
+        if not self.blocks:
+            raise ValueError(f"{name} has no ModuleList of blocks that hold an attention")
+        self._names = _positional(model)
+        self._known: dict[Hashable, Learned] = {}
+        self._index: dict[int, int] = {}  # number of a block -> its place among the layers
+        self._sort: Hashable = None
+        self._watch: Watch | None = None
+        self._inputs: dict[str, Any] = {}
+        self._runtime: Runtime | None = None
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The blocks, for who asks what hooks they carry."""
+        return [Site(path, block, _nothing, ()) for path, block in self.blocks]
+
+    def check(self, model: nn.Module) -> None:
+        """Whether the model can be accelerated.
+
+        Raises:
+            NotImplementedError: its attention is spread over devices.
+        """
+        for name, module in model.named_modules():
+            processor = getattr(module, "processor", None)
+            if getattr(processor, "_parallel_config", None) is not None:
+                raise NotImplementedError(
+                    f"{name}: context parallelism is not supported; call accelerate without it"
+                )
+
+    def stand_ins(self, runtime: Runtime) -> Iterator[InsteadOfForward]:
+        """Put what is needed on the model, one by one."""
+        self._runtime = runtime
+        runtime.learner, runtime.tier = self, self.tier
+        for number in range(len(self.blocks)):
+            yield LearnedForward(self, runtime, number)
+        yield WatchedForward(self, runtime)
+
+    # What the runtime asks.
+
+    def begin(self, args: tuple, kwargs: dict) -> tuple[Hashable, bool]:
+        """A call of the model starts: what sort it is, and whether it is the first of it."""
+        self._inputs = named_arguments(self._names, args, kwargs)
+        self._sort = tuple(sorted((name, _sort(v)) for name, v in self._inputs.items()))
+        runtime = self._runtime
+        assert runtime is not None
+        at_output = runtime.recipe.forecast.level == "output"  # which needs no streams
+        is_new = self._sort not in self._known and not at_output
+        self._watch = Watch(runtime.backend) if is_new else None
+        return self._sort, is_new
+
+    def notes(self) -> list[str]:
+        """What is not cached and why, and whose attention runs."""
+        notes: dict[str, None] = {}
+        for learned in self._known.values():
+            for path, reason in learned.refused.items():
+                notes[f"{path}: computed in every step, because {reason}"] = None
+        learned = next(iter(self._known.values()), Learned())
+        counts = Counter(self.lists)
+        for path, count in counts.items():
+            numbers = [n for n in learned.order if self.lists[n] == path and n in learned.sites]
+            ours = sum(number in learned.attention for number in numbers)
+            why = Counter(learned.own[n] for n in numbers if n in learned.own)
+            if ours:
+                notes[f"{path}: attention of {ours} of {count} blocks on FlashOmni's op"] = None
+            for reason, times in why.items():
+                notes[f"{path}: the model's own attention in {times} blocks: {reason}"] = None
+        backend = kept_backend(self.model)
+        if backend is not None:
+            notes[f"attention backend {backend!r} is the user's: kept"] = None
+        return list(notes)
+
+    # What the stand-ins ask.
+
+    def watched(self, forward: Any, args: tuple, kwargs: dict) -> Any:
+        """Run the model and learn from it, if it is the first call of its sort."""
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return forward(*args, **kwargs)
+        self._watch = watch
+        try:
+            with watch:
+                output = forward(*args, **kwargs)
+        finally:
+            self._watch = None
+        self._learn(watch, output)
+        return output
+
+    def _learn(self, watch: Watch, output: Any) -> None:
+        runtime = self._runtime
+        assert runtime is not None
+        learned = learn(watch.finish(output), self.blocks, self.lists, self.said.chain)
+        self._known[self._sort] = learned
+        for number in learned.order:
+            self._index.setdefault(number, len(self._index))
+        rest = [n for n in range(len(self.blocks)) if n not in self._index]
+        runtime.layers = [self.blocks[n][0] for n in (*self._index, *rest)]
+        for path, reason in learned.refused.items():
+            log.warning("%s: computed in every step, because %s", path, reason)
+
+    def run(self, number: int, forward: Any, names: list[str], args: tuple, kwargs: dict) -> Any:
+        """Run a block within a call of the model."""
+        runtime = self._runtime
+        assert runtime is not None
+        if self._watch is not None:
+            named = named_arguments(names, args, kwargs)
+            record = runtime.as_it_is(self.blocks[number][0])
+            return self._watch.block(number, forward, named, args, kwargs, record.add)
+        if runtime.recipe.forecast.level == "output":
+            return self._run_whole(number, forward, args, kwargs)
+        learned = self._known[self._sort]
+        site = learned.sites.get(number)
+        if site is None:
+            with InBlock(runtime.as_it_is(self.blocks[number][0])):
+                return forward(*args, **kwargs)
+        named = named_arguments(names, args, kwargs)
+        streams = tuple(named[name] for name in site.streams)
+        result: list[Any] = []
+
+        def compute(run: LayerRun) -> tuple[Tensor, ...]:
+            versions = [_version(x) for x in streams]
+            place = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
+            output = run_block(
+                run, forward, args, kwargs, streams, place, lambda n: self._text(named, n)
+            )
+            result.append(output)
+            reason = mismatch(site, named, output)
+            if versions != [_version(x) for x in streams]:
+                reason = "it writes into its arguments"
+            if reason is not None:
+                self._refuse(learned, number, reason)
+                return streams
+            return site.unpack(output)
+
+        behind = runtime.block(self._index[number], streams, compute, site.chain)
+        return result[0] if result else site.pack(behind)
+
+    def _run_whole(self, number: int, forward: Any, args: tuple, kwargs: dict) -> Any:
+        """A block of a model whose output is cached: only its FLOPs are of interest."""
+        runtime, result = self._runtime, []
+        assert runtime is not None
+
+        def compute(run: LayerRun) -> tuple[Tensor, ...]:
+            result.append(run_block(run, forward, args, kwargs, (), None, lambda n: (0, 0)))
+            return ()
+
+        runtime.block(number, (), compute)
+        return result[0]
+
+    def _refuse(self, learned: Learned, number: int, reason: str) -> None:
+        """From here on the list of a block is computed in every step."""
+        path = self.lists[number]
+        learned.refused[path] = f"{self.blocks[number][0]}: {reason}"
+        for other in [n for n in learned.sites if self.lists[n] == path]:
+            del learned.sites[other]
+        log.warning("%s: computed in every step, because %s", path, learned.refused[path])
+
+    def _text(self, named: dict[str, Any], seqlen: int) -> tuple[int, int]:
+        """The token range of the text in a sequence of ``seqlen`` tokens, if it is known."""
+        if self.said.text is None:
+            return (0, 0)
+        source = named.get(self.said.text_from, self._inputs.get(self.said.text_from))
+        count = source.shape[-2] if isinstance(source, Tensor) and source.ndim > 1 else 0
+        if not 0 < count < seqlen:
+            return (0, 0)
+        return (0, count) if self.said.text == "first" else (seqlen - count, seqlen)
+
+
+class LearnedForward(InsteadOfForward):
+    """Runs a block as its model was learned."""
+
+    def __init__(self, generic: Generic, runtime: Runtime, number: int) -> None:
+        block = generic.blocks[number][1]
+        super().__init__(block)
+        self._generic, self.runtime, self._number = generic, runtime, number
+        self._names = _positional(block)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active or not self.runtime.running:  # the block is called by itself
+            return self.original(*args, **kwargs)
+        return self._generic.run(self._number, self.original, self._names, args, kwargs)
+
+
+class WatchedForward(InsteadOfForward):
+    """Watches the first call of each sort."""
+
+    def __init__(self, generic: Generic, runtime: Runtime) -> None:
+        super().__init__(generic.model)
+        self._generic, self.runtime = generic, runtime
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active or not self.runtime.running:
+            return self.original(*args, **kwargs)
+        return self._generic.watched(self.original, args, kwargs)
+
+
+def kept_backend(model: nn.Module) -> str | None:
+    """The attention backend that the user has set on a model, which is kept; or ``None``."""
+    return next(filter(None, map(_set_backend, model.modules())), None)
+
+
+def kept_by_user(block: nn.Module) -> bool:
+    """Whether a block's attention is the user's choice."""
+    return kept_backend(block) is not None
+
+
+def _set_backend(module: nn.Module) -> str | None:
+    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    return None if backend is None else str(getattr(backend, "value", backend))
+
+
+def _positional(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module's forward that may be given by position."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in parameters if each.kind in kinds]
+
+
+def _sort(value: Any) -> str:
+    """What tells two sorts of calls apart in one argument."""
+    if isinstance(value, Tensor):
+        return f"tensor {value.ndim}"
+    if isinstance(value, (bool, str, type(None))):
+        return repr(value)
+    if isinstance(value, dict):
+        return str(sorted((str(key), _sort(part)) for key, part in value.items()))
+    if isinstance(value, (tuple, list)):
+        return f"{len(value)} of {sorted({_sort(part) for part in value})}"
+    return type(value).__name__
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def _nothing(*_: object) -> None:
+    """These blocks run by their own forward."""
