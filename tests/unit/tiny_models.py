@@ -104,7 +104,11 @@ TINY = {
     ),
     "AnyFlowTransformer3DModel": (
         {**WAN, "gate_value": 0.25},
-        lambda: wan(timestep=rand(B, 2).abs() * 500, r_timestep=rand(B, 2).abs() * 100),
+        lambda: wan(
+            hidden_states=rand(B, 2, 4, 10, 6),
+            timestep=rand(B, 2).abs() * 500,
+            r_timestep=rand(B, 2).abs() * 100,
+        ),
     ),
     "AuraFlowTransformer2DModel": (
         {
@@ -164,12 +168,12 @@ TINY = {
             "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
             "attention_head_dim": 16, "num_layers": 3, "mlp_ratio": 2, "text_embed_dim": 16,
             "adaln_lora_dim": 4, "max_size": (4, 12, 12), "extra_pos_embed_type": None,
+            "concat_padding_mask": False,
         },
         lambda: {
             "hidden_states": rand(1, 4, 2, 10, 6),
             "timestep": time(batch=1),
             "encoder_hidden_states": rand(1, 7, 16),
-            "padding_mask": torch.zeros(1, 1, 10, 6),
         },
     ),
     "DiTTransformer2DModel": (
@@ -249,14 +253,14 @@ TINY = {
         {
             "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 6,
             "attention_head_dim": 8, "num_attention_heads": 2, "cross_attention_dim": 16,
-            "cross_attention_dim_t5": 12, "pooled_projection_dim": 4, "hidden_size": 16,
+            "cross_attention_dim_t5": 16, "pooled_projection_dim": 4, "hidden_size": 16,
             "text_len": 4, "text_len_t5": 4, "activation_fn": "gelu-approximate",
         },
         lambda: {
             "hidden_states": rand(B, 4, 8, 8),
             "encoder_hidden_states": rand(B, 4, 16),
             "text_embedding_mask": torch.ones(B, 4),
-            "encoder_hidden_states_t5": rand(B, 4, 12),
+            "encoder_hidden_states_t5": rand(B, 4, 16),
             "text_embedding_mask_t5": torch.ones(B, 4),
             "timestep": time(),
             "image_meta_size": rand(B, 6),
@@ -541,9 +545,9 @@ def allegro_rope():
     """Tables and positions as its pipeline makes them."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
-    corner = ((0, 0), (5, 3))
-    (t, h, w), grid = get_3d_rotary_pos_embed_allegro(24, corner, (5, 3), 2, device="cpu")
-    return (t, h, w), tuple(torch.as_tensor(part) for part in grid)
+    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (5, 3)), (5, 3), 2)
+    positions = torch.cartesian_prod(t.long(), h.long(), w.long())
+    return tables, positions.T.reshape(3, 1, -1)
 
 
 def build(name):
@@ -558,11 +562,13 @@ def build(name):
 
 
 def fill_gates(model):
-    """Random values for what is initialised to zero: otherwise blocks would not matter."""
+    """Random values for what is initialised to zero, larger ones elsewhere: blocks must matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.3)
+            elif parameter.ndim == 2:
+                parameter.mul_(1.5)
 
 
 def output(model, inputs):

@@ -257,8 +257,8 @@ class LayerRun:
             elif self._plan.probes and self._cacheable:
                 self._measure(self._policy(self._site(q, k, v, scale, guide)))
             if self._stores and self._caches_heads:
-                weights = None if out_projection is None else plain_weights(out_projection, q)
-                cache.projected = weights is not None
+                plain = None if out_projection is None else plain_weights(out_projection, q)
+                cache.projected = plain is not None
                 if out_projection is None:
                     self._push_history(o, 0)
             return o

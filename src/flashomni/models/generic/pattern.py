@@ -166,12 +166,12 @@ def _choose_attention(learned: Learned, seen: Seen) -> None:
 
 def mismatch(site: Site, inputs: Mapping[str, Tensor], output: object) -> str | None:
     """What a block returned that it would not have by what was learned; ``None`` if nothing."""
-    if isinstance(site.returns, str):
-        parts, names = (output,), (site.returns,)
-    elif isinstance(output, (tuple, list)):
-        parts, names = tuple(output), site.returns or site.streams
-    else:
-        return f"it returned a {type(output).__name__}"
+    names: tuple[str | None, ...] = site.streams
+    parts: tuple = (output,)
+    if not isinstance(site.returns, str):
+        if not isinstance(output, tuple):
+            return f"it returned a {type(output).__name__}"
+        names, parts = site.returns or names, output
     if len(parts) != len(names):
         return f"it returned {len(parts)} values, not {len(names)}"
     for part, name in zip(parts, names, strict=True):

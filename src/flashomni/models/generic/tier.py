@@ -162,7 +162,7 @@ class Generic:
                 return forward(*args, **kwargs)
         named = named_arguments(names, args, kwargs)
         streams = tuple(named[name] for name in site.streams)
-        result: list[Any] = []
+        refused: list[Any] = []
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             versions = [_version(x) for x in streams]
@@ -170,17 +170,17 @@ class Generic:
             output = run_block(
                 run, forward, args, kwargs, streams, place, lambda n: self._text(named, n)
             )
-            result.append(output)
             reason = mismatch(site, named, output)
             if versions != [_version(x) for x in streams]:
                 reason = "it writes into its arguments"
             if reason is not None:
                 self._refuse(learned, number, reason)
+                refused.append(output)
                 return streams
             return site.unpack(output)
 
         behind = runtime.block(self._index[number], streams, compute, site.chain)
-        return result[0] if result else site.pack(behind)
+        return refused[0] if refused else site.pack(behind)
 
     def _run_whole(self, number: int, forward: Any, args: tuple, kwargs: dict) -> Any:
         """A block of a model whose output is cached: only its FLOPs are of interest."""

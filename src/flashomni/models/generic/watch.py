@@ -137,7 +137,7 @@ class Watch(TorchFunctionMode):
 
     def _see_output(self, seen: Seen, output: Any) -> None:
         seen.kind = type(output)
-        if not isinstance(output, (Tensor, tuple, list)):
+        if not isinstance(output, (Tensor, tuple)):
             seen.problem = seen.problem or f"it returns a {type(output).__name__}"
             return
         parts = (output,) if isinstance(output, Tensor) else output

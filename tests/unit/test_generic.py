@@ -1,0 +1,230 @@
+"""Tier A and B: transformer classes that have no adapter, each on a small random instance.
+
+Constant inputs make every cached quantity exact, so whatever is cached, each step must equal the
+stock model (see test_constant). With drifting inputs whole-layer caching must equal a definition
+that is written out here, block by block, without the engine.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+from tiny_models import TINY, build, output
+
+import flashomni
+from conftest import residue
+from flashomni.engine import Recipe
+from flashomni.engine.layer import LayerRun
+from flashomni.models import Blocks
+from flashomni.policies import make_policy
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+STEPS = 8
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+TILES = make_policy("topk", q_density=0.5, kv_density=1.0)  # rows left are exact
+FORA = Recipe.of("fora", interval=3, warmup=0.3)  # learns at step 0, Updates at 2 and 5
+CLASSES = sorted(TINY)
+# Lists that are refused, and a word of the reason. (What VACE's side blocks return is no stream.)
+REFUSED = {"WanVACETransformer3DModel": {"vace_blocks": "could carry on"}}
+
+
+@pytest.fixture
+def cache_whole(monkeypatch):
+    """Choose the layers that are cached whole; the others cache tiles."""
+
+    def choose(layers):
+        def decide(run, known):
+            run._cache.degraded = run.index in layers
+            if run._cache.degraded:
+                run._cache.forget_heads()
+
+        monkeypatch.setattr(LayerRun, "_decide_degradation", decide)
+
+    return choose
+
+
+def kinds_of(engine):
+    return set(itertools.chain(*(step["layer_kinds"] for step in engine.report().steps)))
+
+
+def check_constant(engine, model, inputs, stock, steps=STEPS):
+    """Every step equals the stock model."""
+    for step in range(steps):
+        engine.step(step, steps + 1)  # none of them is the last, which is computed
+        torch.testing.assert_close(output(model, inputs), stock, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_is_exact_and_removed_without_a_trace(name):
+    """lossless, whole layers, and the preset without further words; then the stock model again."""
+    model, inputs = build(name)
+    stock, clean = output(model, inputs), residue(model)
+    for recipe in ("lossless", FORA, "balanced:min_steps=0"):
+        with flashomni.accelerate(model, recipe) as engine:
+            check_constant(engine, model, inputs, stock)
+            kinds, report = kinds_of(engine), engine.report()
+        assert "dispatch" in kinds or "bypass" in kinds, recipe
+        assert ("bypass" in kinds) >= (recipe is FORA)
+    assert report.tier in ("generic", "declared")
+    assert torch.equal(output(model, inputs), stock)
+    assert residue(model) == clean
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_any_set_of_cached_layers_is_exact(name, cache_whole):
+    """Whole layers and tiles mixed, in sets that no recipe would choose: skip connections show."""
+    model, inputs = build(name)
+    stock = output(model, inputs)
+    settings = {"interval": 3, "warmup": 0.0, "block_m": 16, "block_n": 16, "degrade_below": 0.5}
+    recipe = Recipe.of(TILES, **settings)
+    drawn = random.Random(name)
+    for layers in (set(), {0, 1}, set(drawn.sample(range(6), 3))):
+        cache_whole(layers)
+        with flashomni.accelerate(model, recipe) as engine:
+            check_constant(engine, model, inputs, stock, steps=5)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "SD3Transformer2DModel"])
+def test_the_contract_sees_one_wrong_value(name):
+    """The guard of the tests above: a cached value off by 1e-3, and they fail."""
+    model, inputs = build(name)
+    stock = output(model, inputs)
+    with flashomni.accelerate(model, FORA) as engine:
+        for step in range(3):
+            engine.step(step, STEPS)
+            output(model, inputs)
+        (branch,) = engine._runtime.last.branches.values()
+        for history in branch.spans._current[0].histories:
+            history.terms()[0][..., 0].add_(1e-3)
+        engine.step(3, STEPS)
+        assert not torch.allclose(output(model, inputs), stock, **CLOSE)
+
+
+# A definition of whole-layer caching, by hand: the names of the arguments that each list's blocks
+# carry on, in the order in which they return them.
+
+X, C = "hidden_states", "encoder_hidden_states"
+BY_HAND = {
+    "AuraFlowTransformer2DModel": {
+        "joint_transformer_blocks": (C, X), "single_transformer_blocks": X,
+    },
+    "ChromaTransformer2DModel": {"transformer_blocks": (C, X), "single_transformer_blocks": X},
+    "CogVideoXTransformer3DModel": {"transformer_blocks": (X, C)},
+    "CosmosTransformer3DModel": {"transformer_blocks": X},
+    "DiTTransformer2DModel": {"transformer_blocks": X},
+    "Flux2Transformer2DModel": {"transformer_blocks": (C, X), "single_transformer_blocks": X},
+    "HunyuanDiT2DModel": {"blocks": X},
+    "Kandinsky5Transformer3DModel": {
+        "text_transformer_blocks": "x", "visual_transformer_blocks": "visual_embed",
+    },
+    "LTX2VideoTransformer3DModel": {"transformer_blocks": (X, "audio_hidden_states")},
+    "LTXVideoTransformer3DModel": {"transformer_blocks": X},
+    "LatteTransformer3DModel": {"transformer_blocks": X, "temporal_transformer_blocks": X},
+    "PixArtTransformer2DModel": {"transformer_blocks": X},
+    "SD3Transformer2DModel": {"transformer_blocks": (C, X)},
+    "SanaTransformer2DModel": {"transformer_blocks": X},
+    "WanTransformer3DModel": {"blocks": X},
+    "ZImageTransformer2DModel": {"noise_refiner": "x", "context_refiner": "x", "layers": "x"},
+}  # fmt: skip
+
+
+class ByHand:
+    """Stands in for the forward of one block: ``x + (what it added when it last ran)``."""
+
+    def __init__(self, block, streams):
+        self.forward, self.streams, self.added = block.forward, streams, None
+        names = list(type(block).forward.__code__.co_varnames)[1:]
+        self.place = {name: i for i, name in enumerate(names)}
+        self.computes = True
+
+    def __call__(self, *args, **kwargs):
+        names = (self.streams,) if isinstance(self.streams, str) else self.streams
+        before = [kwargs[n] if n in kwargs else args[self.place[n]] for n in names]
+        if self.computes:
+            out = self.forward(*args, **kwargs)
+            after = (out,) if isinstance(self.streams, str) else out
+            self.added = [None if a is None else a - b for a, b in zip(after, before, strict=True)]
+            return out
+        after = tuple(None if d is None else b + d for b, d in zip(before, self.added, strict=True))
+        return after[0] if isinstance(self.streams, str) else after
+
+
+def drift(inputs, step):
+    """Inputs of a step, deterministic and other than those of the step before."""
+    moved = {}
+    for key, value in inputs.items():
+        is_latent = key in (X, "x", "audio_hidden_states")
+        parts = value if isinstance(value, list) else [value]
+        if is_latent:
+            angle = torch.tensor(0.3 * step)
+            parts = [part * angle.cos() + part.flip(-1) * angle.sin() for part in parts]
+            moved[key] = parts if isinstance(value, list) else parts[0]
+        else:
+            moved[key] = value
+    return moved
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_whole_layer_caching_equals_its_definition(name):
+    """Drifting inputs: FORA's reuse of what each block added, as written out above."""
+    model, inputs = build(name)
+    hands = []
+    for path, streams in BY_HAND[name].items():
+        for block in model.get_submodule(path):
+            block.forward = ByHand(block, streams)
+            hands.append(block)
+    expected = []
+    for step in range(STEPS):
+        for block in hands:
+            block.forward.computes = step in (0, 1, 2, 5, STEPS - 1)
+        expected.append(output(model, drift(inputs, step)))
+    for block in hands:
+        del block.forward
+    with flashomni.accelerate(model, FORA) as engine:
+        for step in range(STEPS):
+            engine.step(step, STEPS)
+            torch.testing.assert_close(output(model, drift(inputs, step)), expected[step], **CLOSE)
+        assert [step["kind"] for step in engine.report().steps][3:5] == ["dispatch"] * 2
+    assert not torch.allclose(expected[3], output(model, drift(inputs, 3)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_not_cached_is_named(name):
+    """A list is cached, or the report and the log say which block of it is in the way."""
+    model, inputs = build(name)
+    with flashomni.accelerate(model, "lossless") as engine:
+        engine.step(0, 2)
+        output(model, inputs)
+        notes = engine.report().notes
+    refused = {note.partition(":")[0]: note for note in notes if "in every step" in note}
+    assert refused.keys() == REFUSED.get(name, {}).keys()
+    for path, word in REFUSED.get(name, {}).items():
+        assert word in refused[path]
+    assert any("attention" in note for note in notes)  # whose it was
+
+
+def test_a_declaration_places_the_text():
+    """Tier B: text blocks of a class that is in the table are never cached."""
+    model, inputs = build("SD3Transformer2DModel")
+    with flashomni.accelerate(model, Recipe.of(TILES, interval=3, warmup=0.0)) as engine:
+        for step in range(2):
+            engine.step(step, 4)
+            output(model, inputs)
+        (branch,) = engine._runtime.last.branches.values()
+        grids = [layer.symbols.grid for layer in branch.layers if layer.symbols is not None]
+        assert engine.report().tier == "declared"
+    assert {grid.text_spans for grid in grids} == {((25, 34),)}
+
+
+def test_skip_connections_are_seen_without_a_declaration(cache_whole):
+    """Hunyuan-DiT hands outputs to blocks far behind: watching shows it, table or not."""
+    model, inputs = build("HunyuanDiT2DModel")
+    stock = output(model, inputs)
+    for layers in ({0, 1, 2}, {1, 2}, {3, 4}, set(range(6))):
+        cache_whole(layers)
+        recipe = Recipe.of(TILES, interval=3, warmup=0.0, degrade_below=0.5)
+        with flashomni.accelerate(model, recipe, blocks=Blocks(lists=["blocks"])) as engine:
+            check_constant(engine, model, inputs, stock, steps=5)
+            assert "bypass" in kinds_of(engine)
