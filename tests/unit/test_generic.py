@@ -96,7 +96,7 @@ def test_the_contract_sees_one_wrong_value(name):
             engine.step(step, STEPS)
             output(model, inputs)
         (branch,) = engine._runtime.last.branches.values()
-        for history in branch.spans._current[0].histories:
+        for history in branch.groups[0].spans._current[0].histories:
             history.terms()[0][..., 0].add_(1e-3)
         engine.step(3, STEPS)
         assert not torch.allclose(output(model, inputs), stock, **CLOSE)

@@ -159,7 +159,7 @@ class Runtime:
             kinds = self._kinds(generation, tick, branch, inputs)
         kind = overall(tuple(kinds)).value
         record = generation.trace.begin(tick.step, tick.num_steps, kind, tick.branch, device)
-        shared = {
+        shared: dict[str, Any] = {
             "storage": self._storage(device),
             "backend": self.backend,
             "device": device,
@@ -341,6 +341,12 @@ class Runtime:
         call.generation.inside = bool(schedule.decide(index, signals))
         if call.generation.inside:
             call.update_instead()
+
+    def arrange(self, layers: list[str]) -> None:
+        """The layers of a model that was just watched: nothing is kept of them yet."""
+        self.layers, self.division = layers, Division.make(self.recipe, layers)
+        for generation in self.generations.values():
+            generation.arrange(self.division)
 
     def as_it_is(self, name: str) -> LayerRecord:
         """Where the FLOPs of a block go that runs as it is in this call, its output not kept."""

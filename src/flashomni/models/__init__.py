@@ -7,7 +7,7 @@ place that knows the model. Importing this package loads no diffusers.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -119,6 +119,10 @@ class Adapter:
             arguments: of the generation's first call, by name.
         """
         return Geometry(why=f"the adapter of {self.transformer} does not tell where tokens lie")
+
+    def stand_ins(self, runtime: Any) -> Iterable[Any] | None:
+        """What to put on a model that is not run site by site; ``None`` for one that is."""
+        return None
 
     def check(self, model: nn.Module) -> None:
         """Whether the model is, or still is, what the adapter understands. Costs microseconds.

@@ -85,8 +85,7 @@ def accelerate(
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
-    stand_ins = None if isinstance(found, Adapter) else found.stand_ins(runtime)
-    detach = _attach.attach(runtime, sites, stand_ins)
+    detach = _attach.attach(runtime, sites, found.stand_ins(runtime))
     engine = Engine(runtime, pipe, detach)
     hook = _attach.call_hook(model)
     assert hook is not None
@@ -102,7 +101,7 @@ def accelerate(
     return engine
 
 
-def _find(model: nn.Module, blocks: Blocks | None) -> Any:
+def _find(model: nn.Module, blocks: Blocks | None) -> Adapter:
     """The adapter of a model, or what learns it.
 
     A model is learned where there is no adapter, and where the attention that the user has chosen

@@ -59,6 +59,12 @@ class Branch:
         self.error: Fraction | None = None
         self._signatures: dict[Hashable, tuple] = {}
 
+    def arrange(self, division: Division) -> None:
+        """Other layers, of which nothing is kept yet."""
+        self._division = division
+        self.groups = [GroupState() for _ in division.recipes]
+        self.reset()
+
     def group_of(self, index: int) -> GroupState:
         """The group that layer ``index`` is in."""
         return self.groups[self._division.of[index]]

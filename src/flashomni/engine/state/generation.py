@@ -66,6 +66,12 @@ class Generation:
         self._calls: dict[str, int] = {}
         self._late: tuple[int, StepKind] | None = None
 
+    def arrange(self, division: Division) -> None:
+        """Other layers, of which nothing is kept yet."""
+        self._division = division
+        for branch in self.branches.values():
+            branch.arrange(division)
+
     @property
     def finished(self) -> bool:
         """Whether its last step has begun."""

@@ -75,6 +75,22 @@ def learn(
     return learned
 
 
+def leave_out_short(learned: Learned, seen: Sequence[Seen], lists: Sequence[str]) -> None:
+    """Cache only the lists that run on most tokens: for schedules that look at the first block.
+
+    A refiner of the text, say, sees the same in every step, and would show that nothing changes.
+    """
+    tokens = {
+        each.number: max((shape[:-1].numel() for shape, _ in filter(None, each.outputs)), default=0)
+        for each in seen
+    }
+    most = max(tokens.values(), default=0)
+    for number in [number for number in learned.sites if 2 * tokens[number] < most]:
+        del learned.sites[number]
+        reason = "the schedule looks at the first block, and others see more tokens than it"
+        learned.refused.setdefault(lists[number], reason)
+
+
 def _by_itself(*_: object) -> None:
     """A block of a learned site runs by its own forward."""
 

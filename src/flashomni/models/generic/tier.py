@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.engine.call import Place
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
-from flashomni.models import Site
+from flashomni.models import Adapter, Site
 from flashomni.models._attach import InsteadOfForward
 from flashomni.models.generic.blocks import Blocks, declared, find_blocks
-from flashomni.models.generic.pattern import Learned, learn, mismatch
+from flashomni.models.generic.pattern import Learned, learn, leave_out_short, mismatch
 from flashomni.models.generic.run import InBlock, run_block
 from flashomni.models.generic.watch import Watch, named_arguments
 
 log = logging.getLogger("flashomni")
+X = Adapter.latents
 
 
-class Generic:
-    """Learns a model, and runs its blocks.
+class Generic(Adapter):
+    """Learns a model, and runs its blocks: the adapter of one model.
 
     Each sort of call (which arguments it gets, and of which kinds) is watched once: that call
     computes everything and keeps nothing.
@@ -51,6 +53,9 @@ class Generic:
         if not self.blocks:
             raise ValueError(f"{name} has no ModuleList of blocks that hold an attention")
         self._names = _positional(model)
+        self.transformer = name  # type: ignore[misc]
+        if X not in self._names:
+            self.latents = self._names[0]  # type: ignore[misc]
         self._known: dict[Hashable, Learned] = {}
         self._index: dict[int, int] = {}  # number of a block -> its place among the layers
         self._sort: Hashable = None
@@ -136,12 +141,15 @@ class Generic:
     def _learn(self, watch: Watch, output: Any) -> None:
         runtime = self._runtime
         assert runtime is not None
-        learned = learn(watch.finish(output), self.blocks, self.lists, self.said.chain)
+        seen = watch.finish(output)
+        learned = learn(seen, self.blocks, self.lists, self.said.chain)
+        if runtime.recipe.schedule.decides:
+            leave_out_short(learned, seen, self.lists)
         self._known[self._sort] = learned
-        for number in learned.order:
-            self._index.setdefault(number, len(self._index))
-        rest = [n for n in range(len(self.blocks)) if n not in self._index]
-        runtime.layers = [self.blocks[n][0] for n in (*self._index, *rest)]
+        if not self._index and learned.sites:  # the layers, as they ran
+            numbers = [number for number in learned.order if number in learned.sites]
+            self._index = {number: index for index, number in enumerate(numbers)}
+            runtime.arrange([self.blocks[number][0] for number in numbers])
         for path, reason in learned.refused.items():
             log.warning("%s: computed in every step, because %s", path, reason)
 
@@ -157,7 +165,7 @@ class Generic:
             return self._run_whole(number, forward, args, kwargs)
         learned = self._known[self._sort]
         site = learned.sites.get(number)
-        if site is None:
+        if site is None or number not in self._index:
             with InBlock(runtime.as_it_is(self.blocks[number][0])):
                 return forward(*args, **kwargs)
         named = named_arguments(names, args, kwargs)
@@ -166,9 +174,9 @@ class Generic:
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             versions = [_version(x) for x in streams]
-            place = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
+            ours = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
             output = run_block(
-                run, forward, args, kwargs, streams, place, lambda n: self._text(named, n)
+                run, forward, args, kwargs, streams, ours, lambda n: self._text(named, n)
             )
             reason = mismatch(site, named, output)
             if versions != [_version(x) for x in streams]:
@@ -179,19 +187,21 @@ class Generic:
                 return streams
             return site.unpack(output)
 
-        behind = runtime.block(self._index[number], streams, compute, site.chain)
+        place = Place(streams, _main(site, streams))
+        behind = runtime.block(self._index[number], place, compute, site.chain)
         return refused[0] if refused else site.pack(behind)
 
     def _run_whole(self, number: int, forward: Any, args: tuple, kwargs: dict) -> Any:
         """A block of a model whose output is cached: only its FLOPs are of interest."""
-        runtime, result = self._runtime, []
+        runtime = self._runtime
         assert runtime is not None
+        result: list[Any] = []
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             result.append(run_block(run, forward, args, kwargs, (), None, lambda n: (0, 0)))
             return ()
 
-        runtime.block(number, (), compute)
+        runtime.block(number, Place(()), compute)
         return result[0]
 
     def _refuse(self, learned: Learned, number: int, reason: str) -> None:
@@ -276,6 +286,13 @@ def _sort(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{len(value)} of {sorted({_sort(part) for part in value})}"
     return type(value).__name__
+
+
+def _main(site: Site, streams: tuple[Tensor, ...]) -> int:
+    """Which stream holds the vision tokens."""
+    if X in site.streams:
+        return site.streams.index(X)
+    return max(range(len(streams)), key=lambda i: streams[i].shape[:-1].numel())
 
 
 def _version(x: Tensor) -> int:
