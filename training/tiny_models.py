@@ -14,25 +14,15 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLHunyuanVideo,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    FluxTransformer2DModel,
     HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
 )
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    LlamaConfig,
-    LlamaModel,
-    T5Config,
-    T5EncoderModel,
-)
 
+from flashomni.lab import small
+from flashomni.lab.small import CLIP_TOKENS
 from training import scenes as scene_lib
 from training.word_tokenizers import (
     clip_tokenizer,
@@ -41,7 +31,7 @@ from training.word_tokenizers import (
     t5_tokenizer,
 )
 
-TEXT_TOKENS, CLIP_TOKENS = 64, 77
+TEXT_TOKENS = 64
 HEADS, HEAD_DIM = 4, 64
 EVAL_PROMPTS = 64
 TEMPLATE = {"template": "{}", "crop_start": 0}
@@ -116,66 +106,7 @@ VIDEO = Kind(
 KINDS = {"image": IMAGE, "video": VIDEO}
 
 
-def _clip(words: list[str], layers: int) -> tuple[CLIPTextModel, object]:
-    tokenizer = clip_tokenizer(words, CLIP_TOKENS)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        projection_dim=128,
-        max_position_embeddings=CLIP_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config), tokenizer
-
-
 def _image_pipeline(words: list[str]) -> FluxPipeline:
-    clip, clip_words = _clip(words, 2)
-    t5_words = t5_tokenizer(words, TEXT_TOKENS)
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_words),
-            d_model=128,
-            d_kv=64,
-            d_ff=256,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            tie_word_embeddings=False,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=256,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-        force_upcast=False,
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=6,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 28, 28),
-    )
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_shift=math.log(IMAGE.stages[0].shift),
@@ -184,72 +115,53 @@ def _image_pipeline(words: list[str]) -> FluxPipeline:
         max_image_seq_len=4096,
         shift=IMAGE.stages[-1].shift,
     )
-    return FluxPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=clip,
-        tokenizer=clip_words,
-        text_encoder_2=t5,
-        tokenizer_2=t5_words,
-        transformer=transformer,
-        image_encoder=None,
-        feature_extractor=None,
+    return small.flux(
+        clip_tokenizer(words, CLIP_TOKENS),
+        t5_tokenizer(words, TEXT_TOKENS),
+        scheduler,
+        width=128,
+        clip_layers=2,
+        t5={
+            "d_kv": 64,
+            "d_ff": 256,
+            "num_layers": 2,
+            "feed_forward_proj": "gated-gelu",
+            "dropout_rate": 0.0,
+        },
+        vae={
+            "block_out_channels": (32, 48),
+            "norm_num_groups": 8,
+            "sample_size": 256,
+            "force_upcast": False,
+        },
+        transformer={
+            "num_layers": 2,
+            "num_single_layers": 6,
+            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": HEADS,
+            "guidance_embeds": False,
+            "axes_dims_rope": (8, 28, 28),
+        },
     )
 
 
 def _video_pipeline(words: list[str]) -> HunyuanVideoPipeline:
-    clip, clip_words = _clip(words, 1)
-    llama_words = llama_tokenizer(words, TEXT_TOKENS)
-    # The pipeline reads the third hidden state from the end: the last two layers do nothing.
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=len(llama_words),
-            hidden_size=96,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=llama_words.bos_token_id,
-            eos_token_id=llama_words.eos_token_id,
-            pad_token_id=llama_words.pad_token_id,
-        )
-    )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=8,
-        block_out_channels=(16, 16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-        mid_block_add_attention=False,
-        scaling_factor=1.0,
-    )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_DIM,
-        num_layers=2,
-        num_single_layers=5,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=False,
-        text_embed_dim=96,
-        pooled_projection_dim=128,
-        rope_axes_dim=(16, 24, 24),
-    )
-    return HunyuanVideoPipeline(
-        text_encoder=llama,
-        tokenizer=llama_words,
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=VIDEO.stages[-1].shift),
-        text_encoder_2=clip,
-        tokenizer_2=clip_words,
+    return small.hunyuan_video(
+        llama_tokenizer(words, TEXT_TOKENS),
+        clip_tokenizer(words, CLIP_TOKENS),
+        FlowMatchEulerDiscreteScheduler(shift=VIDEO.stages[-1].shift),
+        channels=8,
+        llama={"hidden_size": 96, "intermediate_size": 128, "max_position_embeddings": 128},
+        clip_width=128,
+        vae={"block_out_channels": (16, 16, 32), "norm_num_groups": 8},
+        transformer={
+            "num_layers": 2,
+            "num_single_layers": 5,
+            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": HEADS,
+            "guidance_embeds": False,
+            "rope_axes_dim": (16, 24, 24),
+        },
     )
 
 

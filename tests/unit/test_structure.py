@@ -35,7 +35,8 @@ MAY_IMPORT = {
 }
 DIFFUSERS = {"models"}
 DIFFUSERS_FILES = {
-    ROOT / "lab" / name for name in ("zoo.py", "e2e/models.py", "e2e/stock.py", "fidelity/peers.py")
+    ROOT / "lab" / name
+    for name in ("zoo.py", "small.py", "e2e/models.py", "e2e/stock.py", "fidelity/peers.py")
 }
 TRITON = {"kernels", "symbols", "triton_host"}
 CLI = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from flashomni.lab import small
 from flashomni.lab.foreign import check_weights
 from flashomni.util.words import one_line
 
@@ -214,79 +215,25 @@ def _rope_axes(head_dim: int) -> tuple[int, int, int]:
     return first, second, head_dim - first - second
 
 
-def _clip(tokenizer: Any, width: int) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            projection_dim=width,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def _flux(heads: int = 4, head_dim: int = 64, dual: int = 2, single: int = 4) -> Loaded:
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
-    from transformers import T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    tokenizer, tokenizer_2 = _tokenizer(77), _tokenizer(64)
-    t5 = T5Config(
-        vocab_size=len(tokenizer_2),
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_layers=1,
-        num_heads=2,
-        tie_word_embeddings=False,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=dual,
-        num_single_layers=single,
-        attention_head_dim=head_dim,
-        num_attention_heads=heads,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=_rope_axes(head_dim),
-    )
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae,
-        text_encoder=_clip(tokenizer, 32),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=tokenizer_2,
-        transformer=transformer,
-        image_encoder=None,
-        feature_extractor=None,
+    pipe = small.flux(
+        _tokenizer(small.CLIP_TOKENS),
+        _tokenizer(64),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        width=32,
+        clip_layers=1,
+        t5={"d_kv": 16, "d_ff": 64, "num_layers": 1},
+        vae={"block_out_channels": (8, 8), "norm_num_groups": 4},
+        transformer={
+            "num_layers": dual,
+            "num_single_layers": single,
+            "attention_head_dim": head_dim,
+            "num_attention_heads": heads,
+            "guidance_embeds": True,
+            "axes_dims_rope": _rope_axes(head_dim),
+        },
     )
     call = {
         "height": 256,
@@ -299,62 +246,24 @@ def _flux(heads: int = 4, head_dim: int = 64, dual: int = 2, single: int = 4) ->
 
 
 def _hunyuan(heads: int = 4, head_dim: int = 64, dual: int = 2, single: int = 4) -> Loaded:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo,
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
-    )
-    from transformers import LlamaConfig, LlamaModel
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    tokenizer, tokenizer_2 = _tokenizer(256), _tokenizer(77)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,  # the pipeline reads hidden_states[-3]
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-        mid_block_add_attention=False,
-        scaling_factor=1.0,
-    )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        num_layers=dual,
-        num_single_layers=single,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=32,
-        pooled_projection_dim=32,
-        rope_axes_dim=_rope_axes(head_dim),
-    )
-    pipe = HunyuanVideoPipeline(
-        text_encoder=LlamaModel(llama),
-        tokenizer=tokenizer,
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=_clip(tokenizer_2, 32),
-        tokenizer_2=tokenizer_2,
+    pipe = small.hunyuan_video(
+        _tokenizer(256),
+        _tokenizer(small.CLIP_TOKENS),
+        FlowMatchEulerDiscreteScheduler(shift=7.0),
+        channels=4,
+        llama={"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256},
+        clip_width=32,
+        vae={"block_out_channels": (8, 8, 8), "norm_num_groups": 4},
+        transformer={
+            "num_layers": dual,
+            "num_single_layers": single,
+            "attention_head_dim": head_dim,
+            "num_attention_heads": heads,
+            "guidance_embeds": True,
+            "rope_axes_dim": _rope_axes(head_dim),
+        },
     )
     call = {
         "height": 128,
