@@ -54,8 +54,8 @@ def defined(q, k, v, symbols=None, kv_len=None):
 def is_redone(kind, amount):
     """Whether a tile that visits all keys, the first ones first, must be done again."""
     if kind in ("rise", "sink last"):
-        return amount > 110  # a margin of 40 and a sum of 2**64 are 104 powers of two: 72 nats
-    return (kind, amount) in (("values", 2.0**-100), ("nan", 1.0))
+        return amount > 90  # a sum of 2**96 is 67 nats
+    return kind == "nan"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,7 +123,7 @@ def test_no_length_makes_a_tile_begin_with_nothing():
 
 
 def test_fp16_stays_online():
-    """Its largest number is 65504: no margin fits."""
+    """Its largest number is 65504: nothing far above the first visit fits."""
     shape = (1, BLOCK, 4 * BLOCK, 1, 1, HEAD_DIM)
     q, k, v = attention_inputs("rise", 150.0, shape, HEAD_DIM**-0.5, torch.float16, DEVICE)
     out, lse, count = run(q, k, v)
