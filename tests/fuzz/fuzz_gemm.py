@@ -1,23 +1,25 @@
 """Random campaign against the GEMM ops on a GPU: every option, ragged, strided, poisoned.
 
-    python tests/fuzz/fuzz_gemm.py --count 10000 --seconds 90
+    python tests/fuzz/fuzz_gemm.py --count 31000 --seconds 120 --jobs 12
 
 A case draws sizes, strides, options and symbols, fills outputs and cached inputs with poison, and
 checks: the error is at most twice that of torch in the same dtype, both against fp64; what must not
-be written is untouched; a second call gives the same bits. Prints a table; exits 1 on any failure.
+be written is untouched; a second call gives the same bits. `--start NUMBER --count 1 --jobs 1` runs
+a case again. Exits 1 on any failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import random
 import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -298,72 +300,97 @@ def warm(part: int, parts: int, device: str, backend: str) -> None:
         run(0, device, backend, kind)
 
 
-def warm_all(jobs: int, arguments: argparse.Namespace) -> None:
-    shared = [
-        sys.executable,
-        __file__,
-        "--device",
-        arguments.device,
-        "--backend",
-        arguments.backend,
-    ]
+def run(arguments: argparse.Namespace, numbers: list[int], seconds: float) -> dict[str, Tally]:
+    """Cases one after the other, the ops in turns."""
+    start, chosen = time.perf_counter(), kinds()
+    tallies = {op: Tally() for op in chosen}
+    for number in numbers:
+        if time.perf_counter() - start > seconds:
+            break
+        seed = arguments.seed * 1_000_003 + number
+        op = list(chosen)[number % len(chosen)]
+        case, options = chosen[op]
+        kind = random.Random(seed).choice(options)
+        tally = tallies[op]
+        tally.cases += 1
+        try:
+            check = case(seed, arguments.device, arguments.backend, kind)
+        except Exception:
+            tally.failures.append(f"case {number}: {traceback.format_exc(limit=-3)}")
+            if arguments.device == "cuda" and "CUDA error" in tally.failures[-1]:
+                break  # the context is lost
+            continue
+        tally.worst = max(tally.worst, check.worst)
+        if check.wrong:
+            tally.failures.append(f"case {number}, {kind}: {'; '.join(check.wrong)}")
+    return tallies
+
+
+def spread(arguments: argparse.Namespace, mode: str, seconds: float) -> dict[str, Tally]:
+    """``--warm`` or ``--part`` in several processes; the sum of what they found."""
+    names = ("device", "backend", "start", "count", "seed")
+    shared = [f"--{name}={getattr(arguments, name)}" for name in names]
     workers = [
-        subprocess.Popen([*shared, "--warm", f"{part}/{jobs}"], stderr=subprocess.PIPE, text=True)
-        for part in range(jobs)
-    ]
+        subprocess.Popen(
+            [sys.executable, __file__, *shared, f"--seconds={seconds}", mode,
+             f"{part}/{arguments.jobs}"],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for part in range(arguments.jobs)
+    ]  # fmt: skip
+    total = {op: Tally() for op in kinds()}
     for worker in workers:
-        _, errors = worker.communicate()
+        said, _ = worker.communicate()
         if worker.returncode:
-            print(f"warm-up failed: {errors[-2000:]}", flush=True)
+            print(f"a process of {mode} ended with {worker.returncode}", flush=True)
+            total["gemm_q"].failures.append(f"a process of {mode} was lost")
+        elif mode == "--part":
+            for op, found in json.loads(said.splitlines()[-1]).items():
+                total[op].cases += found["cases"]
+                total[op].failures += found["failures"]
+                total[op].worst = max(total[op].worst, found["worst"])
+    return total
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--seconds", type=float, default=90.0, help="warm-up included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="sm90")
-    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device, backend = arguments.device, arguments.backend
-    if arguments.warm:
-        part, parts = (int(n) for n in arguments.warm.split("/"))
-        warm(part, parts, device, backend)
+    numbers = list(range(arguments.start, arguments.start + arguments.count))
+    if arguments.warm or arguments.part:
+        part, parts = (int(n) for n in (arguments.warm or arguments.part).split("/"))
+        if arguments.warm:
+            warm(part, parts, arguments.device, arguments.backend)
+        else:
+            found = run(arguments, numbers[part::parts], arguments.seconds)
+            print(json.dumps({op: asdict(tally) for op, tally in found.items()}))
         return 0
     start = time.perf_counter()
-    if device == "cuda" and arguments.jobs > 1:
-        warm_all(arguments.jobs, arguments)
-    print(f"warm-up {time.perf_counter() - start:.1f} s", flush=True)
-    chosen = kinds()
-    tallies = {op: Tally() for op in chosen}
-    for number in range(arguments.count):
-        if time.perf_counter() - start > arguments.seconds:
-            break
-        seed = arguments.seed * 1_000_003 + number
-        op = list(chosen)[number % len(chosen)]
-        run, options = chosen[op]
-        kind = random.Random(seed).choice(options)
-        tally = tallies[op]
-        tally.cases += 1
-        try:
-            check = run(seed, device, backend, kind)
-        except Exception:
-            tally.failures.append(f"seed {seed}: {traceback.format_exc(limit=-3)}")
-            if device == "cuda" and "CUDA error" in tally.failures[-1]:
-                break  # the context is lost
-            continue
-        tally.worst = max(tally.worst, check.worst)
-        if check.wrong:
-            tally.failures.append(f"seed {seed}, {kind}: {'; '.join(check.wrong)}")
-    print(f"{'op':14s} {'cases':>6s} {'failed':>6s}  largest error / torch's")
-    for op, tally in tallies.items():
-        print(f"{op:14s} {tally.cases:6d} {len(tally.failures):6d}  {tally.worst:.2f}")
+    if arguments.jobs == 1:
+        tallies = run(arguments, numbers, arguments.seconds)
+    else:
+        lost = spread(arguments, "--warm", arguments.seconds)["gemm_q"].failures
+        left = arguments.seconds - (time.perf_counter() - start)
+        print(f"warm-up {time.perf_counter() - start:.1f} s", flush=True)
+        tallies = spread(arguments, "--part", left)
+        tallies["gemm_q"].failures += lost
     for op, tally in tallies.items():
         for failure in tally.failures[:5]:
             print(f"FAILED {op} {failure}")
-    print(f"{time.perf_counter() - start:.1f} s")
+    told = [
+        f"{op} {tally.cases} cases, {len(tally.failures)} failed, largest error over torch's "
+        f"{tally.worst:.2f}"
+        for op, tally in tallies.items()
+    ]
+    print(f"{arguments.backend}: {'; '.join(told)}; {time.perf_counter() - start:.0f} s")
     failed = any(tally.failures for tally in tallies.values())
     return 1 if failed or not all(tally.cases for tally in tallies.values()) else 0
 

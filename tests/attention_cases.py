@@ -1,0 +1,353 @@
+"""Random calls of attention, and what must hold of them: a third is hard for an anchored softmax.
+
+A case is drawn from its number alone, so that any of a campaign can be run again. Of each call one
+vector of results leaves the device: a campaign on a GPU waits once a case.
+"""
+
+import functools
+import inspect
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from adversarial import CASES, attention_inputs
+from flashomni.kernels import ForecastTerms, sparse_attention
+from flashomni.symbols import Grid, Symbols
+
+POISON = 7.0
+REPEATS = 12
+PLAIN = ("gain", 1.0)
+SHORT = [1, 31, 64, 127, 128, 129, 200, 256, 257, 383, 600]
+LONG = [2048, 4224, 4608]
+
+
+@dataclass(frozen=True)
+class Case:
+    number: int
+    dtype: torch.dtype
+    batch: int
+    seqlen_q: int
+    seqlen_kv: int
+    kv_heads: int
+    ratio: int
+    head_dim: int
+    block_n: int
+    layout: str
+    symbols: str
+    has_kv_len: bool
+    has_lse: bool
+    q_density: float
+    kv_density: float
+    scale: float
+    terms: int  # of the forecast; 0 is none
+    terms_dtype: torch.dtype
+    span: tuple[float, float]  # rows that it covers, as shares of the sequence
+    kind: str
+    amount: float
+
+    @property
+    def num_heads(self):
+        return self.kv_heads * self.ratio
+
+    @property
+    def shape(self):
+        return (
+            self.batch, self.seqlen_q, self.seqlen_kv, self.num_heads, self.kv_heads, self.head_dim
+        )  # fmt: skip
+
+    @property
+    def build(self):
+        """Cases that differ in this run other kernels."""
+        return (
+            self.dtype, self.head_dim, self.block_n, self.symbols == "none", self.has_kv_len,
+            self.has_lse, self.terms, self.terms and self.terms_dtype,
+        )  # fmt: skip
+
+
+def draw(number: int, seed: int = 0) -> Case:
+    """Every third is adversarial. Options are drawn so that few kernels have to be built."""
+    rng = random.Random(f"{seed} {number}")
+    kind, amount = rng.choice(CASES) if number % 3 == 2 else PLAIN
+    if kind == "gain" and number % 3 == 2:
+        amount = rng.uniform(2.0, 40.0)
+    dtype = torch.float16 if kind != "values" and rng.random() < 0.15 else torch.bfloat16
+    head_dim = rng.choice([64, 64, 128, 128, 128, 128, 72, 80, 96, 32, 256, 160])
+    usual = dtype == torch.bfloat16 and head_dim in (64, 128)
+    if head_dim not in (64, 128):
+        dtype = torch.bfloat16
+    long = rng.random() < 0.02
+    symbols = rng.choice(["none", "each", "each", "each", "shared", "ones", "holes"])
+    has_terms = head_dim == 128 and symbols != "none" and rng.random() < 0.3
+    return Case(
+        number=number,
+        dtype=dtype,
+        batch=1 if long else rng.choice([1, 1, 2, 3]),
+        seqlen_q=rng.choice([*(LONG if long else SHORT), rng.randint(1, 700)]),
+        seqlen_kv=rng.choice([*(LONG if long else SHORT), rng.randint(1, 1200)]),
+        kv_heads=1 if long else rng.choice([1, 1, 2, 3]),
+        ratio=rng.choice([1, 1, 2] if long else [1, 1, 2, 4]),
+        head_dim=head_dim,
+        block_n=64 if head_dim == 128 and usual and rng.random() < 0.2 else 128,
+        layout=rng.choice(["separate", "fused", "heads first"]),
+        symbols=symbols,
+        has_kv_len=rng.random() < 0.4,
+        has_lse=not usual or rng.random() < 0.5,
+        q_density=rng.choice([0.0, 0.3, 0.7, 1.0]),
+        kv_density=rng.choice([0.0, 0.05, 0.3, 0.7, 1.0]),
+        scale=rng.choice([head_dim**-0.5, head_dim**-0.5, 0.3]),
+        terms=rng.choice([1, 2, 3]) if has_terms else 0,
+        terms_dtype=rng.choice([torch.bfloat16, torch.float32]),
+        span=rng.choice([(0.0, 1.0), (0.0, 0.6), (rng.random() / 2, 1.0), (0.3, 0.5)]),
+        kind=kind,
+        amount=amount,
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    symbols: Symbols | None
+    kv_len: torch.Tensor | None
+    forecast: ForecastTerms | None
+
+
+def make(case: Case, device: torch.device, kind: tuple[str, float] | None = None) -> Inputs:
+    """The tensors of a case; with values of another ``kind`` where one is given."""
+    torch.manual_seed(case.number)
+    kind, amount = kind or (case.kind, case.amount)
+    tensors = attention_inputs(kind, amount, case.shape, case.scale, case.dtype, device)
+    q, k, v = (_laid_out(x, case.layout) for x in tensors)
+    kv_len = None
+    if case.has_kv_len:
+        kv_len = torch.randint(
+            0, case.seqlen_kv + 1, (case.batch,), dtype=torch.int32, device=device
+        )
+    return Inputs(q, k, v, _symbols(case, device), kv_len, _forecast(case, device))
+
+
+def _laid_out(x, layout):
+    """``[B, S, H, D]`` as of its own, a slice of one fused tensor, or with heads first."""
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "fused":
+        wide = x.new_full((*x.shape[:2], x.shape[2] + 2, x.shape[3]), math.nan)
+        wide[:, :, 1:-1] = x
+        return wide[:, :, 1:-1]
+    return x
+
+
+def _symbols(case, device):
+    if case.symbols == "none":
+        return None
+    grid = Grid(case.seqlen_q, case.seqlen_kv, block_n=case.block_n)
+    batch, heads = (1, 1) if case.symbols == "shared" else (case.batch, case.num_heads)
+    rows, columns = grid.num_q_blocks, grid.num_kv_blocks
+    q_density, kv_density = (case.q_density, case.kv_density)
+    if case.symbols == "ones":
+        q_density = kv_density = 1.0
+    q_mask = torch.rand(batch, heads, rows, device=device) < q_density
+    kv_mask = torch.rand(batch, heads, rows, columns, device=device) < kv_density
+    symbols = Symbols.pack(q_mask, kv_mask, grid)
+    if case.symbols == "holes":  # rows without any block, which pack never leaves
+        keep = torch.rand(batch, heads, rows, 1, device=device) < 0.6
+        symbols = Symbols(symbols.q_bits, symbols.kv_bits * keep, grid)
+    return symbols.expand(case.batch, case.num_heads) if case.symbols == "shared" else symbols
+
+
+def _forecast(case, device):
+    """Terms in the layout of the case; more coefficients than terms."""
+    if not case.terms:
+        return None
+    start, stop = (round(share * case.seqlen_q) for share in case.span)
+    shape = (case.batch, stop - start, case.num_heads, case.head_dim)
+    terms = [
+        _laid_out(torch.randn(shape, device=device).to(case.terms_dtype), case.layout)
+        for _ in range(case.terms)
+    ]
+    return ForecastTerms(terms, torch.randn(case.terms + 1, device=device), start)
+
+
+@functools.cache
+def _counts_redone() -> bool:
+    return "redone" in inspect.signature(sparse_attention).parameters
+
+
+def attend(case, x, backend, out, lse=None, redone=None):
+    """Our call; ``redone`` gets the number of tiles done again, where the op can tell."""
+    count = {"redone": redone} if redone is not None and _counts_redone() else {}
+    sparse_attention(
+        x.q, x.k, x.v, x.symbols, out=out, lse=lse, kv_len=x.kv_len, softmax_scale=case.scale,
+        forecast=x.forecast, backend=backend, **count,
+    )  # fmt: skip
+    return out
+
+
+def token_masks(case, x):
+    """``(rows [B, H, M], pairs [B, H, M, N])``: what is computed, what is visited."""
+    batch, seqlen_q, seqlen_kv, heads, _, _ = case.shape
+    rows = torch.ones(batch, heads, seqlen_q, dtype=torch.bool, device=x.q.device)
+    pairs = rows[..., None].expand(-1, -1, -1, seqlen_kv)
+    if x.symbols is not None:
+        grid = x.symbols.grid
+        rows = x.symbols.q_mask().repeat_interleave(grid.block_m, -1)[..., :seqlen_q]
+        pairs = x.symbols.kv_mask().repeat_interleave(grid.block_m, -2)
+        pairs = pairs.repeat_interleave(grid.block_n, -1)[..., :seqlen_q, :seqlen_kv]
+    if x.kv_len is not None:
+        position = torch.arange(seqlen_kv, device=x.q.device)
+        pairs = pairs & (position < x.kv_len[:, None, None, None])
+    return rows, pairs
+
+
+def heads_first(x, groups=1):
+    return x.repeat_interleave(groups, 2).transpose(1, 2)
+
+
+def exact_attention(case, x, pairs):
+    """fp32: out ``[B, M, H, D]`` and lse ``[B, H, M]``; rows without keys are zero."""
+    k, v = (heads_first(y.float(), case.ratio) for y in (x.k, x.v))
+    score = heads_first(x.q.float()) @ k.mT * case.scale
+    score = score.masked_fill(~pairs, -torch.inf)
+    lse = score.logsumexp(-1)
+    prob = (score - lse[..., None]).exp().masked_fill(~pairs, 0.0)
+    return (prob @ v).transpose(1, 2), lse
+
+
+def torch_attention(case, x, pairs):
+    """torch's own attention under the same mask, in the dtype of the arguments.
+
+    It adds masks, so that NaN shows in rows that do not visit it: it gets none.
+    """
+    q, k, v = heads_first(x.q), heads_first(x.k, case.ratio), heads_first(x.v, case.ratio)
+    k = torch.where(k.isnan(), 0.0, k)
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=case.scale)
+    return o.transpose(1, 2).masked_fill(~pairs.any(-1).mT[..., None], 0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong, the error over the larger of torch's and half an ulp, tiles done again."""
+
+    wrong: list[str]
+    ratio: float
+    redone: int
+
+
+def verdict(case: Case, backend: str | None, device: torch.device, repeats: int) -> Verdict:
+    """Run a case and compare."""
+    x = make(case, device)
+    rows, pairs = token_masks(case, x)
+    redone = torch.zeros(1, dtype=torch.int32, device=device)
+    results = []
+    for index in range(repeats):
+        out = torch.full_like(x.q, POISON)
+        lse = torch.full(rows.shape, POISON, device=device) if case.has_lse else None
+        attend(case, x, backend, out, lse, None if index else redone)
+        results.append((out, lse))
+    out, lse = results[0]
+    exact, exact_lse = exact_attention(case, x, pairs)
+    plain = torch_attention(case, x, pairs).float()
+    live = rows.mT[..., None].expand_as(out)
+    finite = exact.isfinite() & live
+    zero = out.new_zeros((), dtype=torch.float32)
+
+    def largest(y, where):
+        return torch.where(where, y, zero).abs().amax().double()
+
+    told = {
+        "error": largest(out.float() - exact, finite),
+        "torch's": largest(plain - exact, finite),
+        "size": largest(exact, finite),
+        "redone": redone[0].double(),
+    }
+    same_nan = (out.isnan() == exact.isnan()) | ~live
+    empty = (rows & ~pairs.any(-1)).mT[..., None]
+    wrong = {
+        "NaN where there is none, or none where it is": ~same_nan,
+        "an empty row is not zero": empty & (out != 0),
+    }
+    if x.forecast is None:
+        wrong["a cached row of out changed"] = ~live & (out != POISON)
+    else:
+        wrong |= _forecast_faults(x.forecast, out, rows)
+    if lse is not None:
+        close = torch.isclose(lse, exact_lse, atol=2e-3, rtol=1e-3, equal_nan=True)
+        wrong["lse is off"] = ~close & rows
+        wrong["a cached row of lse changed"] = ~rows & (lse != POISON)
+    for other_out, other_lse in results[1:]:
+        differs = ~_same(out, other_out)
+        wrong["repeats differ"] = wrong.get("repeats differ", False) | differs.any()
+        if lse is not None:
+            wrong["repeats differ"] |= (~_same(lse, other_lse)).any()
+    told |= {name: where.any().double() for name, where in wrong.items()}
+    told = dict(zip(told, torch.stack(list(told.values())).tolist(), strict=True))
+    found = [name for name in wrong if told[name]]
+    # torch may hit the exact value by luck: what rounding the largest output costs is allowed.
+    floor = torch.finfo(case.dtype).eps / 2 * told["size"]
+    limit = 2 * told["torch's"] + floor
+    if not told["error"] <= limit:
+        found.append(f"out is off by {told['error']:.2e}, allowed {limit:.2e}")
+    ratio = told["error"] / max(told["torch's"], floor, 1e-300)
+    return Verdict(found, ratio, int(told["redone"]))
+
+
+def _same(a, b):
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def _forecast_faults(forecast, out, rows):
+    """Cached rows against the sum in fp64, rounded once; those outside must be untouched."""
+    start, count = forecast.row_offset, forecast.terms[0].shape[1]
+    products = [
+        weight * term.double()
+        for weight, term in zip(forecast.coefficients.double(), forecast.terms, strict=False)
+    ]
+    exact, size = sum(products), sum(product.abs() for product in products)
+    once = torch.finfo(out.dtype).eps / 2 * exact.abs() + torch.finfo(out.dtype).tiny
+    limit = 1.01 * once + 4 * torch.finfo(torch.float32).eps * size
+    cached = ~rows.mT  # [B, M, H]
+    outside = cached.clone()
+    outside[:, start : start + count] = False
+    error = (out[:, start : start + count].double() - exact).abs()
+    return {
+        "a forecast is off": ~(error <= limit) & cached[:, start : start + count, :, None],
+        "a cached row outside of the forecast changed": outside[..., None] & (out != POISON),
+    }
+
+
+def graph_faults(case: Case, backend: str | None, device: torch.device) -> list[str]:
+    """A graph captured on plain values, replayed on some that overflow, and on plain ones."""
+    x = make(case, device, PLAIN)
+    out = torch.full_like(x.q, POISON)
+    attend(case, x, backend, out)  # builds
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(case, x, backend, out)
+    found = []
+    for kind in (("sink last", 400.0), ("rise", 400.0), PLAIN):
+        other = make(case, device, kind)
+        for mine, theirs in zip((x.q, x.k, x.v), (other.q, other.k, other.v), strict=True):
+            mine.copy_(theirs)
+        want = attend(case, x, backend, torch.full_like(x.q, POISON))
+        out.fill_(POISON)
+        graph.replay()
+        if not bool(_same(out, want).all()):
+            found.append(f"a replay on {kind} differs from a call")
+    return found
+
+
+def compile_faults(case: Case, backend: str | None, device: torch.device) -> list[str]:
+    """Under ``torch.compile``: the same bits."""
+    x = make(case, device)
+    want = attend(case, x, backend, torch.full_like(x.q, POISON))
+
+    def run(q, k, v, out):
+        return attend(case, Inputs(q, k, v, x.symbols, x.kv_len, x.forecast), backend, out.clone())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got = compiled(x.q, x.k, x.v, torch.full_like(x.q, POISON))
+    return [] if bool(_same(got, want).all()) else ["the compiled call differs"]
