@@ -39,7 +39,7 @@ FOLDERS = {
         "differences",
         "weighted_sum",
     ),
-    "flashomni.symbols.choice": ("block_means", "heavy_bits", "heaviest_bits"),
+    "flashomni.symbols.choice": ("choose", "measure", "live_share"),
 }
 OPS = tuple(op for ops in FOLDERS.values() for op in ops)
 _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}

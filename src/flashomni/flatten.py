@@ -127,6 +127,8 @@ def _part(hint: Any) -> Part:
         return Part("Tensor[]", optional)
     if origin in (list, Sequence) and arguments == (float,):
         return Part("float[]", optional)
+    if origin in (list, Sequence) and arguments == (int,):
+        return Part("SymInt[]", optional)
     if origin is tuple and Ellipsis not in arguments:
         parts = tuple((str(index), _part(each)) for index, each in enumerate(arguments))
         return Part("", optional, parts, tuple, lambda *members: tuple(members))

@@ -24,12 +24,12 @@ WHERE = [
     pytest.param("portable", "cuda", marks=pytest.mark.gpu),
 ]
 PASSES = {"differences", "weighted_sum"}
-SPARSE_OPS = {"attention", "gemm_q", "gemm_o", "gemm_o_update", "norm_rope", "block_means"}
+SPARSE_OPS = {"attention", "gemm_q", "gemm_o", "gemm_o_update", "norm_rope", "choose", "measure"}
 NEEDED = {
-    "topk": {*SPARSE_OPS, "heaviest_bits", "differences"},
-    "flashomni": {*SPARSE_OPS, "heavy_bits", "differences"},
-    "spargeattn": {"attention", "norm_rope", "block_means", "heavy_bits"},
-    "whole layers": {"attention", "norm_rope", *PASSES},
+    "topk": {*SPARSE_OPS, "live_share", "differences"},
+    "flashomni": {*SPARSE_OPS, "live_share", "differences"},
+    "spargeattn": {"attention", "norm_rope", "choose", "measure"},
+    "whole layers": {"attention", "norm_rope", "measure", *PASSES},
     "output": {"attention", "norm_rope", *PASSES},
 }
 

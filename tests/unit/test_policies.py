@@ -19,8 +19,8 @@ from flashomni.policies import (
     policies,
 )
 from flashomni.policies import policy as policy_decorator
-from flashomni.policies._pooled import heaviest, low_mass, pooled_map
 from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice.op import heaviest, low_mass, pooled_map
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

@@ -12,8 +12,8 @@ from flashomni.policies import (
     make_policy,
     policies,
 )
-from flashomni.policies._pooled import pooled_map
 from flashomni.symbols import Grid, unpack_bits
+from flashomni.symbols.choice.op import pooled_map
 
 TEXT_LESS = [name for name in NAMES if not policies()[name].needs_text]
 ODD = {

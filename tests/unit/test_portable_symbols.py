@@ -1,18 +1,23 @@
 """The Triton way to choose symbols against its definition in torch: the same bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from conftest import device_for
+import triton
+import triton.language as tl
+
+from conftest import device_for, random_symbols
 from flashomni import dispatch
 from flashomni.kernels.common import portable
 from flashomni.policies import AttentionSite, make_policy, policies
-from flashomni.symbols import Grid, pack_bits, row_bytes, unpack_bits
+from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice import _kernels
 from flashomni.symbols.choice import op as choice
-from flashomni.symbols.choice import portable as kernels
-from flashomni.symbols.choice.op import heaviest, low_mass, pool
+from flashomni.symbols.choice.op import Rule, heaviest, low_mass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +30,28 @@ TAUS = [0.0, 1e-6, 0.05, 0.5, 0.95, 1.0]
 
 def scalar(value):
     return torch.full((), value, device=DEVICE)
+
+
+@triton.jit
+def choose_kernel(
+    mass, tau, out, columns, count, COUNTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    real = (row >= 0) & (column < columns)
+    value = tl.load(mass + row * columns + column, mask=real, other=0.0)
+    taken = _kernels.most(value, real, count) if COUNTS else _kernels.heavy(value, tl.load(tau))
+    tl.store(out + row * columns + column, taken.to(tl.int8), mask=real)
+
+
+def chosen(mass, tau=0.0, count=None):
+    """What the kernels choose of ``[4, columns]``, as bool."""
+    out = torch.full(mass.shape, 7, dtype=torch.int8, device=DEVICE)
+    choose_kernel[(1,)](
+        mass, scalar(tau), out, mass.shape[1], count or 0, COUNTS=count is not None, ROWS=4,
+        COLUMNS=triton.next_power_of_2(mass.shape[1]), num_warps=1,
+    )  # fmt: skip
+    assert ((out == 0) | (out == 1)).all()
+    return out.bool()
 
 
 def masses(kind, rows, columns):
@@ -47,22 +74,21 @@ KINDS = ["flat", "peaked", "ties", "equal", "zeros", "huge", "no mass"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns", [1, 7, 33, 130])
 def test_heavy(kind, columns):
-    """Bit for bit the definition, ties and padding bits included."""
-    mass = masses(kind, 3, columns)
+    """Entry for entry the definition, ties included."""
+    mass = masses(kind, 4, columns)
     for tau in TAUS:
-        expected = pack_bits(~low_mass(mass, tau), row_bytes(columns))
-        assert torch.equal(kernels.heavy(mass, scalar(tau), row_bytes(columns)), expected), tau
+        assert torch.equal(chosen(mass, tau), ~low_mass(mass, tau)), tau
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("columns", [1, 7, 33, 130])
 def test_most(kind, columns):
-    """Bit for bit the definition; exactly so many bits; the heaviest, the first among equals."""
-    mass = masses(kind, 3, columns)
+    """Entry for entry the definition; exactly so many; the heaviest, the first among equals."""
+    mass = masses(kind, 4, columns)
     for count in {0, 1, columns // 2, columns}:
-        got = kernels.most(mass, count, -(-columns // 8))
-        assert torch.equal(got, pack_bits(heaviest(mass, count), -(-columns // 8)))
-        assert (unpack_bits(got, 8 * got.shape[-1]).sum(-1) == count).all()
+        got = chosen(mass, count=count)
+        assert torch.equal(got, heaviest(mass, count))
+        assert (got.sum(-1) == count).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +96,7 @@ def test_what_is_left_out_is_as_much_as_may_be(kind):
     """At most tau of the mass, and one entry more would be too much (in exact arithmetic)."""
     mass = masses(kind, 4, 65)
     for tau in TAUS:
-        kept = unpack_bits(kernels.heavy(mass, scalar(tau), 12), 65)
+        kept = chosen(mass, tau)
         for row, keep in zip(mass.double(), kept, strict=True):
             left_out, limit = row[~keep].sum(), scalar(tau).double() * row.sum()
             slack = 1e-12 * row.sum()
@@ -82,27 +108,10 @@ def test_what_is_left_out_is_as_much_as_may_be(kind):
 
 def test_infinite_mass_wins():
     """`topk` gives text infinite mass: it is taken first, and counts."""
-    mass = torch.tensor([[0.5, torch.inf, 0.1, torch.inf, 0.9]], device=DEVICE)
+    mass = torch.tensor([[0.5, torch.inf, 0.1, torch.inf, 0.9]], device=DEVICE).repeat(4, 1)
     for count, expected in ((1, [1]), (2, [1, 3]), (3, [1, 3, 4])):
-        got = unpack_bits(kernels.most(mass, count, 1), 5)[0]
+        got = chosen(mass, count=count)[0]
         assert got.nonzero()[:, 0].tolist() == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block", [16, 48, 128, 256])
-def test_block_means(dtype, block):
-    """The definition is `pool`: ragged ends, valid lengths, strides, padding of NaN."""
-    fused = torch.randn(2, 300, 3, 2, 24, device=DEVICE, dtype=dtype)
-    x, lengths = fused[:, :, 1], torch.tensor([300, 70], dtype=torch.int32, device=DEVICE)
-    for length in (None, lengths):
-        got = kernels.block_means(x, block, length, unit=False)
-        torch.testing.assert_close(got, pool(x, block, length), atol=1e-6, rtol=1e-5)
-        unit = torch.nn.functional.normalize(x.float(), dim=-1)
-        got = kernels.block_means(x, block, length, unit=True)
-        torch.testing.assert_close(got, pool(unit, block, length), atol=1e-6, rtol=1e-5)
-    clean = kernels.block_means(x, block, lengths, unit=False)
-    x[1, 70:] = float("nan")
-    assert torch.equal(kernels.block_means(x, block, lengths, unit=False), clean)
 
 
 SETTINGS = [
@@ -123,44 +132,185 @@ GRIDS = {
 }  # fmt: skip
 
 
+def tokens(grid, heads=4, kv_heads=2, head_dim=16, batch=2, dtype=torch.float32):
+    """q and k that drift from block to block, as rows apart in one tensor; padding is NaN."""
+    made = []
+    for seqlen, count in ((grid.seqlen_q, heads), (grid.seqlen_kv, kv_heads)):
+        x = torch.randn(batch, seqlen, count, head_dim, device=DEVICE)
+        drift = torch.randn(batch, -(-seqlen // 50), count, head_dim, device=DEVICE)
+        x += 1.5 * drift.repeat_interleave(50, 1)[:, :seqlen]
+        fused = torch.stack([x, torch.full_like(x, torch.nan)], 2).to(dtype)
+        made.append(fused[:, :, 0])
+    return made
+
+
+def both(policy, q, k, grid, t=0.9):
+    """What the kernels and the definition choose."""
+    return (
+        policy(AttentionSite.alone(q, k, grid, scalar(t), backend=backend))
+        for backend in ("portable", "reference")
+    )
+
+
+def on_device(grid):
+    return grid if grid.kv_len is None else grid.with_kv_len(grid.kv_len.to(DEVICE))
+
+
+def check_invariants(symbols):
+    """Text is computed and visited, no row is empty, padding bits are 0."""
+    grid, device = symbols.grid, symbols.q_bits.device
+    assert symbols.q_mask()[..., grid.text_q_mask(device)].all()
+    assert symbols.kv_mask().any(-1).all()
+    assert not (symbols.q_bits & ~grid.all_q_bits(device)).any()
+    assert not (symbols.kv_bits & ~grid.all_kv_bits(device)).any()
+
+
+ODD = {
+    "one text token": Grid(1, 1, (0, 1)),
+    "one block": Grid(100, 100, (0, 20)),
+    "all text": Grid(300, 300, (0, 300)),
+    "vision in text blocks only": Grid(200, 200, (0, 100), 64, 256),
+    "text last, ragged": Grid(333, 333, (300, 333), 64, 64),
+    "text in the middle": Grid(600, 600, spans=(("text", 200, 290),), block_m=32, block_n=64),
+    "texts at both ends": Grid(600, 600, (0, 50), 64, 32, spans=(("text", 530, 600),)),
+    "few wide blocks": Grid(610, 610, (0, 50), 256, 48),
+}
+
+
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
-def test_policies_choose_the_same(name, settings, grid, monkeypatch):
+def test_policies_choose_the_same(name, settings, grid):
     """Whole policies, both ways, from the same q and k: the same symbols, all invariants kept."""
-    q = torch.randn(2, grid.seqlen_q, 4, 16, device=DEVICE)
-    k = torch.randn(2, grid.seqlen_kv, 2, 16, device=DEVICE)
-    for x in (q, k):
-        drift = torch.randn(2, -(-x.shape[1] // 50), x.shape[2], 16, device=DEVICE)
-        x += 1.5 * drift.repeat_interleave(50, 1)[:, : x.shape[1]]
-    if grid.kv_len is not None:
-        grid = grid.with_kv_len(grid.kv_len.to(DEVICE))
-    policy, progress = make_policy(name, **settings), scalar(0.9)
-    monkeypatch.setattr(
-        choice, "execute", lambda op, call, _: dispatch.execute(op, call, "portable")
-    )
-    got = policy(AttentionSite.alone(q, k, grid, progress))
-    monkeypatch.setattr(
-        choice, "execute", lambda op, call, _: dispatch.execute(op, call, "reference")
-    )
-    expected = policy(AttentionSite.alone(q, k, grid, progress))
+    grid = on_device(grid)
+    q, k = tokens(grid)
+    got, expected = both(make_policy(name, **settings), q, k, grid)
     # The means differ in their last bits; these masses have no two prefixes that close.
     assert torch.equal(got.q_bits, expected.q_bits)
     assert torch.equal(got.kv_bits, expected.kv_bits)
     assert 0 < float(got.density()) < 1
-    assert got.q_mask()[..., grid.text_q_mask(q.device)].all()
+    check_invariants(got)
     for start, stop in grid.text_kv_ranges:
-        assert got.kv_mask()[..., start:stop].all()
+        assert got.kv_mask()[..., start:stop].all() or not settings.get("protect_text", True)
+
+
+def near(rule, q, k, grid):
+    """Where the definition may go either way: a threshold 1e-5 larger or smaller decides otherwise.
+
+    bool like ``q_mask`` and ``kv_mask``.
+    """
+    chosen = [
+        choice.choose(
+            q, k, grid, replace(rule, tau_q=rule.tau_q * by, tau_kv=rule.tau_kv * by), scalar(1.0),
+            backend="reference",
+        )
+        for by in (1 - 1e-5, 1 + 1e-5)
+    ]  # fmt: skip
+    return (chosen[0].q_mask() ^ chosen[1].q_mask(), chosen[0].kv_mask() ^ chosen[1].kv_mask())
+
+
+@pytest.mark.parametrize("compute", ["and", "mean", "c", "g"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sequences_choose_the_same(name, compute):
+    """Text anywhere, one block, nothing but text, no vision block: bits differ at the edge only."""
+    grid = ODD[name]
+    q, k = tokens(grid, dtype=torch.float16)
+    rule = Rule("mass", compute, tau_q=0.5, tau_kv=0.4, gate=0.1, text_rows=compute == "mean")
+    got = choice.choose(q, k, grid, rule, backend="portable")
+    expected = choice.choose(q, k, grid, rule, backend="reference")
+    q_edge, kv_edge = near(rule, q, k, grid)
+    assert not ((got.q_mask() ^ expected.q_mask()) & ~q_edge).any()
+    assert not ((got.kv_mask() ^ expected.kv_mask()) & ~kv_edge).any()
+    check_invariants(got)
+
+
+def test_rules_without_text_columns_and_without_choice():
+    """Text may be skipped where the rule says so; `all` leaves nothing out; both may be mixed."""
+    grid = Grid(300, 300, (0, 40), 32, 32)
+    q, k = tokens(grid)
+    for rule in (
+        Rule("mass", "all", tau_kv=0.7, text_columns=False),
+        Rule("count", "and", tau_q=0.6, count_kv=3, share_heads=True),
+        Rule("all", "count", count_q=4),
+        Rule("all", "g", tau_q=0.6, power=1.7),
+        Rule(),
+    ):
+        options = (q, k, grid, rule, scalar(0.8))
+        got = choice.choose(*options, backend="portable")
+        expected = choice.choose(*options, backend="reference")
+        assert torch.equal(got.q_bits, expected.q_bits)
+        assert torch.equal(got.kv_bits, expected.kv_bits)
+        check_invariants(got)
+
+
+def test_rules_are_checked():
+    """What a rule may say, and what it needs."""
+    grid = Grid(64, 64, block_m=16, block_n=16)
+    x = torch.zeros(1, 64, 1, 16)
+    with pytest.raises(ValueError, match="visit must be one of all, mass, count, got 'some'"):
+        Rule(visit="some")
+    with pytest.raises(ValueError, match="compute g needs text tokens, got a grid of 64"):
+        choice.choose(x, x, grid, Rule(compute="g"))
+    with pytest.raises(ValueError, match="progress must be given"):
+        choice.choose(x, x, grid, Rule(power=2.0))
+    long = Grid(300_000, 300_000, block_m=16, block_n=16)
+    reasons = dispatch.find("choose", "portable").refuses(
+        choice.ChooseCall(x, x, long, Rule(), None)
+    )
+    assert any("at most 16384 blocks, got 18750" in reason for reason in reasons)
+
+
+def test_long_rows():
+    """More blocks than a warp holds: 1,100 of 16 tokens, a row of 2,048 columns."""
+    grid = Grid(17_590, 17_590, (17_500, 17_590), block_m=256, block_n=16)
+    q, k = tokens(grid, heads=1, kv_heads=1, batch=1)
+    rule = Rule("mass", "and", tau_q=0.5, tau_kv=0.3)
+    got = choice.choose(q, k, grid, rule, backend="portable")
+    expected = choice.choose(q, k, grid, rule, backend="reference")
+    q_edge, kv_edge = near(rule, q, k, grid)
+    assert not ((got.q_mask() ^ expected.q_mask()) & ~q_edge).any()
+    assert not ((got.kv_mask() ^ expected.kv_mask()) & ~kv_edge).any()
+    assert kv_edge.float().mean() < 0.01 < float(got.kv_density()) < 0.9
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("blocks", [(5, 33), (70, 31), (9, 64), (1, 1)], ids=str)
+def test_measure_counts(blocks, shared):
+    """Densities, filled rows and shares of streams are those of the masks."""
+    grid = Grid(blocks[0] * 32 - 7, blocks[1] * 16 - 3, block_m=32, block_n=16)
+    symbols = random_symbols(grid, *((1, 1) if shared else (2, 3)), 0.5, 0.8).expand(2, 3)
+    symbols = symbols.to(DEVICE)
+    for min_skip in (0.0, 0.2, 1.0):
+        expected = symbols.fill_rows(min_skip)
+        got, q_density, kv_density = choice.measure(symbols, min_skip, backend="portable")
+        assert torch.equal(got.kv_bits, expected.kv_bits)
+        torch.testing.assert_close(q_density, expected.q_density())
+        torch.testing.assert_close(kv_density, expected.kv_density())
+    none = Symbols(torch.zeros_like(symbols.q_bits), symbols.kv_bits, grid)
+    assert [float(x) for x in choice.measure(none, backend="portable")[1:]] == [0.0, 0.0]
+    for offset, rows in ((0, grid.seqlen_q), (0, 20), (grid.seqlen_q // 3, grid.seqlen_q // 2)):
+        got, expected = (
+            choice.live_share(symbols, rows, offset, backend=b) for b in ("portable", "reference")
+        )
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_gpu_uses_the_kernels():
     """And a CPU never does: there they would run in the interpreter."""
-    mass = torch.zeros(1, 16)
-    assert dispatch.select("heaviest_bits", choice.HeaviestCall(mass, 1, 2)).name == "cpu"
-    if torch.cuda.is_available():
-        call = choice.HeaviestCall(mass.cuda(), 1, 2)
-        assert dispatch.select("heaviest_bits", call).name == "portable"
-        assert dispatch.select("heaviest_bits", call, "sm90").name == "portable"
-        assert dispatch.select("heaviest_bits", call, "reference").name == "reference"
+    grid = Grid(64, 64, block_m=16, block_n=16)
+    calls = {
+        "choose": lambda x: choice.ChooseCall(x, x, grid, Rule(), None),
+        "live_share": lambda x: choice.LiveCall(x[0, :, :, 0].to(torch.uint8), 4, 16, 64, 0),
+    }
+    x = torch.zeros(1, 64, 1, 16)
+    for op, make in calls.items():
+        assert dispatch.select(op, make(x)).name == "cpu"
+        if torch.cuda.is_available():
+            for asked, expected in (
+                (None, "portable"),
+                ("sm90", "portable"),
+                *[("reference",) * 2],
+            ):
+                assert dispatch.select(op, make(x.cuda()), asked).name == expected
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
@@ -188,3 +338,28 @@ def test_policies_replay_in_a_cuda_graph_and_compile(name):
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(q, k), expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "most"), [("flashomni", 3), ("topk", 3), ("spargeattn", 2)], ids=str
+)
+def test_launches(name, most):
+    """Few: pool, visit, cache; one more for densities and filled rows; one for a stream's share."""
+    from torch.profiler import ProfilerActivity, profile
+
+    grid, policy = GRIDS["text first"], make_policy(name)
+    q, k = torch.randn(2, 2, 500, 4, 16, device=DEVICE)
+
+    def choose():
+        symbols = policy(AttentionSite.alone(q, k, grid, progress))
+        symbols, *_ = choice.measure(symbols, 0.1)
+        return choice.live_share(symbols, 300, 77)
+
+    progress = scalar(0.9)
+    choose()  # compiles, and makes the constants of the grid
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+        choose()
+        torch.cuda.synchronize()
+    events = [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(events) <= most + 2, events

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "flatten": set(),
     "triton_host": set(),
     "dispatch": {"registry", "flatten"},
-    "symbols": {"dispatch", "triton_host"},
+    "symbols": {"dispatch", "flatten", "triton_host"},
     "policies": {"registry", "symbols"},
     "kernels": {"dispatch", "flatten", "triton_host", "symbols"},
     "engine": {"registry", "util", "dispatch", "symbols", "policies", "kernels"},

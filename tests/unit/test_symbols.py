@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import random_symbols
-from flashomni.policies._pooled import pool
 from flashomni.symbols import Grid, Symbols, pack_bits, row_bytes, unpack_bits
+from flashomni.symbols.choice.op import pool
 
 common = settings(deadline=None, derandomize=True, max_examples=60)
 

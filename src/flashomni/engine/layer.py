@@ -42,10 +42,10 @@ from flashomni.kernels import (
     sparse_gemm_q,
 )
 from flashomni.kernels.common.rope import Rope
-from flashomni.kernels.common.rows import tile_mask
 from flashomni.kernels.elementwise.op import norm_rope_
 from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice.op import live_share, measure
 
 T = TypeVar("T")
 
@@ -255,7 +255,8 @@ class LayerRun:
             if self.kind is StepKind.UPDATE:
                 self._choose_symbols(self._site(q, k, v, scale, guide))
             elif self._plan.probes and self._cacheable:
-                self._measure(self._policy(self._site(q, k, v, scale, guide)))
+                symbols = self._policy(self._site(q, k, v, scale, guide))
+                self._send(measure(symbols, backend=self.backend)[1])
             if self._stores and self._caches_heads:
                 plain = None if out_projection is None else plain_weights(out_projection, q)
                 cache.projected = plain is not None
@@ -286,22 +287,19 @@ class LayerRun:
         )  # fmt: skip
 
     def _choose_symbols(self, site: AttentionSite) -> None:
-        cache, sparse = self._cache, self._recipe.sparse
-        symbols = self._policy(site)
-        self._measure(symbols)
+        cache, min_skip = self._cache, self._recipe.sparse.min_skip
+        symbols, q_density, kv_density = measure(self._policy(site), min_skip, backend=self.backend)
+        self._send(q_density)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for
             cache.symbols = None
             return
-        if sparse.min_skip > 0:
-            symbols = symbols.fill_rows(sparse.min_skip)
-        cache.symbols = symbols
-        cache.q_density, cache.kv_density = symbols.q_density(), symbols.kv_density()
+        cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
 
-    def _measure(self, symbols: Symbols) -> None:
+    def _send(self, q_density: Tensor) -> None:
         """Send the computed fraction on its way to the host, where S_q depends on it."""
         if self._recipe.sparse.degrade_below > 0:
-            self._cache.fraction = Fraction(symbols.q_density())
+            self._cache.fraction = Fraction(q_density)
             self._cache.measured = self._plan.step
 
     def _symbols(self) -> Symbols:
@@ -313,8 +311,9 @@ class LayerRun:
         """Share of a stream's (token, head) pairs that are computed: fp32 scalar on the device."""
         shares = self._cache.live_shares
         if (row_offset, rows) not in shares:
-            live = tile_mask(self._symbols(), rows, row_offset)
-            shares[row_offset, rows] = live.float().mean()
+            shares[row_offset, rows] = live_share(
+                self._symbols(), rows, row_offset, backend=self.backend
+            )
         return shares[row_offset, rows]
 
     def project_o(

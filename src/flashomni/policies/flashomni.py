@@ -13,9 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from flashomni.policies import (
     AttentionSite,
     Policy,
@@ -24,14 +21,8 @@ from flashomni.policies import (
     policy,
     require_text,
 )
-from flashomni.policies._pooled import (
-    coarse_blocks,
-    heavy_bits,
-    pooled_map,
-    visit_columns,
-    visit_rows,
-)
-from flashomni.symbols import Grid, Symbols, pack_bits, q_bytes, row_bytes
+from flashomni.symbols import Symbols
+from flashomni.symbols.choice.op import Rule, choose
 
 COMBINE = ("and", "mean", "c", "g")
 
@@ -82,81 +73,17 @@ class FlashOmni(Policy):
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
     def __call__(self, site: AttentionSite) -> Symbols:
-        q, k, grid, backend = site.q, site.k, site.grid, site.backend
-        require_text(self, grid)
-        growth = site.progress**self.power if self.power else 1.0
-        attention = pooled_map(q, k, grid, self.center_k, backend=backend)  # [B, H, Mb, Nb]
-        q_bits = self._computed(attention, grid, self.tau_q * growth, backend)
-        kv_bits = self._visited(attention, grid, self.tau_kv * growth, backend)
-        if self.similarity_gate is not None:
-            coarse_q, coarse_k = coarse_blocks(q, k, grid, self.similarity_gate, backend=backend)
-            q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
-            kv_bits = visit_columns(visit_rows(kv_bits, coarse_q, grid), coarse_k, grid)
-        return Symbols.of_bits(q_bits, kv_bits, grid, skip_text_columns=not self.protect_text)
-
-    def _visited(
-        self, attention: Tensor, grid: Grid, tau: Tensor | float, backend: str | None
-    ) -> Tensor:
-        """S_s bits of all but the lightest key blocks of each row."""
-        device = attention.device
-        if self.tau_kv == 0:
-            return grid.all_kv_bits(device).expand(*attention.shape[:3], -1)
-        kv_bits = heavy_bits(attention, tau, row_bytes(grid.num_kv_blocks), backend=backend)
-        if self.protect_text:  # text rows visit everything: they carry the prompt
-            kv_bits = visit_rows(kv_bits, grid.text_q_mask(device), grid)
-        return kv_bits
-
-    def _computed(
-        self, attention: Tensor, grid: Grid, tau: Tensor | float, backend: str | None
-    ) -> Tensor:
-        """S_c bits of the vision query blocks that may not be cached; text is left to Symbols."""
-        batch, num_heads, rows, _ = attention.shape
-        text_q, text_kv = grid.text_q_ranges, grid.text_kv_ranges
-        vision_q, vision_kv = grid.vision_q_ranges, grid.vision_kv_ranges
-        if not vision_q or not vision_kv:  # nothing to tell apart: all is computed
-            every = torch.ones(rows, dtype=torch.bool, device=attention.device)
-            return pack_bits(every, q_bytes(rows)).expand(batch, num_heads, -1)
-        given = _take(_take(attention, text_q, -2), vision_kv, -1).sum(-2)
-        if grid.block_m != grid.block_n:
-            given = _regrid(given, sum(stop - start for start, stop in vision_q))
-        # C is in given, [B, H, vision kv blocks], G in guided, [B, H, vision q blocks].
-        guided = _take(_take(attention, vision_q, -2), text_kv, -1).softmax(-2).sum(-1)
-        if self.share_heads:
-            given, guided = given.sum(1, keepdim=True), guided.sum(1, keepdim=True)
-
-        def heavy(mass: Tensor) -> Tensor:
-            # Text blocks without mass change neither a sum nor a choice among the others.
-            return heavy_bits(_spread(mass, vision_q, rows), tau, q_bytes(rows), backend=backend)
-
-        tests = {
-            "and": lambda: heavy(given) | heavy(guided),
-            "mean": lambda: heavy(_share(given) + _share(guided)),
-            "c": lambda: heavy(given),
-            "g": lambda: heavy(guided),
-        }
-        return tests[self.combine]().expand(-1, num_heads, -1)
-
-
-def _take(x: Tensor, ranges: tuple[tuple[int, int], ...], dim: int) -> Tensor:
-    """The entries of ``dim`` in the ranges, one range after the other."""
-    parts = [x.narrow(dim, start, stop - start) for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _spread(mass: Tensor, ranges: tuple[tuple[int, int], ...], count: int) -> Tensor:
-    """The inverse of :func:`_take` on the last dim of ``count`` entries: 0 between the ranges."""
-    parts = mass.split([stop - start for start, stop in ranges], -1)
-    ends = [*(start for start, _ in ranges[1:]), count]
-    padded = []
-    for i, (part, (start, stop), end) in enumerate(zip(parts, ranges, ends, strict=True)):
-        padded.append(torch.nn.functional.pad(part, (0 if i else start, end - stop)))
-    return padded[0] if len(padded) == 1 else torch.cat(padded, -1)
-
-
-def _share(mass: Tensor) -> Tensor:
-    return mass / mass.sum(-1, keepdim=True)
-
-
-def _regrid(mass: Tensor, count: int) -> Tensor:
-    """Mass per key block -> per query block, when the two block sizes differ."""
-    return torch.nn.functional.interpolate(mass, size=count, mode="area")
+        require_text(self, site.grid)
+        rule = Rule(
+            visit="mass" if self.tau_kv else "all",
+            compute=self.combine,
+            tau_q=self.tau_q,
+            tau_kv=self.tau_kv,
+            power=self.power,
+            share_heads=self.share_heads,
+            gate=self.similarity_gate,
+            center_k=self.center_k,
+            text_rows=self.protect_text,  # they carry the prompt
+            text_columns=self.protect_text,
+        )
+        return choose(site.q, site.k, site.grid, rule, site.progress, backend=site.backend)

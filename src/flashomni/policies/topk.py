@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from flashomni.policies import AttentionSite, Policy, check_bool, check_range, policy
-from flashomni.policies._pooled import heaviest_bits, pooled_map
-from flashomni.symbols import Grid, Symbols, q_bytes, row_bytes
+from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice.op import Rule, choose
 
 
 @policy("topk")
@@ -36,24 +34,14 @@ class TopK(Policy):
 
     def __call__(self, site: AttentionSite) -> Symbols:
         grid = site.grid
-        attention = pooled_map(site.q, site.k, grid, backend=site.backend)  # [B, H, Mb, Nb]
-        # Text counts towards the density, so it is put above every vision block.
-        for start, stop in grid.text_kv_ranges:
-            attention[..., start:stop] = 2.0
-        visited = _count(self.kv_density, grid.num_kv_blocks, least=1)
-        kv_bits = heaviest_bits(
-            attention, visited, row_bytes(grid.num_kv_blocks), backend=site.backend
+        rule = Rule(
+            visit="count",
+            compute="count",
+            count_q=_count(self.q_density, grid.num_q_blocks, least=0),
+            count_kv=_count(self.kv_density, grid.num_kv_blocks, least=1),
+            share_heads=self.share_heads,
         )
-        received = attention.sum(-2)  # [B, H, Nb]
-        if grid.num_q_blocks != grid.num_kv_blocks:
-            received = torch.nn.functional.interpolate(received, size=grid.num_q_blocks)
-        for start, stop in grid.text_q_ranges:
-            received[..., start:stop] = torch.inf
-        if self.share_heads:
-            received = received.sum(1, keepdim=True).expand_as(received)
-        computed = _count(self.q_density, grid.num_q_blocks, least=0)
-        q_bits = heaviest_bits(received, computed, q_bytes(grid.num_q_blocks), backend=site.backend)
-        return Symbols.of_bits(q_bits, kv_bits, grid)
+        return choose(site.q, site.k, grid, rule, backend=site.backend)
 
     def known_fraction(self, grid: Grid) -> float:
         computed = _count(self.q_density, grid.num_q_blocks, least=0) / grid.num_q_blocks

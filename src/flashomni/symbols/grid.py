@@ -225,6 +225,24 @@ class Grid:
         """1 at the text key blocks: uint8 ``[row_bytes]``."""
         return self._once(("kv", device), lambda: self._kv_bits(self.text_kv_ranges, device))
 
+    def all_q_bits(self, device: torch.device) -> Tensor:
+        """1 at every query block: uint8 ``[ceil(Mb / 8)]``."""
+        rows = self.num_q_blocks
+        every = ((0, rows),)
+        return self._once(
+            ("all q", device), lambda: pack_bits(_mask(rows, every, device), q_bytes(rows))
+        )
+
+    def vision_kv_index(self, device: torch.device) -> Tensor:
+        """The key blocks without any text token, in order: int32."""
+        ranges = self.vision_kv_ranges
+        return self._once(
+            ("vision kv", device),
+            lambda: torch.cat(
+                [torch.arange(*span, device=device, dtype=torch.int32) for span in ranges]
+            ),
+        )
+
     def all_kv_bits(self, device: torch.device) -> Tensor:
         """1 at every key block: uint8 ``[row_bytes]``."""
         every = ((0, self.num_kv_blocks),)

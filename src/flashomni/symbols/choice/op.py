@@ -1,167 +1,222 @@
-"""Block means and choices on rows of masses: contracts, and definitions in torch.
+"""Choosing symbols on the pooled attention map, and what they amount to: contracts.
 
-Three ops; ``reference`` and ``cpu`` are the definitions, ``portable`` chooses the same in Triton
-and serves ``sm90`` too. Choices are packed bits (see :mod:`flashomni.symbols`).
+Three ops. ``reference`` and ``cpu`` are the definitions in torch (``_definition.py``); ``portable``
+does the same in few Triton launches and serves ``sm90`` too. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashomni.dispatch import declare, execute, register
-from flashomni.symbols.bits import pack_bits
+from flashomni.flatten import see_as
+from flashomni.symbols.choice import _definition
+from flashomni.symbols.choice._definition import heaviest, low_mass, pool, pooled_map
+from flashomni.symbols.grid import Grid
+from flashomni.symbols.symbols import Symbols
+
+__all__ = [
+    "ChooseCall", "LiveCall", "MeasureCall", "Rule", "choose", "heaviest", "live_share", "low_mass",
+    "measure", "pool", "pooled_map",
+]  # fmt: skip
+
+VISIT = ("all", "mass", "count")
+COMPUTE = ("all", "count", "and", "mean", "c", "g")
 
 
 @dataclass(frozen=True)
-class MeansCall:
-    """What a backend of ``block_means`` gets; it returns a new tensor."""
+class Rule:
+    """What is chosen on the pooled map P ``[B, H, Mb, Nb]`` (:func:`pooled_map`).
 
-    x: Tensor
-    block: int
-    length: Tensor | None
-    unit: bool
-
-
-@dataclass(frozen=True)
-class HeavyCall:
-    """What a backend of ``heavy_bits`` gets; it returns a new tensor. tau: fp32 scalar tensor."""
-
-    mass: Tensor
-    tau: Tensor
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class HeaviestCall:
-    """What a backend of ``heaviest_bits`` gets; it returns a new tensor."""
-
-    mass: Tensor
-    count: int
-    num_bytes: int
-
-
-def block_means(
-    x: Tensor,
-    block: int,
-    length: Tensor | None = None,
-    *,
-    unit: bool = False,
-    backend: str | None = None,
-) -> Tensor:
-    """:func:`pool` of ``x``; with ``unit``, of its tokens scaled to length 1."""
-    return execute("block_means", MeansCall(x, block, length, unit), backend)
-
-
-def self_similarity(
-    x: Tensor, block: int, length: Tensor | None, *, backend: str | None = None
-) -> Tensor:
-    """Mean cosine over all pairs of tokens of a block: fp32 ``[B, H, blocks]``."""
-    return block_means(x, block, length, unit=True, backend=backend).square().sum(-1)
-
-
-def heavy_bits(
-    mass: Tensor, tau: Tensor | float, num_bytes: int, *, backend: str | None = None
-) -> Tensor:
-    """All but :func:`low_mass`, packed: uint8 ``[..., num_bytes]``."""
-    return execute("heavy_bits", HeavyCall(mass, _scalar(tau, mass), num_bytes), backend)
-
-
-def heaviest_bits(
-    mass: Tensor, count: int, num_bytes: int, *, backend: str | None = None
-) -> Tensor:
-    """:func:`heaviest`, packed: uint8 ``[..., num_bytes]``."""
-    return execute("heaviest_bits", HeaviestCall(mass, count, num_bytes), backend)
-
-
-def low_mass(mass: Tensor, tau: Tensor | float) -> Tensor:
-    """The lightest entries of the last dim that together hold at most ``tau`` of its sum.
-
-    An entry heavier than ``tau`` is never among them; of equal entries the first are the lightest.
-    bool, shape of ``mass``, which must not be negative.
-    """
-    ordered, order = mass.sort(dim=-1, stable=True)
-    prefix = ordered.cumsum(-1, dtype=torch.float64)
-    low = prefix <= _scalar(tau, mass) * prefix[..., -1:]
-    return torch.zeros_like(low).scatter(-1, order, low)
-
-
-def heaviest(mass: Tensor, count: int) -> Tensor:
-    """The ``count`` heaviest entries of the last dim; of equal entries the first.
-
-    bool, shape of ``mass``, which must not be negative.
-    """
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    chosen = torch.zeros_like(mass, dtype=torch.bool)
-    return chosen.scatter(-1, order[..., :count], True)
-
-
-def _scalar(tau: Tensor | float, like: Tensor) -> Tensor:
-    """``tau`` as an fp32 scalar on the device, so that no way of choosing rounds it otherwise."""
-    if isinstance(tau, Tensor):
-        return tau.float()
-    return torch.full((), tau, dtype=torch.float32, device=like.device)
-
-
-def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
-    """Mean of the tokens of each block, over the tokens that exist.
+    C of a vision block is what text rows of P give to it; G is the softmax over vision rows of the
+    text columns of P, summed over these (arXiv 2509.25401, 3.5). A test on a mass leaves out what
+    :func:`low_mass` names. Text queries are computed whatever the rule says, and no row is empty.
 
     Args:
-        x: ``[B, S, H, D]``.
-        block: tokens per block.
-        length: optional int32 ``[B]``: tokens from there on are padding and are left out.
+        visit: S_s. ``all``; ``mass``: a test on each row of P; ``count``: the ``count_kv`` heaviest
+            of each row, text above everything.
+        compute: S_c. ``all``; ``count``: the ``count_q`` blocks with the largest column sums, text
+            above everything; ``and``: what is heavy in C or in G; ``mean``: one test on the mean of
+            their shares; ``c``, ``g``: one test on one of them.
+        tau_q: share of the mass that the tests of S_c leave out when progress is 1.
+        tau_kv: the same of S_s.
+        power: both grow with ``progress ** power``; 0 is constant.
+        count_q: query blocks to compute.
+        count_kv: key blocks to visit in each row.
+        share_heads: one S_c for all heads, from the sum over heads (before the gate).
+        gate: blocks whose tokens have a mean cosine below this are computed and visited; ``None``
+            gates nothing.
+        center_k: subtract the mean key before the scores.
+        text_rows: text rows visit everything.
+        text_columns: every row visits the text keys.
 
-    Returns:
-        fp32 ``[B, H, ceil(S / block), D]``; a block of padding alone is zero.
+    Raises:
+        ValueError: ``visit`` or ``compute`` is none of these.
     """
-    seqlen = x.shape[1]
-    num_blocks = -(-seqlen // block)
-    position = torch.arange(num_blocks * block, device=x.device).view(1, num_blocks, block)
-    limit = seqlen if length is None else length.view(-1, 1, 1)
-    valid = position < limit  # [1 | B, blocks, block]
-    count = valid.sum(-1).clamp(min=1)[..., None, None]  # [1 | B, blocks, 1, 1]
-    if length is not None:
-        x = x * valid.flatten(1)[:, :seqlen, None, None].to(x.dtype)
-    tail = num_blocks * block - seqlen
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x
-    total = x.unflatten(1, (num_blocks, block)).sum(2, dtype=torch.float32)
-    return (total / count).permute(0, 2, 1, 3)
+
+    visit: str = "all"
+    compute: str = "all"
+    tau_q: float = 0.0
+    tau_kv: float = 0.0
+    power: float = 0.0
+    count_q: int = 0
+    count_kv: int = 0
+    share_heads: bool = False
+    gate: float | None = None
+    center_k: bool = False
+    text_rows: bool = False
+    text_columns: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("visit", VISIT), ("compute", COMPUTE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
 
-declare("block_means", MeansCall, public="block_means")
-declare("heavy_bits", HeavyCall, public="heavy_bits")
-declare("heaviest_bits", HeaviestCall, public="heaviest_bits")
+@dataclass(frozen=True)
+class ChooseCall:
+    """What a backend of ``choose`` gets; it returns new q_bits and kv_bits, every rule kept."""
+
+    q: Tensor
+    k: Tensor
+    grid: Grid
+    rule: Rule
+    progress: Tensor | None
 
 
-def _definition(op: str) -> Callable[[Callable], Callable]:
+@dataclass(frozen=True)
+class MeasureCall:
+    """What a backend of ``measure`` gets.
+
+    It returns ``[densities]``, fp32 ``[2]``: of S_c, and of S_s in computed rows. With ``min_skip``
+    above 0 it returns new ``kv_bits`` behind them, and the densities are theirs.
+    """
+
+    q_bits: Tensor
+    kv_bits: Tensor
+    num_q_blocks: int
+    num_kv_blocks: int
+    min_skip: float
+
+
+@dataclass(frozen=True)
+class LiveCall:
+    """What a backend of ``live_share`` gets; it returns a new fp32 scalar."""
+
+    q_bits: Tensor
+    num_q_blocks: int
+    block_m: int
+    rows: int
+    row_offset: int
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    grid: Grid,
+    rule: Rule,
+    progress: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Symbols:
+    """Symbols that ``rule`` chooses on the pooled map of q and k.
+
+    Backends differ by rounding alone: in an entry whose mass is within 1e-5 of the threshold.
+
+    Args:
+        q: ``[B, M, H, D]``.
+        k: ``[B, N, Hkv, D]``.
+        grid: blocks, text and valid keys.
+        rule: what is chosen, and by what.
+        progress: fp32 scalar on the device, (step + 1) / num_steps; for a rule with ``power``.
+        backend: which one chooses; by default the best that accepts.
+
+    Raises:
+        ValueError: the rule needs a progress, or text, and there is none.
+    """
+    if rule.compute not in ("all", "count") and not grid.text_spans:
+        raise ValueError(f"compute {rule.compute} needs text tokens, got a {grid}")
+    if rule.power and progress is None:
+        raise ValueError(f"progress must be given where power is not 0, got None and {rule}")
+    q_bits, kv_bits = execute("choose", ChooseCall(q, k, grid, rule, progress), backend)
+    return Symbols(q_bits, kv_bits, grid)
+
+
+def measure(
+    symbols: Symbols, min_skip: float = 0.0, *, backend: str | None = None
+) -> tuple[Symbols, Tensor, Tensor]:
+    """``symbols.fill_rows(min_skip)``, its ``q_density()`` and ``kv_density()``, in one pass."""
+    grid, q_bits, kv_bits = symbols.grid, symbols.q_bits, symbols.kv_bits
+    # What all heads (or the batch) share counts once.
+    for dim in (0, 1):
+        if q_bits.stride(dim) == 0 and kv_bits.stride(dim) == 0:
+            q_bits, kv_bits = q_bits.narrow(dim, 0, 1), kv_bits.narrow(dim, 0, 1)
+    call = MeasureCall(q_bits, kv_bits, grid.num_q_blocks, grid.num_kv_blocks, min_skip)
+    densities, *filled = execute("measure", call, backend)
+    if filled:
+        shape = (symbols.batch, symbols.num_heads, -1, -1)
+        symbols = Symbols(symbols.q_bits, filled[0].expand(shape), grid)
+    q_density, kv_density = densities.unbind()
+    return symbols, q_density, kv_density
+
+
+def live_share(
+    symbols: Symbols, rows: int, row_offset: int, *, backend: str | None = None
+) -> Tensor:
+    """Share of the (token, head) pairs of a stream that are computed: fp32 scalar on the device.
+
+    Args:
+        symbols: S_c decides.
+        rows: tokens of the stream.
+        row_offset: position of its first one in the sequence.
+        backend: which one counts; by default the best that accepts.
+    """
+    grid = symbols.grid
+    call = LiveCall(symbols.q_bits, grid.num_q_blocks, grid.block_m, rows, row_offset)
+    return execute("live_share", call, backend)
+
+
+def _take(grid: Grid) -> tuple:
+    text = [token for span in grid.text_spans for token in span]
+    return (grid.seqlen_q, grid.seqlen_kv, grid.block_m, grid.block_n, grid.kv_len, text)
+
+
+def _make(
+    seqlen_q: int, seqlen_kv: int, block_m: int, block_n: int, kv_len: Tensor | None, text: Any
+) -> Grid:
+    spans = tuple(("text", *span) for span in zip(text[::2], text[1::2], strict=True))
+    return Grid(seqlen_q, seqlen_kv, (0, 0), block_m, block_n, kv_len, spans=spans)
+
+
+_SIZES = dict.fromkeys(("seqlen_q", "seqlen_kv", "block_m", "block_n"), int)
+see_as(Grid, {**_SIZES, "kv_len": Tensor | None, "text": Sequence[int]}, _take, _make)
+declare("choose", ChooseCall, public="choose", many=True)
+declare("measure", MeasureCall, public="measure", many=True)
+declare("live_share", LiveCall, public="live_share")
+
+
+def first_tensor(call: ChooseCall | MeasureCall | LiveCall) -> Tensor:
+    """A tensor of the call: all are on one device."""
+    return call.q if isinstance(call, ChooseCall) else call.q_bits
+
+
+def _define(op: str, run: Callable[[Any], Any]) -> None:
     """Register a definition as ``reference``, on every device, and as ``cpu``."""
 
     def refuses(call: Any) -> list[str]:
-        device = (call.x if isinstance(call, MeansCall) else call.mass).device.type
+        device = first_tensor(call).device.type
         return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
 
-    def keep(run: Callable) -> Callable:
-        register(op, "cpu", rank=10, refuses=refuses, device="cpu")(run)
-        return register(op, "reference", rank=0)(run)
-
-    return keep
+    register(op, "cpu", rank=10, refuses=refuses, device="cpu")(run)
+    register(op, "reference", rank=0)(run)
 
 
-@_definition("block_means")
-def _block_means(call: MeansCall) -> Tensor:
-    x = torch.nn.functional.normalize(call.x.float(), dim=-1) if call.unit else call.x
-    return pool(x, call.block, call.length)
-
-
-@_definition("heavy_bits")
-def _heavy_bits(call: HeavyCall) -> Tensor:
-    return pack_bits(~low_mass(call.mass, call.tau), call.num_bytes)
-
-
-@_definition("heaviest_bits")
-def _heaviest_bits(call: HeaviestCall) -> Tensor:
-    return pack_bits(heaviest(call.mass, call.count), call.num_bytes)
+_define("choose", _definition.choose)
+_define("measure", _definition.measure)
+_define("live_share", _definition.live_share)

@@ -1,197 +1,206 @@
-"""Block means and threshold choices as Triton kernels: the ops of ``op.py`` on a GPU.
-
-A choice on a row of masses needs no sort. Floats that are not negative order like their bits, so
-the bits of the threshold are found one after the other, from the top, each by one masked sum over
-the row in registers. The chosen entries leave as packed bits.
-
-Ties at the threshold go by index, as a stable sort would have it: of equal masses the first count
-as the lightest for ``light`` and as the heaviest for ``most``. Sums are in fp64, where the order of
-addition does not matter to a choice, so that both ways of choosing agree.
-"""
+"""Choosing symbols in three Triton launches, and measuring them in one: the ops of ``op.py``."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from flashomni import triton_host
 from flashomni.dispatch import register
-from flashomni.symbols.choice.op import HeaviestCall, HeavyCall, MeansCall
+from flashomni.symbols.bits import q_bytes, row_bytes
+from flashomni.symbols.choice._definition import computes_all, is_text_last
+from flashomni.symbols.choice._kernels import (
+    cache_kernel,
+    live_kernel,
+    measure_kernel,
+    pool_kernel,
+    visit_kernel,
+)
+from flashomni.symbols.choice.op import ChooseCall, LiveCall, MeasureCall, first_tensor
+from flashomni.symbols.grid import Grid
 
-MAX_COLUMNS = 16384  # of a row that a program holds in registers
-MAX_TILE = 128  # tokens that a program of `block_means` loads at once
-
-
-@triton.jit(do_not_specialize=["seqlen"])
-def _means_kernel(
-    x, length, means, stride_b, stride_s, stride_h, seqlen, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, IS_UNIT: tl.constexpr,
-):  # fmt: skip
-    block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    limit = seqlen
-    if length is not None:
-        limit = tl.minimum(tl.load(length + b), seqlen)
-    dim = tl.arange(0, PADDED_DIM)
-    x += b * stride_b + h.to(tl.int64) * stride_h + dim[None, :]
-    total = tl.zeros([PADDED_DIM], tl.float32)
-    for start in range(0, BLOCK, TILE):
-        place = start + tl.arange(0, TILE)
-        token = block * BLOCK + place
-        inside = ((place < BLOCK) & (token < limit))[:, None] & (dim < HEAD_DIM)[None, :]
-        tile = tl.load(x + token.to(tl.int64)[:, None] * stride_s, mask=inside, other=0.0)
-        tile = tile.to(tl.float32)
-        if IS_UNIT:
-            norm = tl.sqrt(tl.sum(tile * tile, 1))
-            tile = tile / tl.maximum(norm, 1e-12)[:, None]
-        total += tl.sum(tile, 0)
-    count = tl.maximum(tl.minimum(limit - block * BLOCK, BLOCK), 1)
-    row = (b * tl.num_programs(1) + h) * tl.num_programs(0) + block
-    tl.store(means + row * HEAD_DIM + dim, total / count, mask=dim < HEAD_DIM)
+MAX_BLOCKS = 16384  # of a row that a program holds in registers: 2 million tokens
+MAX_TILE = 128  # tokens that a program of `pool_kernel` loads at once
+WARP = 1024  # masses that a warp holds
+BINS = 8192  # words or bytes that a counting program looks at at a time
 
 
-@triton.jit
-def _load_row(mass, columns, COLUMNS: tl.constexpr):
-    """``(values, their bits, which exist)`` of one row; 0 where there is no column."""
-    column = tl.arange(0, COLUMNS)
-    value = tl.load(
-        mass + tl.program_id(0).to(tl.int64) * columns + column, mask=column < columns, other=0.0
-    )
-    return value, value.to(tl.int32, bitcast=True), column < columns
+def choose(call: ChooseCall) -> list[Tensor]:
+    """``[q_bits, kv_bits]``, in ``pool``, ``visit`` and, where S_c is chosen, ``cache``."""
+    q, k, grid, rule = _rows_apart(call.q), _rows_apart(call.k), call.grid, call.rule
+    device, (batch, _, num_heads, head_dim) = q.device, q.shape
+    kv_heads, rows, columns = k.shape[2], grid.num_q_blocks, grid.num_kv_blocks
+    all_q = computes_all(rule, grid)
+    parts = _parts(grid, "all" if rule.compute == "count" else "text", _row_tile(columns))
+    texts = sum(stop - start for start, stop in grid.text_kv_ranges)
+    sizes = {
+        "q_means": batch * num_heads * rows * head_dim,
+        "k_means": batch * kv_heads * head_dim * columns,
+        "given": 0 if all_q else batch * num_heads * (parts[1] - parts[0]) * columns,
+        "guide": 0 if all_q or rule.compute == "count" else batch * num_heads * texts * rows,
+        "q_similarity": 0 if rule.gate is None else batch * num_heads * rows,
+        "k_similarity": 0 if rule.gate is None else batch * kv_heads * columns,
+    }
+    scratch = dict(zip(sizes, _split(sizes.values(), device), strict=True))
+    with torch.cuda.device_of(q):
+        _pool(q, k, grid, rule.gate is not None, scratch)
+        kv_bits = _visit(call, k.shape[2], scratch, parts, texts)
+        if all_q:
+            q_bits = grid.all_q_bits(device).expand(batch, num_heads, -1)
+        else:
+            q_bits = _cache(call, scratch, parts, texts)
+    return [q_bits, kv_bits]
 
 
-@triton.jit
-def _store_bits(bits, chosen, num_bytes, COLUMNS: tl.constexpr):
-    """Pack a row of choices, eight to a byte, little endian."""
-    bit = tl.reshape(chosen.to(tl.int32), [COLUMNS // 8, 8]) << tl.arange(0, 8)[None, :]
-    byte = tl.arange(0, COLUMNS // 8)
-    at = tl.program_id(0).to(tl.int64) * num_bytes + byte
-    tl.store(bits + at, tl.sum(bit, 1).to(tl.uint8), mask=byte < num_bytes)
+def _rows_apart(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
-@triton.jit(do_not_specialize=["columns", "num_bytes"])
-def _heavy_kernel(mass, tau, bits, columns, num_bytes, COLUMNS: tl.constexpr):
-    value, code, exists = _load_row(mass, columns, COLUMNS)
-    wide = value.to(tl.float64)
-    limit = tl.load(tau).to(tl.float64) * tl.sum(wide, 0)
-    # The largest code below which the entries together hold at most the limit.
-    edge = 0
-    for step in range(31):
-        trial = edge | (1 << (30 - step))
-        below = tl.sum(tl.where(code < trial, wide, 0.0), 0)
-        edge = tl.where(below <= limit, trial, edge)
-    below = tl.sum(tl.where(code < edge, wide, 0.0), 0)
-    tied = code == edge
-    rank = tl.cumsum(tied.to(tl.int32), 0)
-    light = (code < edge) | (tied & (below + rank.to(tl.float64) * wide <= limit))
-    _store_bits(bits, exists & (light == 0), num_bytes, COLUMNS)
+def _split(sizes: Any, device: torch.device) -> list[Tensor | None]:
+    """One allocation for all scratch, each part at a multiple of 16 bytes; none for size 0."""
+    whole = [-(-size // 4) * 4 for size in sizes]
+    memory = torch.empty(sum(whole), dtype=torch.float32, device=device).split(whole)
+    return [part if len(part) else None for part in memory]
 
 
-@triton.jit(do_not_specialize=["columns", "num_bytes", "count"])
-def _most_kernel(mass, bits, columns, num_bytes, count, COLUMNS: tl.constexpr):
-    _, code, exists = _load_row(mass, columns, COLUMNS)
-    # The largest code that as many entries reach.
-    edge = 0
-    for step in range(31):
-        trial = edge | (1 << (30 - step))
-        reach = tl.sum((exists & (code >= trial)).to(tl.int32), 0)
-        edge = tl.where(reach >= count, trial, edge)
-    above = exists & (code > edge)
-    tied = exists & (code == edge)
-    room = count - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    _store_bits(bits, chosen, num_bytes, COLUMNS)
+def _row_tile(columns: int) -> int:
+    """Query blocks of a program: what a warp holds, and few, so that there are many programs."""
+    return max(1, min(4, WARP // _width(columns)))
 
 
-def block_means(x: Tensor, block: int, length: Tensor | None, *, unit: bool) -> Tensor:
-    """Like :func:`flashomni.symbols.pool`; with ``unit``, of the tokens scaled to length 1."""
-    batch, seqlen, num_heads, head_dim = x.shape
-    means = torch.empty(
-        batch, num_heads, -(-seqlen // block), head_dim, dtype=torch.float32, device=x.device
-    )
-    _means(x, length, means, block, unit)
-    return means
+def _width(columns: int) -> int:
+    return max(32, triton.next_power_of_2(columns))
 
 
-def heavy(mass: Tensor, tau: Tensor, num_bytes: int) -> Tensor:
-    """``pack_bits(~low_mass(mass, tau), num_bytes)``."""
-    bits = torch.empty(*mass.shape[:-1], num_bytes, dtype=torch.uint8, device=mass.device)
-    _heavy(mass, tau, bits)
-    return bits
+def _unroll(head_dim: int, width: int) -> int:
+    """Dims whose keys are loaded at a time: many where a row is short; a divisor of head_dim."""
+    return math.gcd(head_dim, max(1, min(8, 2 * WARP // width)))
 
 
-def most(mass: Tensor, count: int, num_bytes: int) -> Tensor:
-    """``pack_bits(heaviest(mass, count), num_bytes)``."""
-    bits = torch.empty(*mass.shape[:-1], num_bytes, dtype=torch.uint8, device=mass.device)
-    _most(mass, bits, count)
-    return bits
+def _parts(grid: Grid, which: str, tile: int) -> tuple[int, int]:
+    """Programs of a head whose rows C is a sum over: from, to."""
+    ranges = grid.text_q_ranges if which == "text" else ((0, grid.num_q_blocks),)
+    return (ranges[0][0] // tile, -(-ranges[-1][1] // tile)) if ranges else (0, 0)
 
 
-def _means(x: Tensor, length: Tensor | None, means: Tensor, block: int, unit: bool) -> None:
-    x = x if x.stride(3) == 1 else x.contiguous()
-    batch, num_heads, num_blocks, head_dim = means.shape
-    with torch.cuda.device_of(x):
-        _means_kernel[(num_blocks, num_heads, batch)](
-            x, length, means, *x.stride()[:3], x.shape[1], BLOCK=block,
-            TILE=min(triton.next_power_of_2(block), MAX_TILE), HEAD_DIM=head_dim,
-            PADDED_DIM=triton.next_power_of_2(head_dim), IS_UNIT=unit, num_warps=4,
-        )  # fmt: skip
-
-
-def _heavy(mass: Tensor, tau: Tensor, bits: Tensor) -> None:
-    with torch.cuda.device_of(mass):
-        _heavy_kernel[_rows(bits)](
-            mass.contiguous(), tau, bits, mass.shape[-1], bits.shape[-1], **_width(bits)
-        )
-
-
-def _most(mass: Tensor, bits: Tensor, count: int) -> None:
-    with torch.cuda.device_of(mass):
-        _most_kernel[_rows(bits)](
-            mass.contiguous(), bits, mass.shape[-1], bits.shape[-1], count, **_width(bits)
-        )
-
-
-def _rows(bits: Tensor) -> tuple[int]:
-    return (bits.numel() // bits.shape[-1],)
-
-
-def _width(bits: Tensor) -> dict[str, int]:
-    columns = max(16, triton.next_power_of_2(8 * bits.shape[-1]))
-    return {"COLUMNS": columns, "num_warps": min(max(columns // 1024, 1), 16)}
-
-
-def _refuses(call: Any) -> list[str]:
-    tensor = call.x if isinstance(call, MeansCall) else call.mass
-    device, runs_on = tensor.device.type, "cpu" if triton_host.INTERPRETED else "cuda"
-    reasons = (
-        [] if device == runs_on else [f"tensors are on {device}, this backend is for {runs_on}"]
-    )
-    if not isinstance(call, MeansCall) and 8 * call.num_bytes > MAX_COLUMNS:
-        reasons.append(f"rows must have at most {MAX_COLUMNS} columns, got {8 * call.num_bytes}")
-    return reasons
-
-
-def _register(op: str) -> Any:
-    return register(
-        op, "portable", rank=triton_host.RANK, refuses=_refuses, available=triton_host.available,
-        serves=("sm90",), device=triton_host.DEVICE,
+def _pool(q: Tensor, k: Tensor, grid: Grid, gated: bool, scratch: dict) -> None:
+    (batch, _, num_heads, head_dim), rows, columns = q.shape, grid.num_q_blocks, grid.num_kv_blocks
+    pool_kernel[(rows + columns, num_heads, batch)](
+        q, k, grid.kv_len, scratch["q_means"], scratch["k_means"], scratch["q_similarity"],
+        scratch["k_similarity"], *q.stride()[:3], *k.stride()[:3], grid.seqlen_q, grid.seqlen_kv,
+        rows, columns, k.shape[2], BLOCK_M=grid.block_m, BLOCK_N=grid.block_n,
+        TILE_M=min(triton.next_power_of_2(grid.block_m), MAX_TILE),
+        TILE_N=min(triton.next_power_of_2(grid.block_n), MAX_TILE), HEAD_DIM=head_dim,
+        PADDED_DIM=triton.next_power_of_2(head_dim),
+        PADDED_Q=grid.kv_len is not None and is_text_last(grid), GATED=gated, num_warps=4,
     )  # fmt: skip
 
 
-@_register("block_means")
-def _run_means(call: MeansCall) -> Tensor:
-    return block_means(call.x, call.block, call.length, unit=call.unit)
+def _visit(
+    call: ChooseCall, kv_heads: int, scratch: dict, parts: tuple[int, int], texts: int
+) -> Tensor:
+    grid, rule, device = call.grid, call.rule, call.q.device
+    batch, _, num_heads, head_dim = call.q.shape
+    rows, columns = grid.num_q_blocks, grid.num_kv_blocks
+    width, tile, num_words = _width(columns), _row_tile(columns), row_bytes(columns) // 4
+    words = torch.empty(batch, num_heads, rows, num_words, dtype=torch.int32, device=device)
+    given = None
+    if scratch["given"] is not None:
+        given = "all" if rule.compute == "count" else "text"
+    has_text = bool(grid.text_spans)
+    # Without a guide nothing is stored there; the pointer must be one all the same.
+    guide = scratch["given"] if scratch["guide"] is None else scratch["guide"]
+    visit_kernel[(triton.cdiv(rows, tile), num_heads, batch)](
+        scratch["q_means"], scratch["k_means"], scratch["q_similarity"], scratch["k_similarity"],
+        grid.kv_len, grid.text_q_bits(device) if has_text else None,
+        grid.text_kv_bits(device) if has_text else None, call.progress, words, scratch["given"],
+        guide, head_dim**-0.5, rule.tau_kv, rule.power, rule.gate or 0.0, rule.count_kv, rows,
+        columns, num_words, num_heads // kv_heads, texts, parts[0], parts[1] - parts[0],
+        BLOCK_N=grid.block_n, HEAD_DIM=head_dim, UNROLL=_unroll(head_dim, width), ROWS=tile,
+        COLUMNS=width, VISIT=rule.visit, GIVEN=given, GROWS=rule.power != 0,
+        TEXT_ROWS=rule.text_rows and rule.visit == "mass", TEXT_COLUMNS=rule.text_columns,
+        CENTER=rule.center_k, num_warps=max(1, min(16, tile * width // WARP)),
+    )  # fmt: skip
+    return words.view(torch.uint8)
 
 
-@_register("heavy_bits")
-def _run_heavy(call: HeavyCall) -> Tensor:
-    return heavy(call.mass, call.tau, call.num_bytes)
+def _cache(call: ChooseCall, scratch: dict, parts: tuple[int, int], texts: int) -> Tensor:
+    grid, rule, device = call.grid, call.rule, call.q.device
+    batch, _, num_heads, _ = call.q.shape
+    rows, columns, num_bytes = grid.num_q_blocks, grid.num_kv_blocks, q_bytes(grid.num_q_blocks)
+    width = _width(8 * num_bytes)
+    counts = [
+        sum(stop - start for start, stop in ranges)
+        for ranges in (grid.vision_q_ranges, grid.vision_kv_ranges)
+    ]
+    how, index, window = "same", None, 1
+    if rule.compute == "count":
+        how = "same" if rows == columns else "nearest"
+    elif grid.block_m != grid.block_n:
+        how, index = "area", grid.vision_kv_index(device)
+        window = -(-counts[1] // counts[0]) + 1
+    bits = torch.empty(batch, num_heads, num_bytes, dtype=torch.uint8, device=device)
+    cache_kernel[(num_heads, batch)](
+        scratch["given"], scratch["guide"], scratch["q_similarity"],
+        grid.text_q_bits(device) if grid.text_spans else None, index, call.progress, bits,
+        rule.tau_q, rule.power, rule.gate or 0.0, rule.count_q, columns / rows, rows, columns,
+        num_bytes, texts, parts[1] - parts[0], *counts, ROWS=width,
+        PARTS=max(1, min(8, 16 * WARP // width)), COMPUTE=rule.compute, MAP=how, WINDOW=window,
+        GROWS=rule.power != 0, SHARED=rule.share_heads, num_warps=max(1, min(16, width // 128)),
+    )  # fmt: skip
+    return bits
 
 
-@_register("heaviest_bits")
-def _run_heaviest(call: HeaviestCall) -> Tensor:
-    return most(call.mass, call.count, call.num_bytes)
+def measure(call: MeasureCall) -> list[Tensor]:
+    """Densities, and the bits with filled rows: one launch of one program."""
+    q_bits, words = call.q_bits, call.kv_bits
+    if any(step % 4 for step in (*words.stride()[:3], words.storage_offset())):
+        words = words.contiguous()  # a kernel reads whole words
+    words = words.view(torch.int32)
+    batch, num_heads, rows, num_words = words.shape
+    densities = torch.empty(2, dtype=torch.float32, device=words.device)
+    filled = torch.empty(words.shape, dtype=torch.int32, device=words.device)
+    fills = call.min_skip > 0
+    width = triton.next_power_of_2(num_words)
+    with torch.cuda.device_of(words):
+        measure_kernel[(1,)](
+            q_bits, words, filled if fills else None, densities, *q_bits.stride(),
+            *words.stride()[:3], num_heads, batch, rows, call.num_kv_blocks, num_words,
+            call.min_skip, ROWS=max(1, BINS // width), WORDS=width, num_warps=32,
+        )  # fmt: skip
+    return [densities, filled.view(torch.uint8)] if fills else [densities]
+
+
+def live_share(call: LiveCall) -> Tensor:
+    bits = call.q_bits
+    share = torch.empty((), dtype=torch.float32, device=bits.device)
+    with torch.cuda.device_of(bits):
+        live_kernel[(1,)](
+            bits, share, *bits.stride(), bits.shape[1], bits.shape[0], call.num_q_blocks,
+            call.row_offset, call.row_offset + call.rows, BLOCK_M=call.block_m, SIZE=BINS // 2,
+            num_warps=16,
+        )  # fmt: skip
+    return share
+
+
+def _refuses(call: Any) -> list[str]:
+    device = first_tensor(call).device.type
+    reasons = []
+    if device != triton_host.DEVICE:
+        reasons.append(f"tensors are on {device}, this backend is for {triton_host.DEVICE}")
+    if isinstance(call, ChooseCall):
+        blocks = max(call.grid.num_q_blocks, call.grid.num_kv_blocks)
+        if blocks > MAX_BLOCKS:
+            reasons.append(f"a sequence must have at most {MAX_BLOCKS} blocks, got {blocks}")
+    return reasons
+
+
+for _op, _run in (("choose", choose), ("measure", measure), ("live_share", live_share)):
+    register(
+        _op, "portable", rank=triton_host.RANK, refuses=_refuses, available=triton_host.available,
+        serves=("sm90",), device=triton_host.DEVICE,
+    )(_run)  # fmt: skip
