@@ -13,8 +13,11 @@ from flashomni.engine import Recipe, StepKind, Summary
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.run import Clocked, OnStep, generate, silent
 from flashomni.lab.e2e.stock import Stock
-from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
+from flashomni.lab.fidelity.named import parse, parse_recipe
+from flashomni.lab.fidelity.peers import Peer
 from flashomni.models import accelerate
+
+__all__ = ["parse_recipe"]  # beside what is defined here
 
 GENERATION = "generation"
 ALIKE = 1.2  # steps of a peer whose times differ by less than this factor are of one kind
@@ -76,26 +79,11 @@ Measure = Callable[[Model, Plan, OnStep], Timing]
 
 
 def parse_measure(text: str) -> tuple[str, Measure]:
-    """Name and measurement of a recipe or a peer as users write it.
-
-    Raises:
-        ValueError: it is neither.
-        NotImplementedError: a peer that is not installed.
-    """
-    if text.partition(":")[0] in PEERS:
-        return text, partial(time_peer, make_peer(text))
-    name, recipe = parse_recipe(text)
-    return name, partial(time_recipe, recipe)
-
-
-def parse_recipe(text: str) -> tuple[str, Recipe]:
-    """A recipe as users write it, and what tables call it: what was typed, or the file's own name.
-
-    Raises:
-        ValueError: it is none.
-    """
-    recipe = Recipe.of(text)
-    return (recipe.name if text.endswith((".json", ".yaml", ".yml")) else text), recipe
+    """Name and measurement of a recipe or a peer (see ``flashomni.lab.fidelity.named``)."""
+    name, found = parse(text)
+    if isinstance(found, Recipe):
+        return name, partial(time_recipe, found)
+    return name, partial(time_peer, found)
 
 
 # ---------------------------------------------------------------- stock

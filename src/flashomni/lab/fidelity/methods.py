@@ -12,7 +12,8 @@ import torch
 from flashomni.engine import Recipe, presets
 from flashomni.engine.forecasts import forecasts
 from flashomni.lab.fidelity.identity import foreign_code, package_versions
-from flashomni.lab.fidelity.peers import PEERS, Peer, make_peer
+from flashomni.lab.fidelity.named import parse
+from flashomni.lab.fidelity.peers import Peer
 from flashomni.models import accelerate
 
 DENSE = "dense"
@@ -120,32 +121,33 @@ def parse_method(text: str, backend: str | None = None) -> Method:
             lambda pipe, steps: nullcontext(Attached()),
             int(count),
         )
-    if text.partition(":")[0] in PEERS:
-        peer = make_peer(text)
+    _, found = parse(text)  # two files may hold one name: tables here call them as they were typed
+    return _of_recipe(text, found, backend) if isinstance(found, Recipe) else _of_peer(text, found)
 
-        @contextmanager
-        def attach_peer(pipe: Any, num_steps: int) -> Iterator[Attached]:
-            with peer.attached(pipe, num_steps):
-                yield Attached()
 
-        code = {**foreign_code([peer]), "packages": _versions(peer)}
-        return Method(
-            text, "peers", {"peer": text, "code": code}, attach_peer, prepare=peer.prepare
-        )
-    recipe = Recipe.of(text)
+def _of_peer(name: str, peer: Peer) -> Method:
+    @contextmanager
+    def attach_peer(pipe: Any, num_steps: int) -> Iterator[Attached]:
+        with peer.attached(pipe, num_steps):
+            yield Attached()
 
+    code = {**foreign_code([peer]), "packages": _versions(peer)}
+    return Method(name, "peers", {"peer": name, "code": code}, attach_peer, prepare=peer.prepare)
+
+
+def _of_recipe(name: str, recipe: Recipe, backend: str | None) -> Method:
     @contextmanager
     def attach_recipe(pipe: Any, num_steps: int) -> Iterator[Attached]:
         with accelerate(pipe, recipe, backend=backend) as engine:
             yield Attached(lambda: engine.report().flops_skipped)
 
-    family = "presets" if text in presets() else "recipes"
+    family = "presets" if name in presets() else "recipes"
     spec = {
         "recipe": recipe.to_dict(),
         "backend": backend,
         "code": foreign_code([*vars(recipe).values(), forecasts().get(recipe.forecast.name)]),
     }
-    return Method(text, family, spec, attach_recipe)
+    return Method(name, family, spec, attach_recipe)
 
 
 def _versions(peer: Peer) -> list[str]:
