@@ -8,7 +8,8 @@ import argparse
 
 import torch
 
-from flashomni.lab.ops.problems import PROBLEMS, Request
+from flashomni.lab.ops.problem import Request
+from flashomni.lab.ops.problems import PROBLEMS
 from flashomni.lab.ops.shapes import SHAPES
 
 CALLS = [

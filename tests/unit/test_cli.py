@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flashomni.cli import app
@@ -131,6 +132,63 @@ def test_bench_appends_rows(tmp_path, monkeypatch):
     assert csv.read_text() == "other,columns\n1,2\n"
     done = run(*again, "--plot", plot)
     assert done.exit_code == 2 and "plot needs csv" in done.output
+
+
+def test_bench_kernels_keeps_rows_and_says_what_is_missing(tmp_path, monkeypatch):
+    """Against targets, problem by problem; one that fails, or has no time left, costs its own."""
+    from flashomni.lab.ops import figures
+    from flashomni.lab.ops import problems as bench
+    from flashomni.lab.ops.shapes import SHAPES, Shape
+
+    monkeypatch.setitem(SHAPES, "cpu-4096", Shape(300, 2, 32))
+    chosen = (
+        figures.Figure("gemm_q", "cpu-4096", 0.5, "torch linear", 1e-9),
+        figures.Figure("attention", "cpu-4096", 0.5, "torch sdpa", 1e9, per_work=True),
+        figures.Figure("attention", "cpu-4096", 0.5, "FA4", 1.0),
+        figures.Figure("gemm_o", "cpu-4096", 0.5, "torch linear", 1.0),
+    )
+    monkeypatch.setattr(figures, "FIGURES", chosen)
+
+    def broken(request):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(bench.PROBLEMS, "gemm_o", broken)
+    csv = tmp_path / "rows.csv"
+    asked = ("bench", "kernels", "--device", "cpu", "--rounds", 1, "--csv", csv)
+    done = run(*asked)
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "0.000 met" in words and "1000000000.000 missed" in words
+    assert "torch sdpa x density" in words
+    assert "gemm_o cpu-4096 0.5 not measured: RuntimeError: no such instruction" in words
+    assert [line.split(",")[0] for line in csv.read_text().splitlines()] == [
+        "op", "gemm_q", "attention",
+    ]  # fmt: skip
+    done = run(*asked, "--part", "gemm", "--seconds", -1)
+    words = " ".join(done.output.split())
+    assert "gemm_q cpu-4096 0.5 not measured: -1 s are over" in words
+    assert "attention cpu-4096" not in words
+    assert run("bench", "kernels", "--part", "all").exit_code == 2
+
+
+def test_a_baseline_that_is_wrong_is_missing():
+    """Its reason is told; the rest is timed."""
+    from flashomni.lab.ops import table
+    from flashomni.lab.ops.problem import Baseline, Problem
+
+    def fails():
+        raise OSError("no compiler")
+
+    found = {
+        "right": Baseline(print, 1.0, lambda: 1e-3),
+        "wrong": Baseline(print, 1.0, lambda: 0.5),
+        "broken": Baseline(print, 1.0, fails),
+    }
+    problem = Problem("cpu", 1.0, print, 1, found)
+    table._check(problem, torch.bfloat16)
+    assert list(problem.baselines) == ["right"]
+    assert problem.missing["wrong"] == "relative error 5.00e-01 is above 1e-02"
+    assert problem.missing["broken"] == "OSError: no compiler"
 
 
 def test_bench_reports_nothing_for_a_wrong_result(monkeypatch):

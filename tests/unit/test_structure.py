@@ -54,6 +54,9 @@ CLI = {
         "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",
         "--plot",
     },
+    "bench kernels": {
+        "--part", "--device", "--dtype", "--backend", "--rounds", "--seconds", "--csv",
+    },
     "bench e2e": {
         "--model", "--recipe", "--baseline", "--steps", "--stock-steps", "--whole", "--device",
         "--dtype", "--backend", "--structure", "--seed", "--csv", "--plot", "--profile",

@@ -1,4 +1,4 @@
-"""``flashomni bench op NAME``, ``flashomni bench e2e`` and ``flashomni bench sparsity``."""
+"""``flashomni bench op NAME``, ``bench kernels``, ``bench e2e`` and ``bench sparsity``."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 bench_app = typer.Typer(
     no_args_is_help=True,
-    help="Speed: of the ops (`bench op attention`, `bench op gemm_q`, ...), of whole generations "
-    "at real size (`bench e2e`), and of steps against sparsity (`bench sparsity`).",
+    help="Speed: of the ops (`bench op attention`, `bench op gemm_q`, ...), of all of them against "
+    "their targets (`bench kernels`), of whole generations at real size (`bench e2e`), and of "
+    "steps against sparsity (`bench sparsity`).",
 )
 
 ModelName = Annotated[
@@ -59,8 +60,8 @@ def bench_op(
     op: Annotated[
         str,
         typer.Argument(
-            help="attention (skips key blocks), attention_cached, attention_both, decode, gemm_q, "
-            "gemm_q_fused, gemm_o, gemm_o_interval, or symbols."
+            help="attention (skips key blocks), attention_cached, attention_both, "
+            "attention_redone, decode, gemm_q, gemm_q_fused, gemm_o, gemm_o_interval, or symbols."
         ),
     ] = "attention",
     shape: Annotated[str, typer.Option(help="A named problem.")] = "cpu-4096",
@@ -106,6 +107,61 @@ def bench_op(
             say(f"appended to {csv}")
             if plot is not None:
                 draw(csv, plot)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    part: Annotated[
+        list[str] | None, typer.Option(help="attention or gemm; may be repeated. Both if none.")
+    ] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.", min=1)] = 5,
+    seconds: Annotated[float, typer.Option(help="Begin no row after this long.")] = 190.0,
+    csv: CsvPath = None,
+) -> None:
+    """Measure the kernels' table of docs/performance.md and say which targets are met.
+
+    The rows are those of `bench op`, each after a check of its result, and are in the CSV as soon
+    as they are measured. An interrupt prints what there is.
+    """
+    with plain_errors():
+        from flashomni.lab.ops.figures import FIGURES, PARTS, measure_figures, tabulate_figures
+        from flashomni.lab.ops.table import OpRow
+
+        check_csv(csv)
+        for name in part or ():
+            if name not in PARTS:
+                raise ValueError(f"part must be one of {', '.join(PARTS)}, got {name!r}")
+        target = pick_device(device)
+        figures = tuple(figure for figure in FIGURES if figure.part in (part or PARTS))
+        book = _book(csv, OpRow)
+        kind, command = pick_dtype(dtype, target), command_line()
+        rows, found, absent = list[OpRow](), [], dict[str, str]()
+        try:
+            with progress_bars() as progress:
+                task = progress.add_task("figures", total=len(figures))
+                for new, values, missing in measure_figures(
+                    figures, target, kind, rounds, seconds, command, backend
+                ):
+                    rows += new
+                    found += values
+                    absent |= missing
+                    progress.advance(task, len(values))
+                    for row in new:
+                        progress.console.print(
+                            f"{row.op} {row.shape} {row.density:g}: {row.ms:.4f} ms, "
+                            f"{row.baseline} {row.baseline_ms:.4f}, {row.ratio:.3f}x",
+                            highlight=False,
+                        )
+                    if book is not None and new:
+                        book.write(rows)
+        except KeyboardInterrupt:
+            say("interrupted: what was measured follows")
+        console.print(tabulate_figures(found, rows[0].gpu if rows else "nothing measured"))
+        for name, why in absent.items():
+            say(f"{name} not measured: {why}")
 
 
 @bench_app.command("e2e")

@@ -49,15 +49,47 @@ def flash_attention_4() -> Attention | None:
     return run
 
 
+def flash_attention_4_lists(symbols: Symbols) -> Attention | None:
+    """FlashAttention 4 on the same blocks, by its lists; every visited block is a full one.
+
+    The lists are made beforehand, as where one choice of symbols serves many steps. Rows of cached
+    query blocks, whose lists are empty, get zeros.
+    """
+    try:
+        sparsity = import_module("flash_attn.cute.block_sparsity")
+        forward = import_module("flash_attn.cute.interface")._flash_attn_fwd
+    except (ImportError, AttributeError):
+        return None
+    counts, blocks = _block_lists(symbols)
+    none = torch.zeros_like(counts)
+    lists = sparsity.BlockSparseTensorsTorch(
+        mask_block_cnt=none,
+        mask_block_idx=none[..., None],
+        full_block_cnt=counts,
+        full_block_idx=blocks,
+        block_size=(symbols.grid.block_m, symbols.grid.block_n),
+    )
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return forward(q, k, v, block_sparse_tensors=lists)[0]
+
+    return run
+
+
+def _block_lists(symbols: Symbols) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block visits, and which: int32, the visited ones first."""
+    visits = symbols.kv_mask() & symbols.q_mask()[..., None]
+    order = visits.int().argsort(dim=-1, descending=True, stable=True).int()
+    return visits.sum(-1, dtype=torch.int32), order
+
+
 def flex_attention(symbols: Symbols) -> Attention:
     """FlexAttention, compiled, with a mask of the same blocks; all of them full."""
     from torch.nn.attention.flex_attention import BlockMask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     grid = symbols.grid
-    visits = symbols.kv_mask() & symbols.q_mask()[..., None]
-    counts = visits.sum(-1, dtype=torch.int32)
-    order = visits.int().argsort(dim=-1, descending=True, stable=True).int()
+    counts, order = _block_lists(symbols)
     mask = BlockMask.from_kv_blocks(
         torch.zeros_like(counts),
         torch.zeros_like(order),
