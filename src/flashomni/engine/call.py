@@ -40,6 +40,7 @@ class Call:
     Attributes:
         plans: of each group of layers; what a call launches depends on their kinds (see
             :attr:`kinds`), the densities of the symbols aside.
+        left_out: whether the branch follows from the first one, and the model does not run.
         decided: whether the schedule has looked inside this step already.
         entrance: streams in front of the first block, kept where the schedule looks inside.
     """
@@ -51,6 +52,7 @@ class Call:
     record: StepRecord
     inputs: Mapping[str, Any]
     latents: str
+    left_out: bool = False
     decided: bool = False
     entrance: Streams = ()
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -66,6 +68,11 @@ class Call:
             if plan.kind is StepKind.DISPATCH:
                 plan.kind = StepKind.UPDATE
         self.record.kind = overall(self.kinds).value
+
+    def live_share(self) -> float:
+        """Share of the blocks that have run, of those that were come to so far."""
+        kinds = [layer.kind for layer in self.record.layers]
+        return 1 - kinds.count(StepKind.BYPASS.value) / max(len(kinds), 1)
 
     def bypassed(self, index: int, name: str) -> None:
         """Record that a layer was left out, and what it would have cost."""

@@ -14,6 +14,7 @@ from flashomni.engine.recipe_file import plain, read_recipe, upgrade
 from flashomni.engine.recipe_parts import (
     SECTIONS,
     ForecastSettings,
+    GuidanceSettings,
     SparseSettings,
     StorageSettings,
 )
@@ -43,6 +44,7 @@ class Recipe:
         forecast: how cached values are carried forward.
         storage: how they are kept.
         sparse: what is done with the symbols.
+        guidance: what is done with the further branches of a step.
         policy_without_text: what runs in place of a policy that needs text tokens in the attention
             where there are none (Wan, LTX, ...); without it such a model is refused.
         groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
@@ -57,6 +59,7 @@ class Recipe:
     forecast: ForecastSettings = field(default_factory=ForecastSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
     sparse: SparseSettings = field(default_factory=SparseSettings)
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     policy_without_text: Policy | None = None
     groups: tuple[Group, ...] = ()
 
@@ -104,7 +107,7 @@ class Recipe:
     @property
     def skips(self) -> bool:
         """Whether anything can be left out in a Dispatch step."""
-        return self.policy.name != "dense"
+        return self.policy.name != "dense" or self.guidance.acts
 
     def plan(self, num_steps: int) -> Plan | None:
         """The steps of a generation, of layers in no group; ``None`` where the schedule decides."""

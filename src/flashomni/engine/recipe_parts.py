@@ -102,10 +102,41 @@ class SparseSettings:
                 raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuidanceSettings:
+    """What is done with the further calls of a step: the unconditional branch of true CFG.
+
+    For pipelines that call the transformer once for each branch, the conditional one first. The
+    others are left out whole where a rule says so: their output is the first one's less a
+    difference (FasterCache, arXiv 2410.19355; Adaptive Guidance, 2312.12487).
+
+    Args:
+        delta_every: of the steps that compute, the other branches are computed in every N-th; in
+            between they have the difference of the last such step. 1 computes all.
+        delta_after: share of the generation from which that holds.
+        stop_after: share from which guidance stops: the others' output is the first one's.
+    """
+
+    delta_every: int = 1
+    delta_after: float = 0.0
+    stop_after: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_int("delta_every", self.delta_every, 1, 1000)
+        check_range("delta_after", self.delta_after, 0.0, 1.0)
+        check_range("stop_after", self.stop_after, 0.0, 1.0)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it leaves anything out."""
+        return self.delta_every > 1 or self.stop_after < 1.0
+
+
 SECTIONS: dict[str, type] = {
     "forecast": ForecastSettings,
     "storage": StorageSettings,
     "sparse": SparseSettings,
+    "guidance": GuidanceSettings,
 }
 
 

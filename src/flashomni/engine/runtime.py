@@ -152,13 +152,15 @@ class Runtime:
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
         ends = [None if plan is None else plan.kinds[-1] for plan in generation.plans]
-        if tick.step == tick.num_steps - 1 and not {None, StepKind.DISPATCH} & set(ends):
+        left_out = not is_new and generation.leaves_out(tick)
+        is_last = tick.step == tick.num_steps - 1 and not left_out
+        if is_last and not {None, StepKind.DISPATCH} & set(ends):
             branch.reset()  # the last step is dense: its memory can go before it peaks
-        kinds = [StepKind.FULL] * len(branch.groups)
-        if not is_new:
+        kinds = [StepKind.DISPATCH if left_out else StepKind.FULL] * len(branch.groups)
+        if not is_new and not left_out:
             kinds = self._kinds(generation, tick, branch, inputs)
-        kind = overall(tuple(kinds)).value
-        record = generation.trace.begin(tick.step, tick.num_steps, kind, tick.branch, device)
+        kind = overall(tuple(kinds))
+        record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         shared: dict[str, Any] = {
             "storage": self._storage(device),
             "backend": self.backend,
@@ -174,7 +176,7 @@ class Runtime:
             plan.records = plan.records and not is_new
             group.spans.measure = plan.coefficients if self.recipe.schedule.measures else None
         branch.prefetch(0, plans[self.division.of[0]].stores)
-        return Call(generation, branch, tick, plans, record, inputs, self._latents)
+        return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
 
     def _start(self, generation: Generation) -> Generation:
         """Remember a new generation, and forget those that have ended."""
@@ -229,7 +231,7 @@ class Runtime:
             return
         call = self._current()
         branch, generation = call.branch, call.generation
-        for plan, group in zip(call.plans, branch.groups, strict=True):
+        for plan, group in zip(call.plans, branch.groups, strict=False):  # arranged since, maybe
             if plan.stores:
                 whole = group.spans.finish(plan.step)
                 # Where a block's output was written to before it could be kept, nothing was stored.
@@ -355,26 +357,37 @@ class Runtime:
         return record
 
     def output(self, compute: Callable[[], Any]) -> Any:
-        """The model's output, forecast where the recipe caches it (``level: output``).
+        """The model's output; forecast or derived where the recipe says so.
 
         Args:
             compute: runs the model.
+
+        Raises:
+            NotImplementedError: it holds no tensor.
         """
-        if self.recipe.forecast.level != "output" or not self.running:
+        if not self.running:
             return compute()
         call = self._current()
-        plan, kept = call.plans[0], call.branch.output
-        if plan.kind is StepKind.DISPATCH:
-            for index in range(len(self.layers)):
-                call.bypassed(index, self.layers[index])
-            return kept.predict(plan.coefficients(kept.times))
-        output = compute()
-        measure = plan.coefficients if self.recipe.schedule.measures else None
-        if plan.stores and not kept.record(output, plan.step, measure):
-            raise NotImplementedError(
-                f"forecast.level 'output': {type(self.model).__name__} returned "
-                f"{type(output).__name__}, which holds no tensor; use level 'layers'"
-            )
+        guidance, tick, plan = call.generation.guidance, call.tick, call.plans[0]
+        at_output = self.recipe.forecast.level == "output"
+        if call.left_out or (at_output and plan.kind is StepKind.DISPATCH):
+            for index, name in enumerate(self.layers):
+                call.bypassed(index, name)
+            if call.left_out and guidance is not None:
+                return guidance.derive(tick.branch, tick.step, tick.num_steps)
+            kept = call.branch.output
+            output = kept.predict(plan.coefficients(kept.times))
+        else:
+            output = compute()
+            measure = plan.coefficients if self.recipe.schedule.measures else None
+            kept = call.branch.output
+            if at_output and plan.stores and not kept.record(output, plan.step, measure):
+                raise NotImplementedError(
+                    f"forecast.level 'output': {type(self.model).__name__} returned "
+                    f"{type(output).__name__}, which holds no tensor; use level 'layers'"
+                )
+        if guidance is not None:
+            guidance.saw(tick.branch, tick.step, tick.leads, call.live_share() > 0.5, output)
         return output
 
     def _warn(self, key: str, message: str, *values: object) -> None:

@@ -188,6 +188,8 @@ class Trace:
         short = self.gain_note(recipe)
         if short is not None:
             notes[short] = None
+        if recipe.guidance.acts and len({record.branch for record in self.steps}) == 1:
+            notes["guidance: the model was called once a step, so no branch was left out"] = None
         for record in self.steps:
             elapsed = record.watch.seconds()
             seconds[record.kind].append(elapsed)

@@ -236,7 +236,7 @@ def attach(
             stand_ins = (BlockForward(runtime, index, site) for index, site in enumerate(sites))
         for stand_in in stand_ins:
             installed.append(stand_in)
-        if runtime.recipe.forecast.level == "output":
+        if runtime.recipe.forecast.level == "output" or runtime.recipe.guidance.acts:
             installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
     return (new.float() - old.float()).abs().mean() / old.float().abs().mean()
 
 
-def alike(a: Any, b: Tensor) -> bool:
+def alike(a: Any, b: Tensor) -> TypeGuard[Tensor]:
     """Whether ``a`` is a tensor that ``b`` can be compared with."""
     return isinstance(a, Tensor) and a.shape == b.shape and a.device == b.device
 

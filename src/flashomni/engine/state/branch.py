@@ -89,9 +89,9 @@ class Branch:
 
     def measured(self) -> None:
         """An Update is over: send what its forecasts were off by on its way to the host."""
-        spans = [group.spans for group in self.groups]
-        misses = [miss for kept in (*spans, self.output) for miss in kept.misses]
-        for kept in (*spans, self.output):
+        all_kept: list[Spans | Output] = [*(group.spans for group in self.groups), self.output]
+        misses = [miss for kept in all_kept for miss in kept.misses]
+        for kept in all_kept:
             kept.misses = []
         if misses:
             off, true = (torch.stack(values).sum() for values in zip(*misses, strict=True))

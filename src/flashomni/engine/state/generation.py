@@ -11,6 +11,7 @@ from flashomni.engine.geometry import Geometry
 from flashomni.engine.groups import Division
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
+from flashomni.engine.state.guidance import Guidance
 from flashomni.engine.trace import Trace
 
 MAX_BRANCHES = 8  # conditioning branches of a generation: cond, uncond, perturbed, per prompt ...
@@ -49,6 +50,7 @@ class Generation:
             know them before.
         inside: what the schedule decided inside this step, once it has.
         geometry: where its tokens lie, if anybody wants to know.
+        guidance: which calls of further branches are left out, if any are.
     """
 
     geometry: Geometry | None = None
@@ -61,6 +63,8 @@ class Generation:
         self.inside: bool | None = None
         self.step, self.num_steps = -1, 0
         self._division, self._backend = division, backend
+        rules = division.recipes[0].guidance
+        self.guidance = Guidance(rules) if rules.acts else None
         self._first, self._timesteps = position.index, position.timesteps
         self._index = position.index - 1
         self._calls: dict[str, int] = {}
@@ -69,6 +73,7 @@ class Generation:
     def arrange(self, division: Division) -> None:
         """Other layers, of which nothing is kept yet."""
         self._division = division
+        self.plans = [recipe.plan(self.num_steps) for recipe in division.recipes]
         for branch in self.branches.values():
             branch.arrange(division)
 
@@ -147,6 +152,11 @@ class Generation:
             kinds[0] = StepKind.UPDATE  # the step's first call found out inside of it
         return kinds
 
+    def leaves_out(self, tick: Tick) -> bool:
+        """Whether this call follows from the step's first one, so that the model need not run."""
+        rules = self.guidance
+        return rules is not None and rules.leaves_out(tick.branch, tick.step, tick.num_steps)
+
     def computed_before(self, group: int) -> int | None:
         """The last step before this one that was to be computed, as far as it is known."""
         plan = self.plans[group]
@@ -157,17 +167,20 @@ class Generation:
         steps = [step for state in states for step in state.computed if step < self.step]
         return max(steps, default=None)
 
-    def error(self) -> float | None:
+    def error(self) -> float:
         """How far forecasts were off at the last Update, in the worst branch."""
-        errors = [b.error.read() for b in self.branches.values() if b.error is not None]
-        return max(errors, default=None)
+        return max(b.error.read() for b in self.branches.values() if b.error is not None)
 
     def free(self) -> None:
         """Drop what the branches keep; the trace stays."""
         for branch in self.branches.values():
             branch.reset()
+        if self.guidance is not None:
+            self.guidance.free()
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes kept on the compute device and on the host."""
         sizes = [branch.nbytes() for branch in self.branches.values()]
-        return sum(device for device, _ in sizes), sum(host for _, host in sizes)
+        own = [] if self.guidance is None else self.guidance.tensors()
+        device = sum(tensor.untyped_storage().nbytes() for tensor in own)
+        return device + sum(size for size, _ in sizes), sum(host for _, host in sizes)

@@ -87,7 +87,7 @@ class MMDiT:
 
     def sites(self, model: Any) -> list[Site]:
         """The blocks of a model, in the order in which they run."""
-        groups = [("transformer_blocks", self.dual, self.modulated)]
+        groups: list[tuple[str, Any, Any]] = [("transformer_blocks", self.dual, self.modulated)]
         if self.single_class is not None:
             groups.append(("single_transformer_blocks", self.single, None))
         found = []
