@@ -114,6 +114,28 @@ def signals(
     )
 
 
+def kinds_now(
+    generation: Generation, branch: Branch, tick: Tick, inputs: Mapping[str, Any], latents: str
+) -> list[StepKind]:
+    """What a call does in each group; an Update is due where a Dispatch would use what is too old.
+
+    Args:
+        generation: of the call.
+        branch: of the call.
+        tick: where it stands.
+        inputs: arguments of the model, by name.
+        latents: the one that the model's output changes.
+    """
+    kinds = generation.kinds(lambda: signals(generation, branch, tick, inputs, latents))
+    for number, group in enumerate(branch.groups):
+        if kinds[number] is StepKind.DISPATCH:
+            due = generation.computed_before(number)
+            missed = due is not None and (not group.computed or group.computed[-1] < due)
+            if group.stored is None or missed:
+                kinds[number] = StepKind.UPDATE
+    return kinds
+
+
 def overall(kinds: tuple[StepKind, ...]) -> StepKind:
     """What a step does, of what it does in each group: the one that does most names it."""
     return next(k for k in (StepKind.UPDATE, StepKind.FULL, StepKind.DISPATCH) if k in kinds)

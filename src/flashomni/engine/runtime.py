@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashomni.engine.call import Call, Place, by_name, first_tensor, overall, signals
+from flashomni.engine.call import Call, Place, by_name, first_tensor, kinds_now, overall
 from flashomni.engine.clock import Clock
 from flashomni.engine.geometry import Asked
 from flashomni.engine.groups import Division
@@ -158,7 +158,7 @@ class Runtime:
             branch.reset()  # the last step is dense: its memory can go before it peaks
         kinds = [StepKind.DISPATCH if left_out else StepKind.FULL] * len(branch.groups)
         if not is_new and not left_out:
-            kinds = self._kinds(generation, tick, branch, inputs)
+            kinds = kinds_now(generation, branch, tick, inputs, self._latents)
         kind = overall(tuple(kinds))
         record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         shared: dict[str, Any] = {
@@ -196,23 +196,6 @@ class Runtime:
             )
         self.generations = {**alive, generation.key: generation}
         return generation
-
-    def _kinds(
-        self, generation: Generation, tick: Tick, branch: Branch, inputs: Mapping[str, Any]
-    ) -> list[StepKind]:
-        """What this call does; an Update is due where a Dispatch would use what is too old."""
-
-        def look() -> Any:
-            return signals(generation, branch, tick, inputs, self._latents)
-
-        kinds = generation.kinds(look)
-        for number, group in enumerate(branch.groups):
-            if kinds[number] is StepKind.DISPATCH:
-                due = generation.computed_before(number)
-                missed = due is not None and (not group.computed or group.computed[-1] < due)
-                if group.stored is None or missed:
-                    kinds[number] = StepKind.UPDATE
-        return kinds
 
     def _storage(self, device: torch.device) -> Storage:
         settings = self.recipe.storage
