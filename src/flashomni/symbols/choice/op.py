@@ -15,6 +15,12 @@ from torch import Tensor
 from flashomni.dispatch import declare, execute, register
 from flashomni.flatten import see_as
 from flashomni.symbols.choice import _definition
+from flashomni.symbols.choice._checks import (
+    check_choose,
+    check_min_skip,
+    check_rows,
+    check_symbols,
+)
 from flashomni.symbols.choice._definition import heaviest, low_mass, pool, pooled_map
 from flashomni.symbols.grid import Grid
 from flashomni.symbols.symbols import Symbols
@@ -138,8 +144,10 @@ def choose(
         backend: which one chooses; by default the best that accepts.
 
     Raises:
-        ValueError: the rule needs a progress, or text, and there is none.
+        ValueError: an argument has a wrong type, shape, dtype or device; or the rule needs a
+            progress, or text, and there is none.
     """
+    check_choose(q, k, grid, progress)
     if rule.compute not in ("all", "count") and not grid.text_spans:
         raise ValueError(f"compute {rule.compute} needs text tokens, got a {grid}")
     if rule.power and progress is None:
@@ -152,6 +160,8 @@ def measure(
     symbols: Symbols, min_skip: float = 0.0, *, backend: str | None = None
 ) -> tuple[Symbols, Tensor, Tensor]:
     """``symbols.fill_rows(min_skip)``, its ``q_density()`` and ``kv_density()``, in one pass."""
+    check_symbols(symbols)
+    check_min_skip(min_skip)
     grid, q_bits, kv_bits = symbols.grid, symbols.q_bits, symbols.kv_bits
     # What all heads (or the batch) share counts once.
     for dim in (0, 1):
@@ -177,7 +187,9 @@ def live_share(
         row_offset: position of its first one in the sequence.
         backend: which one counts; by default the best that accepts.
     """
+    check_symbols(symbols)
     grid = symbols.grid
+    check_rows(rows, row_offset, grid)
     call = LiveCall(symbols.q_bits, grid.num_q_blocks, grid.block_m, rows, row_offset)
     return execute("live_share", call, backend)
 
