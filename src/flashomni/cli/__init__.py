@@ -338,6 +338,35 @@ def _show_models(name: str | None) -> None:
 
 
 @app.command()
+def tune(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="May be repeated; those of the models if none.")
+    ] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> None:
+    """Measure once whether torch's dense attention is faster than ours here, and remember it.
+
+    Kept in the user's cache folder ($FLASHOMNI_CACHE, or ~/.cache/flashomni) for this card, torch,
+    Triton and driver. Dense calls of the shapes where it was then run torch's attention.
+    """
+    with plain_errors():
+        from flashomni.kernels.attention._measured import is_faster
+        from flashomni.lab.ops.dense import HEAD_DIMS, measure_dense
+
+        target = pick_device(device)
+        table = Table("dtype", "head_dim", "tokens", "backend", "ms", "torch's ms", "runs")
+        kind = pick_dtype(dtype, target)
+        for row in measure_dense(target, [kind], head_dim or HEAD_DIMS):
+            runs = row.backend
+            if is_faster({"ours_ms": row.ours_ms, "sdpa_ms": row.sdpa_ms}):
+                runs = "sdpa"
+            cells = (row.head_dim, row.seqlen, row.backend, row.ours_ms, row.sdpa_ms, runs)
+            table.add_row(row.dtype, *map(str, cells))
+        console.print(table)
+
+
+@app.command()
 def doctor() -> None:
     """Versions, device, and which backend each op uses here, with the reasons of the others."""
     from flashomni.lab import doctor as found
