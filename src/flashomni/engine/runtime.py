@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
-from flashomni.engine.state.branch import Branch, signature
-from flashomni.engine.state.generation import Generation, Tick
+from flashomni.engine.state.branch import signature
+from flashomni.engine.state.generation import Generation
 from flashomni.engine.state.span import Streams
 from flashomni.engine.state.storage import Lane, Storage
 from flashomni.engine.step_plan import StepPlan

@@ -118,7 +118,7 @@ class Adapter:
             model: the model.
             arguments: of the generation's first call, by name.
         """
-        return Geometry(why=f"the adapter of {self.transformer} does not tell where tokens lie")
+        return Geometry(why="no adapter of this class tells where its tokens lie")
 
     def stand_ins(self, runtime: Any) -> Iterable[Any] | None:
         """What to put on a model that is not run site by site; ``None`` for one that is."""
