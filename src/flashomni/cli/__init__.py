@@ -326,14 +326,16 @@ def _show_backends(name: str | None) -> None:
 
 
 def _show_models(name: str | None) -> None:
-    from flashomni.models import adapters
+    from flashomni.models import tiers
 
-    table = Table("transformer class", "adapter")
-    for cls, adapter in adapters().items():
+    table = Table("transformer class", "tier", "what is known of it")
+    for cls, (tier, known) in tiers().items():
         if name in (None, cls):
-            table.add_row(cls, type(adapter).__module__)
+            table.add_row(cls, tier, known)
+    if name is None:
+        table.add_row("any other", "generic", "blocks found, streams seen in the first call")
     if not table.row_count:
-        raise ValueError(f"model must be one of {', '.join(adapters())}, got {name!r}")
+        raise ValueError(f"model must be one of {', '.join(tiers())}, got {name!r}")
     console.print(table)
 
 
