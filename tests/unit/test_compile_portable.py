@@ -14,10 +14,12 @@ from triton.compiler import ASTSource
 from flashomni.kernels.attention._forecast_tiles import TILE_M, forecast_kernel
 from flashomni.kernels.attention.portable import attention_kernel, list_kernel
 from flashomni.kernels.common import portable
-from flashomni.kernels.common.configs import DEFAULT, tiles
+from flashomni.kernels.common.configs import DEFAULT, Config, tiles
 from flashomni.kernels.elementwise import portable as elementwise
 from flashomni.kernels.gemm_o.portable import gemm_o_kernel
 from flashomni.kernels.gemm_q.portable import gemm_q_kernel
+from flashomni.symbols.choice import _kernels as choice
+from flashomni.symbols.choice._counts import measure_kernel
 
 pytestmark = pytest.mark.skipif(portable.INTERPRETED, reason="kernels are interpreted")
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes that a program may use
@@ -192,3 +194,33 @@ def test_gemm_o(arch, dtype, head_dim, mode, tmp_path):
     absent = ("terms", "coefficients") if mode == "update" else ("partial", "always")
     constants |= dict.fromkeys(absent)
     check(compile_kernel(gemm_o_kernel, arch, dtype, constants, config), arch, tmp_path)
+
+
+CHOICE_POINTERS = dict.fromkeys(
+    ("q_means", "k_means", "q_similarity", "k_similarity", "progress", "given", "guide",
+     "densities"), "*fp32",
+) | {
+    "text_q": "*u8", "text_kv": "*u8", "bits": "*u8", "index": "*i32", "words": "*i32",
+    "filled": "*i32", **dict.fromkeys(("tau", "power", "gate", "ratio", "min_skip"), "fp32"),
+}  # fmt: skip
+CHOICE = {
+    "pool_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "TILE_M": 128, "TILE_N": 128, "HEAD_DIM": 128,
+                    "PADDED_DIM": 128, "PADDED_Q": True, "GATED": True},
+    "visit_kernel": {"BLOCK_N": 128, "HEAD_DIM": 128, "DIMS": 16, "ROWS": 8, "COLUMNS": 1024,
+                     "VISIT": "mass", "GIVEN": "text", "GROWS": True, "TEXT_ROWS": True,
+                     "TEXT_COLUMNS": True, "CENTER": False},
+    "cache_kernel": {"ROWS": 1024, "PARTS": 8, "COMPUTE": "and", "MAP": "area", "WINDOW": 3,
+                     "GROWS": True, "SHARED": False},
+    "measure_kernel": {"HEADS": 1, "ROWS": 256, "WORDS": 32},
+}  # fmt: skip
+CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", sorted(CHOICE))
+def test_choice(name, arch, tmp_path):
+    """131,072 tokens, with everything that a policy may ask for."""
+    config = Config(0, 0, 0, num_warps=CHOICE_WARPS.get(name, 4), num_stages=1)
+    kernel = measure_kernel if name == "measure_kernel" else getattr(choice, name)
+    compiled = compile_kernel(kernel, arch, "bf16", CHOICE[name], config, types=CHOICE_POINTERS)
+    check(compiled, arch, tmp_path)

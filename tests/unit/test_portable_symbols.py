@@ -36,7 +36,7 @@ def scalar(value):
 def choose_kernel(
     mass, tau, out, columns, count, COUNTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
     real = (row >= 0) & (column < columns)
     value = tl.load(mass + row * columns + column, mask=real, other=0.0)
     taken = _kernels.most(value, real, count) if COUNTS else _kernels.heavy(value, tl.load(tau))

@@ -1,4 +1,4 @@
-"""Triton kernels that choose symbols: block means, S_s by rows, S_c by heads, and counts of bits.
+"""Triton kernels that choose symbols: block means, S_s by rows, S_c by heads.
 
 A choice on a row of masses needs no sort. Floats that are not negative order like their bits, so
 the bits of the threshold are found one after the other, from the top, each by one masked sum over
@@ -7,7 +7,8 @@ masses the first count as the lightest of :func:`heavy` and as the heaviest of :
 are in fp64, where the order of addition does not matter to a choice. There are no atomics: the same
 input gives the same bits.
 
-A row of up to 1,024 blocks is held by one warp, so that its sums need no barrier.
+Rows of the map lie along the last dim of a tile, where lanes are: most of a sum is then within a
+thread.
 """
 
 from __future__ import annotations
@@ -18,37 +19,37 @@ import triton.language as tl
 
 @triton.jit
 def heavy(mass, tau):
-    """All but ``low_mass(mass, tau)`` of each row of fp32 ``[R, C]``, a padded column being 0."""
+    """All but ``low_mass(mass, tau)`` of each column of fp32 ``[N, rows]``; padding must be 0."""
     code = mass.to(tl.int32, bitcast=True)
     wide = mass.to(tl.float64)
-    limit = tau.to(tl.float64) * tl.sum(wide, 1)
+    limit = tau.to(tl.float64) * tl.sum(wide, 0)
     # The largest code below which the entries together hold at most the limit.
-    edge = tl.zeros_like(tl.sum(code, 1))
+    edge = tl.zeros_like(tl.sum(code, 0))
     for step in range(31):
         trial = edge | (1 << (30 - step))
-        below = tl.sum(tl.where(code < trial[:, None], wide, 0.0), 1)
+        below = tl.sum(tl.where(code < trial[None, :], wide, 0.0), 0)
         edge = tl.where(below <= limit, trial, edge)
-    below = tl.sum(tl.where(code < edge[:, None], wide, 0.0), 1)
-    tied = code == edge[:, None]
-    rank = tl.cumsum(tied.to(tl.int32), 1).to(tl.float64)
-    light = (code < edge[:, None]) | (tied & (below[:, None] + rank * wide <= limit[:, None]))
+    below = tl.sum(tl.where(code < edge[None, :], wide, 0.0), 0)
+    tied = code == edge[None, :]
+    rank = tl.cumsum(tied.to(tl.int32), 0).to(tl.float64)
+    light = (code < edge[None, :]) | (tied & (below[None, :] + rank * wide <= limit[None, :]))
     return light == 0
 
 
 @triton.jit
 def most(mass, exists, count):
-    """``heaviest(mass, count)`` of each row of fp32 ``[R, C]`` among what exists."""
+    """``heaviest(mass, count)`` of each column of fp32 ``[N, rows]`` among what exists."""
     code = mass.to(tl.int32, bitcast=True)
     # The largest code that as many entries reach.
-    edge = tl.zeros_like(tl.sum(code, 1))
+    edge = tl.zeros_like(tl.sum(code, 0))
     for step in range(31):
         trial = edge | (1 << (30 - step))
-        reach = tl.sum((exists & (code >= trial[:, None])).to(tl.int32), 1)
+        reach = tl.sum((exists & (code >= trial[None, :])).to(tl.int32), 0)
         edge = tl.where(reach >= count, trial, edge)
-    above = exists & (code > edge[:, None])
-    tied = exists & (code == edge[:, None])
-    room = count - tl.sum(above.to(tl.int32), 1)
-    return above | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= room[:, None]))
+    above = exists & (code > edge[None, :])
+    tied = exists & (code == edge[None, :])
+    room = count - tl.sum(above.to(tl.int32), 0)
+    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room[None, :]))
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _bit(bits, index, inside):
 
 @triton.jit
 def _pool_block(
-    x, means, similarity, mean_at, mean_step, similarity_at, limit, unit_limit, block, stride_s,
+    x, means, similarity, at_block, limit, unit_limit, block, stride_s,
     BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
@@ -90,11 +91,11 @@ def _pool_block(
             unit = tl.where((token < unit_limit)[:, None], tile / norm[:, None], 0.0)
             unit_total += tl.sum(unit, 0)
     count = tl.maximum(tl.minimum(limit - block * BLOCK, BLOCK), 1)
-    tl.store(means + mean_at + dim * mean_step, total / count, mask=dim < HEAD_DIM)
+    tl.store(means + at_block * HEAD_DIM + dim, total / count, mask=dim < HEAD_DIM)
     if GATED:
         count = tl.maximum(tl.minimum(unit_limit - block * BLOCK, BLOCK), 1)
         unit_total = unit_total / count
-        tl.store(similarity + similarity_at, tl.sum(unit_total * unit_total, 0))
+        tl.store(similarity + at_block, tl.sum(unit_total * unit_total, 0))
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_kv", "rows", "columns", "kv_heads"])
@@ -104,7 +105,7 @@ def pool_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_Q: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Means of one block of q, ``[B, H, Mb, D]``, or of k, ``[B, Hkv, D, Nb]``.
+    """Means of one block of q, ``[B, H, Mb, D]``, or of k, ``[B, Hkv, Nb, D]``.
 
     PADDED_Q: padding of the keys is padding of the queries as well.
     """
@@ -119,15 +120,14 @@ def pool_kernel(
             limit = valid
         at = (b * tl.num_programs(1) + h) * rows + block
         _pool_block(
-            q + b * q_stride_b + h * q_stride_h, q_means, q_similarity, at * HEAD_DIM, 1, at, limit,
-            seqlen_q, block, q_stride_s, BLOCK_M, TILE_M, HEAD_DIM, PADDED_DIM, GATED,
+            q + b * q_stride_b + h * q_stride_h, q_means, q_similarity, at, limit, seqlen_q, block,
+            q_stride_s, BLOCK_M, TILE_M, HEAD_DIM, PADDED_DIM, GATED,
         )  # fmt: skip
     elif head < kv_heads:
         block -= rows
-        at = b * kv_heads + h
+        at = (b * kv_heads + h) * columns + block
         _pool_block(
-            k + b * k_stride_b + h * k_stride_h, k_means, k_similarity,
-            at * HEAD_DIM * columns + block, columns, at * columns + block, valid, valid, block,
+            k + b * k_stride_b + h * k_stride_h, k_means, k_similarity, at, valid, valid, block,
             k_stride_s, BLOCK_N, TILE_N, HEAD_DIM, PADDED_DIM, GATED,
         )  # fmt: skip
 
@@ -135,21 +135,33 @@ def pool_kernel(
 @triton.jit
 def _probabilities(
     q_means, k_means, row, rows, column, columns, exists, scale, HEAD_DIM: tl.constexpr,
-    UNROLL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CENTER: tl.constexpr,
+    DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over what exists of the scores of some rows: fp32 ``[ROWS, COLUMNS]``."""
-    score = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, HEAD_DIM, UNROLL):
-        for i in tl.static_range(UNROLL):
-            dim = start + i
-            query = tl.load(q_means + row * HEAD_DIM + dim, mask=row < rows, other=0.0)
-            key = tl.load(k_means + dim * columns + column, mask=column < columns, other=0.0)
-            if CENTER:
-                key -= tl.sum(key, 0) / columns
-            score += (query * scale)[:, None] * key[None, :]
-    score = tl.where(exists[None, :], score, float("-inf"))
-    weight = tl.exp(score - tl.max(score, 1)[:, None])
-    return weight / tl.sum(weight, 1)[:, None]
+    """Softmax over what exists of the scores of some rows: fp32 ``[COLUMNS, ROWS]``.
+
+    ``row [1, ROWS]``, ``column [COLUMNS, 1]``. DIMS of the head are taken at a time, by a product
+    in IEEE fp32; where that is 1, the row being long, one after the other.
+    """
+    score = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for start in range(0, HEAD_DIM, DIMS):
+        dim = start + tl.arange(0, DIMS)
+        at = row * HEAD_DIM + dim[:, None]
+        query = tl.load(
+            q_means + at, mask=(row < rows) & (dim < HEAD_DIM)[:, None], other=0.0
+        )  # fmt: skip
+        at = column * HEAD_DIM + dim[None, :]
+        key = tl.load(
+            k_means + at, mask=(column < columns) & (dim < HEAD_DIM)[None, :], other=0.0
+        )  # fmt: skip
+        if CENTER:
+            key -= (tl.sum(key, 0) / columns)[None, :]
+        if DIMS == 1:
+            score += key * (query * scale)
+        else:
+            score = tl.dot(key, query * scale, score, input_precision="ieee")
+    score = tl.where(exists, score, float("-inf"))
+    weight = tl.exp(score - tl.max(score, 0)[None, :])
+    return weight / tl.sum(weight, 0)[None, :]
 
 
 @triton.jit(do_not_specialize=[
@@ -159,10 +171,9 @@ def _probabilities(
 def visit_kernel(
     q_means, k_means, q_similarity, k_similarity, kv_len, text_q, text_kv, progress, words, given,
     guide, scale, tau, power, gate, count, rows, columns, num_words, group, texts, part_first,
-    parts, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, UNROLL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VISIT: tl.constexpr, GIVEN: tl.constexpr,
-    GROWS: tl.constexpr, TEXT_ROWS: tl.constexpr, TEXT_COLUMNS: tl.constexpr,
-    CENTER: tl.constexpr,
+    parts, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, VISIT: tl.constexpr, GIVEN: tl.constexpr, GROWS: tl.constexpr,
+    TEXT_ROWS: tl.constexpr, TEXT_COLUMNS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """S_s words of ROWS query blocks of one head; sums for S_c that need whole rows.
 
@@ -173,7 +184,8 @@ def visit_kernel(
     num_heads = tl.num_programs(1)
     head = b * num_heads + h
     kv_head = b * (num_heads // group) + h // group
-    row, column = part * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row = part * ROWS + tl.arange(0, ROWS)[None, :]
+    column = tl.arange(0, COLUMNS)[:, None]
     real_row, real = row < rows, column < columns
     is_text, is_text_row = column < 0, row < 0
     if text_q is not None:
@@ -183,19 +195,18 @@ def visit_kernel(
         exists = real & (column * BLOCK_N < tl.load(kv_len + b))
     mass = _probabilities(
         q_means + head * rows * HEAD_DIM, k_means + kv_head * HEAD_DIM * columns, row, rows, column,
-        columns, exists, scale, HEAD_DIM, UNROLL, ROWS, COLUMNS, CENTER,
+        columns, exists, scale, HEAD_DIM, DIMS, ROWS, COLUMNS, CENTER,
     )  # fmt: skip
     if VISIT == "count":  # text counts, above every other block
-        mass = tl.where(is_text[None, :], 2.0, mass)
+        mass = tl.where(is_text, 2.0, mass)
 
     if GIVEN is not None:
         takes = real_row
         if GIVEN == "text":
             takes = is_text_row
-            to = ((head * texts + tl.cumsum(is_text.to(tl.int32), 0) - 1) * rows)[None, :]
-            steers = is_text[None, :] & (real_row & (is_text_row == 0))[:, None]
-            tl.store(guide + to + row[:, None], mass, mask=steers)
-        sums = tl.sum(tl.where(takes[:, None], mass, 0.0), 0)
+            to = (head * texts + tl.cumsum(is_text.to(tl.int32), 0) - 1) * rows + row
+            tl.store(guide + to, mass, mask=is_text & real_row & (is_text_row == 0))
+        sums = tl.sum(tl.where(takes, mass, 0.0), 1)[:, None]
         place = part - part_first
         mine = real & (place >= 0) & (place < parts)
         tl.store(given + (head * parts + place) * columns + column, sums, mask=mine)
@@ -203,26 +214,26 @@ def visit_kernel(
     if VISIT == "mass":
         chosen = heavy(mass, _share_now(tau, power, progress, GROWS))
     elif VISIT == "count":
-        chosen = most(mass, real[None, :] & (row >= 0)[:, None], count)
+        chosen = most(mass, real & (row >= 0), count)
     else:
-        chosen = (mass >= 0) | True
+        chosen = real & (row >= 0)
     if TEXT_ROWS:
-        chosen = chosen | is_text_row[:, None]
+        chosen = chosen | is_text_row
     if TEXT_COLUMNS:
-        chosen = chosen | is_text[None, :]
+        chosen = chosen | is_text
     if q_similarity is not None:
         like = tl.load(q_similarity + head * rows + row, mask=real_row, other=1.0)
-        chosen = chosen | (like < gate)[:, None]
+        chosen = chosen | (like < gate)
         like = tl.load(k_similarity + kv_head * columns + column, mask=real, other=1.0)
-        chosen = chosen | (like < gate)[None, :]
-    taken = (chosen & real[None, :]).to(tl.int32)
-    empty = tl.sum(taken, 1) == 0
-    taken = tl.where(empty[:, None] & (column == 0)[None, :], 1, taken)
-    bit = tl.arange(0, 32)[None, None, :]
-    packed = tl.sum(tl.reshape(taken, [ROWS, COLUMNS // 32, 32]) << bit, 2)
-    word = tl.arange(0, COLUMNS // 32)[None, :]
-    at = (head * rows + row)[:, None] * num_words + word
-    tl.store(words + at, packed, mask=real_row[:, None] & (word < num_words))
+        chosen = chosen | (like < gate)
+    taken = (chosen & real).to(tl.int32)
+    empty = (tl.sum(taken, 0) == 0)[None, :]
+    taken = tl.where(empty & (column == 0), 1, taken)
+    bit = tl.arange(0, 32)[None, :, None]
+    packed = tl.sum(tl.reshape(taken, [COLUMNS // 32, 32, ROWS]) << bit, 1)
+    word = tl.arange(0, COLUMNS // 32)[:, None]
+    at = (head * rows + row) * num_words + word
+    tl.store(words + at, packed, mask=real_row & (word < num_words))
 
 
 @triton.jit
@@ -230,18 +241,18 @@ def _received(
     given, head, index, row, vision, columns, parts, vision_rows, vision_columns, ratio,
     ROWS: tl.constexpr, PARTS: tl.constexpr, MAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Column sums of the map by query block ``[1, ROWS]``; MAP says which columns are a row's."""
+    """Column sums of the map by query block ``[ROWS, 1]``; MAP says which columns are a row's."""
     first, end = row, row + 1
     if MAP == "area":  # as adaptive average pooling of the vision blocks has it
-        rank = tl.cumsum(vision.to(tl.int32), 1) - 1
+        rank = tl.cumsum(vision.to(tl.int32), 0) - 1
         first = rank * vision_columns // vision_rows
         end = ((rank + 1) * vision_columns + vision_rows - 1) // vision_rows
     if MAP == "nearest":
         first = tl.minimum((row.to(tl.float32) * ratio).to(tl.int32), columns - 1)
         end = first + 1
-    total = tl.zeros([1, ROWS], tl.float32)
+    total = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, parts, PARTS):
-        part = (start + tl.arange(0, PARTS))[:, None]
+        part = (start + tl.arange(0, PARTS))[None, :]
         for step in range(WINDOW):
             at = first + step
             mine = vision & (at < end)
@@ -251,7 +262,7 @@ def _received(
                 given + (head * parts + part) * columns + at,
                 mask=mine & (part < parts) & (at < columns), other=0.0,
             )  # fmt: skip
-            total += tl.sum(value, 0)[None, :]
+            total += tl.sum(value, 1)[:, None]
     return total / tl.maximum(end - first, 1).to(tl.float32)
 
 
@@ -268,14 +279,14 @@ def cache_kernel(
     """S_c bytes of one head, from what `visit_kernel` left."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(0)
-    row = tl.arange(0, ROWS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
     real = row < rows
     is_text = row < 0
     if text_q is not None:
         is_text = _bit(text_q, row, real)
     vision = real & (is_text == 0)
-    c = tl.zeros([1, ROWS], tl.float32)
-    g = tl.zeros([1, ROWS], tl.float32)
+    c = tl.zeros([ROWS, 1], tl.float32)
+    g = tl.zeros([ROWS, 1], tl.float32)
     start, stop = h, h + 1
     if SHARED:
         start, stop = 0, num_heads
@@ -290,17 +301,20 @@ def cache_kernel(
             for text in range(texts):
                 at = guide + (head * texts + text) * rows + row
                 value = tl.load(at, mask=vision, other=float("-inf"))
-                weight = tl.exp(value - tl.max(value, 1)[:, None])
-                g += weight / tl.sum(weight, 1)[:, None]
+                weight = tl.exp(value - tl.max(value, 0)[None, :])
+                g += weight / tl.sum(weight, 0)[None, :]
     if COMPUTE == "count":
         chosen = most(tl.where(is_text, float("inf"), c), real, count)
     else:
-        share = _share_now(tau, power, progress, GROWS)
+        mass = c
+        if COMPUTE == "g":
+            mass = g
         if COMPUTE == "mean":
-            c = c / tl.sum(c, 1)[:, None] + g / tl.sum(g, 1)[:, None]
-        chosen = heavy(g if COMPUTE == "g" else c, share)
-        if COMPUTE == "and":
-            chosen = chosen | heavy(g, share)
+            mass = c / tl.sum(c, 0)[None, :] + g / tl.sum(g, 0)[None, :]
+        if COMPUTE == "and":  # both tests at once
+            mass = tl.where(tl.arange(0, 2)[None, :] == 0, c, g)
+        is_heavy = heavy(mass, _share_now(tau, power, progress, GROWS))
+        chosen = (tl.sum(is_heavy.to(tl.int32), 1) != 0)[:, None]
     chosen = chosen | is_text
     head = b * num_heads + h
     if q_similarity is not None:
@@ -310,74 +324,3 @@ def cache_kernel(
     byte = tl.arange(0, ROWS // 8)
     packed = tl.sum(taken << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
     tl.store(bits + head * num_bytes + byte, packed, mask=byte < num_bytes)
-
-
-@triton.jit
-def _count_bits(word):
-    """Ones in each 32-bit word."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["heads", "items", "rows", "columns", "num_words", "min_skip"])
-def measure_kernel(
-    q_bits, words, filled, densities, q_stride_b, q_stride_h, q_stride_w, stride_b, stride_h,
-    stride_r, heads, items, rows, columns, num_words, min_skip, ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    """One program: counts are exact whatever the order, and nothing has to be cleared before."""
-    word = tl.arange(0, WORDS)[None, :]
-    left = columns - word * 32  # blocks from this word on
-    every = tl.where(left >= 32, -1, (1 << (tl.maximum(left, 0) & 31)) - 1)
-    live = tl.zeros([ROWS], tl.int64)
-    visited = tl.zeros([ROWS], tl.int64)
-    for start in range(0, items * heads * rows, ROWS):
-        index = start + tl.arange(0, ROWS)
-        real = index < items * heads * rows
-        row, h = index % rows, (index // rows) % heads
-        b = (index // rows // heads).to(tl.int64)
-        at = q_bits + b * q_stride_b + h * q_stride_h + (row // 8) * q_stride_w
-        byte = tl.load(at, mask=real, other=0).to(tl.int32)
-        is_live = (byte >> (row % 8)) & 1
-        at = (b * stride_b + h * stride_h + row * stride_r)[:, None] + word
-        inside = real[:, None] & (word < num_words)
-        value = tl.load(words + at, mask=inside, other=0)
-        count = tl.sum(_count_bits(value), 1)
-        if filled is not None:
-            skipped = tl.div_rn((columns - count).to(tl.float32), columns.to(tl.float32))
-            fills = skipped < min_skip
-            value = tl.where(fills[:, None], every, value)
-            count = tl.where(fills, columns, count)
-            to = index.to(tl.int64)[:, None] * num_words + word
-            tl.store(filled + to, value, mask=inside)
-        live += is_live
-        visited += tl.where(is_live != 0, count, 0)
-    computed = tl.sum(live, 0)
-    pairs = tl.maximum(computed, 1).to(tl.float64) * columns
-    q_density = computed.to(tl.float64) / (items.to(tl.float64) * heads * rows)
-    tl.store(densities, q_density.to(tl.float32))
-    tl.store(densities + 1, (tl.sum(visited, 0).to(tl.float64) / pairs).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["heads", "items", "blocks", "start", "stop"])
-def live_kernel(
-    q_bits, share, stride_b, stride_h, stride_w, heads, items, blocks, start, stop,
-    BLOCK_M: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Share of the (token, head) pairs of tokens ``start`` to ``stop`` that are computed."""
-    first = start // BLOCK_M
-    count = (stop + BLOCK_M - 1) // BLOCK_M - first  # blocks that the stream touches
-    live = tl.zeros([SIZE], tl.int64)
-    for at in range(0, items * heads * count, SIZE):
-        index = at + tl.arange(0, SIZE)
-        block, h = first + index % count, (index // count) % heads
-        b = (index // count // heads).to(tl.int64)
-        place = q_bits + b * stride_b + h * stride_h + (block // 8) * stride_w
-        byte = tl.load(place, mask=index < items * heads * count, other=0).to(tl.int32)
-        end = tl.minimum((block + 1) * BLOCK_M, stop)
-        live += ((byte >> (block % 8)) & 1) * (end - tl.maximum(block * BLOCK_M, start))
-    total = items.to(tl.float64) * heads * (stop - start)
-    tl.store(share, (tl.sum(live, 0).to(tl.float64) / total).to(tl.float32))

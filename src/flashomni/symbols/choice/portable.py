@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,21 +11,17 @@ from torch import Tensor
 from flashomni import triton_host
 from flashomni.dispatch import register
 from flashomni.symbols.bits import q_bytes, row_bytes
+from flashomni.symbols.choice._counts import live_kernel, measure_kernel
 from flashomni.symbols.choice._definition import computes_all, is_text_last
-from flashomni.symbols.choice._kernels import (
-    cache_kernel,
-    live_kernel,
-    measure_kernel,
-    pool_kernel,
-    visit_kernel,
-)
+from flashomni.symbols.choice._kernels import cache_kernel, pool_kernel, visit_kernel
 from flashomni.symbols.choice.op import ChooseCall, LiveCall, MeasureCall, first_tensor
 from flashomni.symbols.grid import Grid
 
 MAX_BLOCKS = 16384  # of a row that a program holds in registers: 2 million tokens
 MAX_TILE = 128  # tokens that a program of `pool_kernel` loads at once
-WARP = 1024  # masses that a warp holds
-BINS = 8192  # words or bytes that a counting program looks at at a time
+MASSES = 8192  # that a program of `visit_kernel` holds: 8 rows of 1,024 blocks
+LONG = 1024  # a row from there on leaves no room in shared memory for a product
+BINS = 8192  # words that the counting program looks at at a time
 
 
 def choose(call: ChooseCall) -> list[Tensor]:
@@ -73,17 +68,17 @@ def _split(sizes: Any, device: torch.device) -> list[Tensor | None]:
 
 
 def _row_tile(columns: int) -> int:
-    """Query blocks of a program: what a warp holds, and few, so that there are many programs."""
-    return max(1, min(4, WARP // _width(columns)))
+    """Query blocks of a program."""
+    return max(1, min(8, MASSES // _width(columns)))
 
 
 def _width(columns: int) -> int:
     return max(32, triton.next_power_of_2(columns))
 
 
-def _unroll(head_dim: int, width: int) -> int:
-    """Dims whose keys are loaded at a time: many where a row is short; a divisor of head_dim."""
-    return math.gcd(head_dim, max(1, min(8, 2 * WARP // width)))
+def _warps(size: int) -> int:
+    """For so many elements, each thread with 32 of them."""
+    return max(4, min(16, size // 1024))
 
 
 def _parts(grid: Grid, which: str, tile: int) -> tuple[int, int]:
@@ -125,10 +120,10 @@ def _visit(
         grid.text_kv_bits(device) if has_text else None, call.progress, words, scratch["given"],
         guide, head_dim**-0.5, rule.tau_kv, rule.power, rule.gate or 0.0, rule.count_kv, rows,
         columns, num_words, num_heads // kv_heads, texts, parts[0], parts[1] - parts[0],
-        BLOCK_N=grid.block_n, HEAD_DIM=head_dim, UNROLL=_unroll(head_dim, width), ROWS=tile,
+        BLOCK_N=grid.block_n, HEAD_DIM=head_dim, DIMS=16 if width <= LONG else 1, ROWS=tile,
         COLUMNS=width, VISIT=rule.visit, GIVEN=given, GROWS=rule.power != 0,
         TEXT_ROWS=rule.text_rows and rule.visit == "mass", TEXT_COLUMNS=rule.text_columns,
-        CENTER=rule.center_k, num_warps=max(1, min(16, tile * width // WARP)),
+        CENTER=rule.center_k, num_warps=_warps(tile * width), num_stages=2 if width < 256 else 1,
     )  # fmt: skip
     return words.view(torch.uint8)
 
@@ -157,8 +152,8 @@ def _cache(call: ChooseCall, scratch: dict, parts: tuple[int, int], texts: int) 
         grid.text_q_bits(device) if grid.text_spans else None, index, call.progress, bits,
         rule.tau_q, rule.power, rule.gate or 0.0, rule.count_q, columns / rows, rows, columns,
         num_bytes, texts, parts[1] - parts[0], *counts, ROWS=width,
-        PARTS=max(1, min(8, 16 * WARP // width)), COMPUTE=rule.compute, MAP=how, WINDOW=window,
-        GROWS=rule.power != 0, SHARED=rule.share_heads, num_warps=max(1, min(16, width // 128)),
+        PARTS=max(1, min(8, MASSES // width)), COMPUTE=rule.compute, MAP=how, WINDOW=window,
+        GROWS=rule.power != 0, SHARED=rule.share_heads, num_warps=_warps(8 * width),
     )  # fmt: skip
     return bits
 
@@ -171,16 +166,21 @@ def measure(call: MeasureCall) -> list[Tensor]:
     words = words.view(torch.int32)
     batch, num_heads, rows, num_words = words.shape
     densities = torch.empty(2, dtype=torch.float32, device=words.device)
-    filled = torch.empty(words.shape, dtype=torch.int32, device=words.device)
     fills = call.min_skip > 0
+    filled = torch.empty(words.shape, dtype=torch.int32, device=words.device) if fills else None
     width = triton.next_power_of_2(num_words)
+    row_tile = min(triton.next_power_of_2(rows), BINS // width)
+    count = batch * num_heads
     with torch.cuda.device_of(words):
         measure_kernel[(1,)](
-            q_bits, words, filled if fills else None, densities, *q_bits.stride(),
-            *words.stride()[:3], num_heads, batch, rows, call.num_kv_blocks, num_words,
-            call.min_skip, ROWS=max(1, BINS // width), WORDS=width, num_warps=32,
+            q_bits, words, filled, densities, *q_bits.stride(), *words.stride()[:3], num_heads,
+            count, rows, call.num_kv_blocks, num_words, call.min_skip,
+            HEADS=min(triton.next_power_of_2(count), BINS // width // row_tile), ROWS=row_tile,
+            WORDS=width, num_warps=32,
         )  # fmt: skip
-    return [densities, filled.view(torch.uint8)] if fills else [densities]
+    if filled is None:
+        return [densities]
+    return [densities, filled.view(torch.uint8)]
 
 
 def live_share(call: LiveCall) -> Tensor:
@@ -189,7 +189,7 @@ def live_share(call: LiveCall) -> Tensor:
     with torch.cuda.device_of(bits):
         live_kernel[(1,)](
             bits, share, *bits.stride(), bits.shape[1], bits.shape[0], call.num_q_blocks,
-            call.row_offset, call.row_offset + call.rows, BLOCK_M=call.block_m, SIZE=BINS // 2,
+            call.row_offset, call.row_offset + call.rows, BLOCK_M=call.block_m, SIZE=4096,
             num_warps=16,
         )  # fmt: skip
     return share
