@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class Call:
             :attr:`kinds`), the densities of the symbols aside.
         left_out: whether the branch follows from the first one, and the model does not run.
         decided: whether the schedule has looked inside this step already.
+        settled: whether the spans that it recorded are the current ones by now.
         entrance: streams in front of the first block, kept where the schedule looks inside.
     """
 
@@ -54,6 +55,7 @@ class Call:
     latents: str
     left_out: bool = False
     decided: bool = False
+    settled: bool = False
     entrance: Streams = ()
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -73,6 +75,61 @@ class Call:
         """Share of the blocks that have run, of those that were come to so far."""
         kinds = [layer.kind for layer in self.record.layers]
         return 1 - kinds.count(StepKind.BYPASS.value) / max(len(kinds), 1)
+
+    def settle(self) -> None:
+        """The last block has run: what was recorded is what the next steps dispatch from."""
+        if self.settled:
+            return
+        self.settled = True
+        for plan, group in zip(self.plans, self.branch.groups, strict=False):  # arranged since
+            if plan.stores:
+                whole = group.spans.finish(plan.step)
+                # Where a block's output was written to before it could be kept, nothing was stored.
+                group.stored = plan.step if whole else None
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes what the branch remembers, or only reads it."""
+        return any(plan.stores or plan.probes for plan in self.plans)
+
+    @property
+    def key(self) -> Hashable:
+        """What tells it from other calls that find the same caches and get arguments alike.
+
+        A plain full step is like any other; what others do depends on when they come.
+        """
+        if not self.changes and set(self.kinds) == {StepKind.FULL}:
+            return StepKind.FULL
+        does = tuple((plan.kind, plan.records, plan.probes, plan.optimistic) for plan in self.plans)
+        whole: list[bool] = []
+        layers, of = self.branch.layers, self.branch.division.of
+        for cache, number in zip(layers, of, strict=True):
+            plan = self.plans[number]
+            threshold = plan.recipe.sparse.degrade_below
+            if plan.stores and threshold > 0:
+                whole.append(cache.expected(plan.step, threshold, plan.hopeful))
+        return self.tick.step, self.tick.num_steps, does, tuple(whole)
+
+    @property
+    def sort(self) -> Hashable:
+        """What is the same in all calls of its branch, and may be another in other branches."""
+        return self.tick.branch, self.generation.geometry
+
+    def numbers(self) -> list[dict]:
+        """The coefficients that it has used, of each group of layers."""
+        return [plan.numbers for plan in self.plans]
+
+    def prepare(self, numbers: list[dict]) -> None:
+        """Make the coefficients now that it is going to use; see :meth:`numbers`."""
+        for plan, wanted in zip(self.plans, numbers, strict=True):
+            for *times, halved in wanted:
+                plan.coefficients(tuple(times), halved)
+
+    def rewind(self) -> None:
+        """Forget that the blocks have run."""
+        self.settled = False
+        self.record.layers.clear()
+        self.shared.clear()
 
     def bypassed(self, index: int, name: str) -> None:
         """Record that a layer was left out, and what it would have cost."""

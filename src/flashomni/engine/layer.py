@@ -106,8 +106,9 @@ class LayerRun:
             self._shared[key] = grid
         self.grid = self._shared[key]
         self._policy = self._recipe.policy_for(self.grid)
+        self._known = self._policy.known_fraction(self.grid)
         if self._stores:
-            self._decide_degradation(self._policy.known_fraction(self.grid))
+            self._decide_degradation(self._known)
         if self.kind is StepKind.DISPATCH:
             cache, record = self._cache, self._record
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
@@ -135,8 +136,7 @@ class LayerRun:
     def _decide_degradation(self, known: float | None) -> None:
         """S_q: cache the layer whole if little of it is computed; look again at each Update."""
         plan, threshold = self._plan, self._recipe.sparse.degrade_below
-        hopeful = plan.optimistic and plan.kind is StepKind.FULL
-        self._cache.degrade(known, plan.step, threshold, hopeful)
+        self._cache.degrade(known, plan.step, threshold, plan.hopeful)
 
     @property
     def _caches_heads(self) -> bool:
@@ -297,8 +297,8 @@ class LayerRun:
         cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
 
     def _send(self, q_density: Tensor) -> None:
-        """Send the computed fraction on its way to the host, where S_q depends on it."""
-        if self._recipe.sparse.degrade_below > 0:
+        """Keep the computed fraction for the host, where S_q depends on it."""
+        if self._recipe.sparse.degrade_below > 0 and self._known is None:
             self._cache.fraction = Fraction(q_density)
             self._cache.measured = self._plan.step
 

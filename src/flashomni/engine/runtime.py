@@ -16,6 +16,7 @@ from torch import nn
 from flashomni.engine.call import Call, Place, by_name, first_tensor, kinds_now, overall
 from flashomni.engine.clock import Clock
 from flashomni.engine.geometry import Asked
+from flashomni.engine.graphs import Graphs, why_none
 from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
@@ -49,6 +50,7 @@ class Runtime:
         tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
         learner: watches the first calls of a model that has no adapter.
         geometry: asks the adapter where the tokens of a generation lie.
+        graphs: records calls and replays them, if it is told to.
     """
 
     tier: str = "adapter"
@@ -67,7 +69,7 @@ class Runtime:
     ) -> None:
         self.model, self.recipe, self.clock, self.backend = model, recipe, clock, backend
         self.layers, self._check, self._latents = layers, check, latents
-        self.division = Division.make(recipe, layers)
+        self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
         self.generations: dict[Hashable, Generation] = {}
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -90,6 +92,7 @@ class Runtime:
         """Drop all caches; the next call of the model starts a generation."""
         self.generations.clear()
         self.clock.forget()
+        self.graphs.clear()
 
     def begin(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> None:
         """A call of the model starts.
@@ -144,6 +147,7 @@ class Runtime:
             self._check()
             generation = self._start(Generation(position, self.division, self.backend))
             generation.geometry = None if self.geometry is None else self.geometry(args, kwargs)
+            self.graphs.start(device, why_none(self.recipe, self.learner))
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
@@ -194,6 +198,8 @@ class Runtime:
                 "caches, and computes its next step",
                 MAX_GENERATIONS,
             )
+        for gone in self.generations.keys() - alive.keys():
+            self.generations[gone].leave()
         self.generations = {**alive, generation.key: generation}
         return generation
 
@@ -214,14 +220,12 @@ class Runtime:
             return
         call = self._current()
         branch, generation = call.branch, call.generation
+        call.settle()
         for plan, group in zip(call.plans, branch.groups, strict=False):  # arranged since, maybe
-            if plan.stores:
-                whole = group.spans.finish(plan.step)
-                # Where a block's output was written to before it could be kept, nothing was stored.
-                group.stored = plan.step if whole else None
             if plan.kind is not StepKind.DISPATCH and call.record.layers:
                 group.computed.append(plan.step)
         branch.measured()
+        branch.send()
         schedule = self.recipe.schedule
         if schedule.learns and call.tick.leads and StepKind.DISPATCH not in call.kinds:
             tensor = first_tensor(output)
@@ -230,7 +234,7 @@ class Runtime:
         generation.trace.saw_bytes(*generation.nbytes())
         is_last = call.tick.step == call.tick.num_steps - 1
         if is_last:
-            branch.reset()
+            branch.end()
         self._stop()
         if is_last and log.isEnabledFor(logging.INFO):
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
@@ -338,6 +342,18 @@ class Runtime:
         record = LayerRecord(name, StepKind.FULL.value)
         self._current().record.layers.append(record)
         return record
+
+    def forward(self, args: tuple, kwargs: dict, model: Callable[..., Any]) -> Any:
+        """``model(*args, **kwargs)``, as a graph or not, where a call of it is under way."""
+        if not self.running:
+            return model(*args, **kwargs)
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            output = self.output(lambda: model(*args, **kwargs))
+            self._current().settle()
+            return output
+
+        return self.graphs.run(self._current(), args, kwargs, compute)
 
     def output(self, compute: Callable[[], Any]) -> Any:
         """The model's output; forecast or derived where the recipe says so.

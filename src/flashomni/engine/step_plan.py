@@ -35,6 +35,7 @@ class StepPlan:
         device: where the model computes.
         num_layers: of the model.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
+        numbers: the coefficients that were asked for so far, by their anchors.
     """
 
     kind: StepKind
@@ -51,7 +52,7 @@ class StepPlan:
     device: torch.device
     num_layers: int
     geometry: Geometry | None = None
-    _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -98,6 +99,11 @@ class StepPlan:
         """Whether this step adds to the histories."""
         return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether layers of which nothing is known yet are taken to be cached whole."""
+        return self.optimistic and self.kind is StepKind.FULL
+
     def coefficients(self, times: tuple[int, ...], halved: bool = False) -> Tensor:
         """Weights of the terms of a history with these anchors, at this step: fp32, on the device.
 
@@ -108,11 +114,11 @@ class StepPlan:
             halved: for terms that a history of that name keeps of fp16 values.
         """
         key = (*times, halved)
-        if key not in self._weights:
+        if key not in self.numbers:
             values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
             values = tuple(x * 2**i for i, x in enumerate(values)) if halved else values
-            self._weights[key] = _to_device(values, self.device)
-        return self._weights[key]
+            self.numbers[key] = _to_device(values, self.device)
+        return self.numbers[key]
 
 
 def _to_device(values: Sequence[float], device: torch.device) -> Tensor:

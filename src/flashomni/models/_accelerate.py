@@ -13,6 +13,7 @@ from torch import nn
 from flashomni.dispatch import OPS, registered
 from flashomni.engine import Clock, Engine, Recipe
 from flashomni.engine.geometry import Asked
+from flashomni.engine.graphs import Graphs
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, adapters, find_adapter
 from flashomni.models.generic import Blocks
@@ -26,6 +27,7 @@ def accelerate(
     *,
     backend: str | None = None,
     blocks: Blocks | None = None,
+    graphs: bool | str = False,
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
@@ -39,6 +41,9 @@ def accelerate(
         backend: take exactly this backend in every op; by default the best that accepts.
         blocks: what is known of the blocks of a transformer that no adapter knows; without it they
             are found. Given for one that an adapter knows, it does without the adapter.
+        graphs: run steps that repeat as CUDA graphs, from the second or third generation of a kind
+            on: ``True`` wherever that is possible, ``"auto"`` where it holds little memory too,
+            ``False`` never. The report says where it is not, and why. The pictures are the same.
         settings: settings of the recipe to replace, by name: ``interval=3``.
 
     Returns:
@@ -84,6 +89,8 @@ def accelerate(
             f"which nothing gives for {type(model).__name__}; take first_block or easycache"
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
+    if graphs is not False:
+        runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
     detach = _attach.attach(runtime, sites, found.stand_ins(runtime))
     engine = Engine(runtime, pipe, detach)

@@ -99,17 +99,25 @@ class BlockForward(InsteadOfForward):
 
 
 class ModelForward(InsteadOfForward):
-    """Lets the engine forecast the model's output instead of running it."""
+    """Lets the engine replay the model, or forecast its output, instead of running it."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime.model)
         self.runtime = runtime
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active:
+        if not self.active or (torch.compiler.is_compiling() and not at_output(self.runtime)):
             return self.original(*args, **kwargs)
-        return self.runtime.output(lambda: self.original(*args, **kwargs))
+        return self._run(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.forward(args, kwargs, self.original)
+
+
+def at_output(runtime: Runtime) -> bool:
+    """Whether the recipe does something about the output of the whole model."""
+    return runtime.recipe.forecast.level == "output" or runtime.recipe.guidance.acts
 
 
 def _inert(*_: Any) -> None:
@@ -236,7 +244,7 @@ def attach(
             stand_ins = (BlockForward(runtime, index, site) for index, site in enumerate(sites))
         for stand_in in stand_ins:
             installed.append(stand_in)
-        if runtime.recipe.forecast.level == "output" or runtime.recipe.guidance.acts:
+        if at_output(runtime) or runtime.graphs.mode:
             installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),
@@ -250,6 +258,11 @@ def attach(
         detach()
         raise
     return detach
+
+
+def is_ours(thing: Any) -> bool:
+    """Whether a hook or a forward is the engine's."""
+    return isinstance(thing, (InsteadOfForward, CallHook, ContextHook)) or thing is _inert
 
 
 def call_hook(model: nn.Module) -> CallHook | None:

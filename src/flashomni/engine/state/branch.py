@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from flashomni.engine.groups import Division
-from flashomni.engine.state.cache import Fraction, LayerCache
+from flashomni.engine.state.cache import Fraction, LayerCache, send
 from flashomni.engine.state.output import Output
 from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
+
+START = object()  # caches are empty
 
 
 class GroupState:
@@ -39,35 +41,52 @@ class Branch:
         output: of the whole model, where the recipe caches that.
         memory: scratch of a schedule that decides late.
         error: of the forecasts at the last Update, where the schedule asks for it.
+        at: how the caches came about: what recorded or counted the call that stored last (see
+            :mod:`flashomni.engine.graphs`), ``START`` while they are empty, ``None`` if unknown.
+        slot: the recordings that it uses.
+        resets: how often everything was dropped.
     """
 
     def __init__(self, division: Division, backend: str | None = None) -> None:
-        self._division, self._backend = division, backend
+        self.division, self._backend = division, backend
+        self.slot: Any = None
+        self.resets = 0
         self.groups = [GroupState() for _ in division.recipes]
         self.memory: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
         """Drop everything that is kept; the steps that were computed stay known."""
-        recipes = self._division.recipes
+        recipes = self.division.recipes
         kept = Storage(recipes[0].storage.history_dtype, backend=self._backend)
-        self.layers = [LayerCache() for _ in self._division.of]
+        self.layers = [LayerCache() for _ in self.division.of]
         for group, recipe in zip(self.groups, recipes, strict=True):
             group.spans = Spans(recipe.forecast.layer_order, kept)
             group.stored = None
         self.output = Output(recipes[0].forecast.layer_order, kept)
         self.error: Fraction | None = None
+        self.at, self.resets = START, self.resets + 1
         self._signatures: dict[Hashable, tuple] = {}
+
+    def end(self) -> None:
+        """The last step is over: drop everything; others may have the recordings."""
+        self.reset()
+        self.slot = None
 
     def arrange(self, division: Division) -> None:
         """Other layers, of which nothing is kept yet."""
-        self._division = division
+        self.division = division
         self.groups = [GroupState() for _ in division.recipes]
         self.reset()
 
+    def send(self) -> None:
+        """Numbers that were measured in this call go to the host."""
+        found = [cache.fraction for cache in self.layers] + [self.error]
+        send([each for each in found if each is not None and not each.sent])
+
     def group_of(self, index: int) -> GroupState:
         """The group that layer ``index`` is in."""
-        return self.groups[self._division.of[index]]
+        return self.groups[self.division.of[index]]
 
     def expect(self, key: Hashable, signature: tuple) -> bool:
         """Start afresh, and say so, if what ``key`` gets is not what it got before.

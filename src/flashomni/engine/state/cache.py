@@ -94,23 +94,46 @@ class History:
 class Fraction:
     """A number measured on the device that the host reads later, without waiting for it now.
 
-    The copy starts at once; the host reads it one interval later, when it is long complete.
+    At the end of the call that measured it, :func:`send` starts the copy; the host reads it one
+    interval later, when it is long complete.
     """
 
     def __init__(self, value: Tensor) -> None:
+        self._value: Tensor = value
         self._event: torch.cuda.Event | None = None
-        if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._value = value
+        self._number: float | None = None
+        self.sent = False
+
+    @property
+    def value(self) -> Tensor:
+        """The scalar, on the device or on its way."""
+        return self._value
+
+    def put(self, value: Tensor, event: torch.cuda.Event | None) -> None:
+        """The number is on its way to ``value``, where it is after the event."""
+        self._value, self._event, self.sent = value, event, True
 
     def read(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._value)
+        if self._number is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._number = float(self._value)
+        return self._number
+
+
+def send(fractions: list[Fraction]) -> None:
+    """Start the way of all of them to the host: one copy."""
+    if not fractions:
+        return
+    values, event = torch.stack([fraction.value for fraction in fractions]), None
+    if values.is_cuda:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        values = host
+    for fraction, value in zip(fractions, values, strict=True):
+        fraction.put(value, event)
 
 
 @dataclass
@@ -161,14 +184,19 @@ class LayerCache:
             threshold: the largest fraction that does it; 0 never does.
             hopeful: take it that a layer will be cached whole while nothing is known of it.
         """
-        fraction = known
-        if known is None and self.fraction is not None:
-            just_measured = step - self.measured < 2  # it may be under way still
-            if not (hopeful and just_measured):
-                fraction = self.fraction.read()
-        self.degraded = threshold > 0 and (hopeful if fraction is None else fraction <= threshold)
+        if known is None:
+            self.degraded = threshold > 0 and self.expected(step, threshold, hopeful)
+        else:
+            self.degraded = threshold > 0 and known <= threshold
         if self.degraded:
             self.forget_heads()
+
+    def expected(self, step: int, threshold: float, hopeful: bool) -> bool:
+        """Whether the layer is cached whole by what was measured; see :meth:`degrade`."""
+        just_measured = step - self.measured < 2  # it may be under way still
+        if self.fraction is None or (hopeful and just_measured):
+            return hopeful
+        return self.fraction.read() <= threshold
 
     def forget_heads(self) -> None:
         """Drop what only per-head caching needs."""

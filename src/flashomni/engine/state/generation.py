@@ -173,10 +173,16 @@ class Generation:
 
     def free(self) -> None:
         """Drop what the branches keep; the trace stays."""
+        self.leave()
         for branch in self.branches.values():
             branch.reset()
         if self.guidance is not None:
             self.guidance.free()
+
+    def leave(self) -> None:
+        """Nobody calls in it any more: others may have the recordings of its branches."""
+        for branch in self.branches.values():
+            branch.slot = None
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes kept on the compute device and on the host."""

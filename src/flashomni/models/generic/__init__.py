@@ -9,7 +9,6 @@
 ``tier``      all of it for one model
 """
 
-from flashomni.models.generic.blocks import Blocks, declared
-from flashomni.models.generic.declared import DECLARED
+from flashomni.models.generic.blocks import Blocks, blocks_of, declared
 
-__all__ = ["DECLARED", "Blocks", "declared"]
+__all__ = ["Blocks", "blocks_of", "declared"]

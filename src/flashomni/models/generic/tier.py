@@ -6,7 +6,6 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from flashomni.models import Adapter, Site
 from flashomni.models._attach import InsteadOfForward
 from flashomni.models.generic.blocks import Blocks, declared, find_blocks
 from flashomni.models.generic.pattern import Learned, learn, leave_out_short, mismatch
-from flashomni.models.generic.run import Guide, InBlock, run_block
+from flashomni.models.generic.run import InBlock, run_block
 from flashomni.models.generic.watch import Watch, named_arguments
 
 log = logging.getLogger("flashomni")
@@ -62,7 +61,6 @@ class Generic(Adapter):
         self._sort: Hashable = None
         self._watch: Watch | None = None
         self._inputs: dict[str, Any] = {}
-        self._guide: Guide | None = None
         self._runtime: Runtime | None = None
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -101,7 +99,6 @@ class Generic(Adapter):
         at_output = runtime.recipe.forecast.level == "output"  # which needs no streams
         is_new = self._sort not in self._known and not at_output
         self._watch = Watch(runtime.backend) if is_new else None
-        self._guide = Guide(runtime.recipe)
         return self._sort, is_new
 
     def notes(self) -> list[str]:
@@ -178,8 +175,9 @@ class Generic(Adapter):
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             versions = [_version(x) for x in streams]
             ours = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
-            text = partial(self._text, named)
-            output = run_block(run, forward, args, kwargs, streams, ours, text, self._guide)
+            output = run_block(
+                run, forward, args, kwargs, streams, ours, lambda n: self._text(named, n)
+            )
             reason = mismatch(site, named, output)
             if versions != [_version(x) for x in streams]:
                 reason = "it writes into its arguments"

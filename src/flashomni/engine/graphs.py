@@ -1,0 +1,407 @@
+"""Steps that repeat as CUDA graphs: which calls are recorded, and what a replay must put right.
+
+A step of a small model, or of small pictures, costs the host more than the device: thousands of
+Python steps for a few hundred launches. A recorded call is one launch. What it did beside, the
+bookkeeping of caches and records, is kept as it was behind the recording and put back.
+
+A recording holds addresses and numbers, so it stands for one call alone: the step of the schedule,
+the branch, shapes and options of the inputs, which layers S_q caches whole, and *what was called
+before since the caches were empty*. The last is a chain: each key names the recording whose caches
+it reads, and only a call whose caches are at fixed addresses is recorded. Memory that a recording
+uses in passing is used again by later ones of its chain only, which never run before it.
+
+A *slot* has recordings of one sort of generation and branch. While a generation runs, the slot is
+its own; generations in turn have a slot each, and the next one takes a slot that is free.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.capture import CudaRecorder, Recorder, Replay, Uncapturable
+from flashomni.engine.learner import Learner
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.state.branch import START
+from flashomni.engine.state.mirror import mirror
+
+MODES = (True, False, "auto")
+MAX_GRAPHS = 256  # of one model
+MAX_SLOTS = 8
+SHARE = 16  # "auto" holds at most this part of the device's memory
+LIVE = ("division", "memory", "slot", "at", "resets")  # of a branch: what no recording puts back
+
+
+@dataclass(eq=False)
+class Entry:
+    """Calls of one key.
+
+    Attributes:
+        uses: how often it was called without a graph.
+        graph: of the call, once it was recorded.
+        inputs: its arguments, which each replay fills.
+        output: what it returned, filled by each replay.
+        state: of the branch behind it; ``None`` where it changes nothing.
+        layers: the records of the layers.
+        numbers: the coefficients that it used, of each group of layers.
+        refused: why it cannot be recorded.
+    """
+
+    uses: int = 0
+    graph: Replay | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    output: Any = None
+    state: dict[str, Any] | None = None
+    layers: list[Any] = field(default_factory=list)
+    numbers: list[dict] = field(default_factory=list)
+    refused: str = ""
+
+
+class Slot:
+    """Recordings of one branch of one generation at a time."""
+
+    def __init__(self, key: Hashable, pool: Any) -> None:
+        self.key, self.pool = key, pool
+        self.entries: dict[Hashable, Entry] = {}
+        self._owner: Any = lambda: None
+
+    @property
+    def free(self) -> bool:
+        owner = self._owner()
+        return owner is None or owner.slot is not self
+
+    def give(self, branch: Any) -> None:
+        self._owner, branch.slot = weakref.ref(branch), self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.graph.nbytes for entry in self.entries.values() if entry.graph)
+
+    @property
+    def count(self) -> int:
+        return sum(entry.graph is not None for entry in self.entries.values())
+
+
+class Graphs:
+    """Runs the calls of one model, as graphs where that is possible.
+
+    Args:
+        mode: ``True`` wherever possible, ``"auto"`` where it holds little memory, ``False`` never.
+        model: the transformer.
+        ours: whether a stand-in for a forward, or a hook, is the engine's own.
+    """
+
+    def __init__(
+        self, mode: bool | str, model: nn.Module, ours: Callable[[Any], bool] = lambda _: False
+    ) -> None:
+        if not any(mode is known for known in (True, False)) and mode != "auto":
+            raise ValueError(f'graphs must be True, False or "auto", got {mode!r}')
+        self.mode, self._model, self._ours = mode, model, ours
+        self.recorder: Recorder | None = None
+        self.replays = 0
+        self._device: torch.device | None = None
+        self._slots: list[Slot] = []
+        self._state: Hashable = None
+        self._why: dict[str, None] = {}
+        self._off = ""  # why the generation that runs has none
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        self._slots, self._state = [], None
+        self._why.clear()
+
+    def notes(self) -> list[str]:
+        """What the report should say."""
+        if not self.mode:
+            return []
+        count = sum(slot.count for slot in self._slots)
+        held = sum(slot.nbytes for slot in self._slots) / 2**20
+        why = [f"no CUDA graphs: {reason}" for reason in self._why]
+        said = f"{count} CUDA graphs, which hold {held:.1f} MiB" if count else ""
+        return ([said] if said else []) + why
+
+    def start(self, device: torch.device, refused: str = "") -> None:
+        """A generation starts: is the model what it was, and can its calls be recorded?
+
+        Args:
+            device: where it computes.
+            refused: why not, where the caller knows.
+        """
+        if not self.mode:
+            return
+        if device != self._device:
+            self.clear()
+            self._device, self.recorder = device, self._recorder_for(device)
+        reason, state = _look_at(self._model, self._ours)
+        if state != self._state:
+            self._slots, self._state = [], state
+        self._off = refused or reason
+        if self.recorder is None:
+            self._off = f"the model computes on {device.type}"
+        if self._off:
+            self._why[self._off] = None
+
+    def _recorder_for(self, device: torch.device) -> Recorder | None:
+        return CudaRecorder(device) if device.type == "cuda" else None
+
+    def run(self, call: Any, args: tuple, kwargs: dict, forward: Callable[..., Any]) -> Any:
+        """``forward(*args, **kwargs)``, a call of the model that is under way.
+
+        Args:
+            call: where it stands, and its state.
+            args: of the call, like ``kwargs``.
+            forward: computes it.
+        """
+        recorder, branch = self.recorder, call.branch
+        if not self.mode or self._off or recorder is None:
+            return forward(*args, **kwargs)
+        leaves: list[Tensor] = []
+        shape = _shape((args, kwargs), leaves)
+        reason = recorder.why_not() or _refuse_inputs(shape, leaves, self._device)
+        if reason:
+            self._why[reason] = None
+            branch.at = None
+            return forward(*args, **kwargs)
+        slot = self._slot(branch, (shape, *call.sort, *_modes()))
+        before, branch.at = branch.at, None  # unknown, if the call raises
+        if before is None:  # the caches may be anything
+            return forward(*args, **kwargs)
+        changes = call.changes
+        key = (before, call.key)
+        entry = slot.entries.setdefault(key, Entry())
+        if entry.graph is None and entry.uses and not entry.refused and self._may(slot, before):
+            self._record(entry, slot, before, call, (args, kwargs), leaves, forward)
+        resets = branch.resets
+        if entry.graph is None:
+            entry.uses += 1
+            output = forward(*args, **kwargs)
+            entry.numbers = call.numbers()
+            if isinstance(before, Entry) and before.state is not None and not changes:
+                _put_back(branch, before.state)  # nothing that was made on the way stays
+        else:
+            output = self._replay(entry, call, leaves)
+        branch.at = (entry if changes else before) if branch.resets == resets else None
+        return output
+
+    def _slot(self, branch: Any, sort: Hashable) -> Slot:
+        slot = branch.slot
+        if slot is not None and slot.key == sort and slot in self._slots:
+            return slot
+        slot = next((each for each in self._slots if each.key == sort and each.free), None)
+        if slot is None:
+            assert self.recorder is not None
+            idle = [each for each in self._slots if each.free]
+            for each in idle[: max(len(self._slots) + 1 - MAX_SLOTS, 0)]:
+                self._slots.remove(each)
+            slot = Slot(sort, self.recorder.make_pool())
+            self._slots.append(slot)
+        else:
+            self._slots.remove(slot)
+            self._slots.append(slot)  # the one that was used last is dropped last
+        if branch.slot is not None:
+            branch.at = None  # in the midst of a generation: the caches are another's
+        slot.give(branch)
+        return slot
+
+    def _may(self, slot: Slot, before: Any) -> bool:
+        """Whether a call may be recorded now: its caches lie where they will always lie."""
+        if before is not START and before.graph is None:
+            return False
+        if sum(each.count for each in self._slots) >= MAX_GRAPHS:
+            self._why[f"more than {MAX_GRAPHS} would be needed"] = None
+            return False
+        if self.mode == "auto" and self._device is not None and self._device.type == "cuda":
+            limit = torch.cuda.get_device_properties(self._device).total_memory // SHARE
+            if sum(each.nbytes for each in self._slots) > limit:
+                self._why[f"they would hold more than {limit / 2**30:.1f} GiB"] = None
+                return False
+        return True
+
+    def _record(
+        self,
+        entry: Entry,
+        slot: Slot,
+        before: Any,
+        call: Any,
+        given: tuple[tuple, dict],
+        leaves: list[Tensor],
+        forward: Callable[..., Any],
+    ) -> None:
+        branch, recorder = call.branch, self.recorder
+        assert recorder is not None
+        entry.inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
+        args, kwargs = _filled(given, iter(entry.inputs))
+        fresh = before is START or before.state is None
+        was = mirror(_state_of(branch)) if fresh else before.state
+        _put_back(branch, was)
+        call.prepare(entry.numbers)
+        try:
+            entry.output, entry.graph = recorder.record(lambda: forward(*args, **kwargs), slot.pool)
+        except Uncapturable as error:
+            entry.refused, entry.inputs = str(error), []
+            self._why[entry.refused] = None
+            call.rewind()
+            _put_back(branch, was)
+            return
+        entry.numbers = call.numbers()
+        entry.layers = list(call.record.layers)
+        entry.state = mirror(_state_of(branch)) if call.changes else None
+        call.rewind()
+        _put_back(branch, was)
+
+    def _replay(self, entry: Entry, call: Any, leaves: list[Tensor]) -> Any:
+        """Do a recorded call, and what it did to the bookkeeping."""
+        assert entry.graph is not None
+        for static, leaf in zip(entry.inputs, leaves, strict=True):
+            static.copy_(leaf, non_blocking=True)
+        entry.graph.replay()
+        self.replays += 1
+        call.record.layers.extend(entry.layers)
+        call.settled = True
+        if entry.state is not None:
+            _put_back(call.branch, entry.state, measured=True)
+        return _cloned(entry.output)
+
+
+def why_none(recipe: Recipe, learner: Learner | None) -> str:
+    """Why no call under a recipe can be recorded; empty if that is not known before."""
+    schedule = recipe.schedule
+    if learner is not None:
+        return "the model has no adapter, and is learned while it runs"
+    if recipe.storage.history_device == "host":
+        return "histories are kept on the host"
+    if recipe.guidance.acts:
+        return "guidance leaves whole branches out"
+    if schedule.decides or schedule.learns or schedule.measures:
+        return f"schedule {schedule.name!r} looks at values inside the steps"
+    return ""
+
+
+def _state_of(branch: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(branch).items() if key not in LIVE}
+
+
+def _put_back(branch: Any, state: dict[str, Any], measured: bool = False) -> None:
+    """The bookkeeping of a branch as it was; which steps were computed is another matter.
+
+    Args:
+        branch: gets it.
+        state: as :func:`_state_of` gave it.
+        measured: whether fractions of the recorded call were measured anew just now. All others
+            stay what they are: numbers that are on the host are no part of a recording.
+    """
+    computed = [group.computed for group in branch.groups]
+    fractions = [cache.fraction for cache in branch.layers]
+    vars(branch).update(mirror(state))
+    for cache, fraction in zip(branch.layers, fractions, strict=True):
+        if not measured or cache.fraction is None or cache.fraction.sent:
+            cache.fraction = fraction
+    for group, steps in zip(branch.groups, computed, strict=True):
+        group.computed = steps
+
+
+def _modes() -> tuple:
+    """What of torch's state changes what a call does."""
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
+    """Arguments without their tensors' values; the tensors are added to ``leaves``."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return Tensor, value.shape, value.stride(), value.dtype, value.device, type(value)
+    if isinstance(value, dict):
+        return dict, tuple((key, _shape(item, leaves)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_shape(item, leaves) for item in value)
+    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+        return type(value), value
+    return "unknown", type(value)
+
+
+def _refuse_inputs(shape: Any, leaves: list[Tensor], device: torch.device | None) -> str:
+    """Why a call with such arguments cannot be recorded; empty if it can."""
+    for leaf in leaves:
+        if type(leaf) not in (Tensor, nn.Parameter):
+            return f"an argument of the model is a {type(leaf).__name__}"
+        if leaf.device != device:
+            return f"an argument of the model lies on {leaf.device}"
+    unknown = _find_unknown(shape)
+    return "" if unknown is None else f"an argument of the model is a {unknown.__name__}"
+
+
+def _find_unknown(shape: Any) -> type | None:
+    if not isinstance(shape, tuple):
+        return None
+    if len(shape) == 2 and shape[0] == "unknown" and isinstance(shape[1], type):
+        return shape[1]
+    return next((found for found in map(_find_unknown, shape) if found is not None), None)
+
+
+def _filled(value: Any, tensors: Any) -> Any:
+    """Arguments with other tensors, in the order of :func:`_shape`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_filled(item, tensors) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _cloned(value: Any) -> Any:
+    """An output with tensors of its own: the next replay writes to the recorded ones."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)(**{key: _cloned(item) for key, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cloned(item) for item in value)
+    return value
+
+
+def _look_at(model: nn.Module, ours: Callable[[Any], bool]) -> tuple[str, Hashable]:
+    """Why the calls of a model cannot be recorded, and what they rely on: where its weights lie."""
+    places: list[int] = []
+    if model.training:
+        return "the model is in training mode", None
+    for name, module in model.named_modules():
+        what = _refuse_module(module, ours)
+        if what:
+            return f"{name or type(model).__name__} {what}", None
+        places.append(id(type(module)))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and type(tensor.data) is not Tensor:
+                return f"{name} holds a {type(tensor.data).__name__}", None
+            places.append(0 if tensor is None else tensor.data_ptr())
+    return "", tuple(places)
+
+
+def _refuse_module(module: nn.Module, ours: Callable[[Any], bool]) -> str:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if not all(map(ours, hooks)):
+        return "carries a forward hook"
+    for slot in ("forward", "_old_forward"):
+        stand_in = module.__dict__.get(slot)
+        if stand_in is not None and not ours(stand_in):
+            return "carries a hook"
+    if getattr(module, "_hf_hook", None) is not None:
+        return "is offloaded or hooked by accelerate"
+    if not all(map(ours, getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())):
+        return "carries a hook of diffusers"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled"
+    if type(module).__module__.partition(".")[0] == "peft":
+        return "is a LoRA layer"
+    return ""

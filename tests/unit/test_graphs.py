@@ -1,0 +1,241 @@
+"""Calls as graphs: the bits are the same, whatever happens in between; and why there are none."""
+
+import functools
+
+import pytest
+import torch
+from recorder import TapeRecorder
+
+import flashomni
+from conftest import ONES, SPARSE, STEPS, call, generation, residue, run
+from flashomni.engine.capture import Uncapturable, Watch
+from flashomni.engine.state.mirror import mirror
+from flashomni.models import adapters
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+CACHING = "taylorseer:interval=3,warmup=0.2"
+RECIPES = [ONES, SPARSE, CACHING, "balanced", "fast"]
+IDS = ["ones", "tiles", "whole", "balanced", "fast"]
+
+
+@pytest.fixture
+def flux():
+    torch.manual_seed(0)
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    return model.eval(), dict(inputs)
+
+
+# The definitions read no value on the host, as those of a GPU do not; the `cpu` backends do.
+plain_run = functools.partial(run, backend="reference")
+
+
+def accelerate(model, recipe):
+    engine = flashomni.accelerate(model, recipe, graphs=True, backend="reference")
+    engine._runtime.graphs._recorder_for = lambda device: TapeRecorder()
+    return engine
+
+
+def replays(engine):
+    return engine._runtime.graphs.replays
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_every_generation_is_the_same_bits(tiny, recipe):
+    """Counted, recorded, replayed; and with another picture."""
+    model, inputs = tiny
+    other = {**inputs, "hidden_states": torch.randn_like(inputs["hidden_states"])}
+    expected, summary = plain_run(model, inputs, recipe)
+    different, _ = plain_run(model, other, recipe)
+    with accelerate(model, recipe) as engine:
+        for _ in range(2):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        notes = [note for note in engine.report().notes if "CUDA graph" in note]
+        if any("no CUDA graphs" in note for note in notes):
+            pytest.skip(notes[-1])
+        assert torch.equal(generation(engine, model, other), different)
+        before = replays(engine)
+        assert torch.equal(generation(engine, model, inputs), expected)
+        assert replays(engine) - before == STEPS
+        last = engine.report()
+        for a, b in zip(last.steps, summary.steps, strict=True):
+            assert {**a, "seconds": 0} == {**b, "seconds": 0}
+        assert last.flops_executed == summary.flops_executed
+    assert residue(model) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:], ids=IDS[1:])
+def test_two_generations_in_turn_have_recordings_of_their_own(flux, recipe):
+    model, inputs = flux
+    other = {**inputs, "hidden_states": torch.randn_like(inputs["hidden_states"])}
+    alone = [plain_run(model, each, recipe)[0] for each in (inputs, other)]
+    with accelerate(model, recipe) as engine:
+        for round_ in range(3):
+            latents = [each["hidden_states"] for each in (inputs, other)]
+            for step in range(STEPS):
+                for index, each in enumerate((inputs, other)):
+                    engine.step(step, STEPS, generation=f"{round_} {index}")
+                    out = call(model, {**each, "hidden_states": latents[index]})
+                    assert torch.equal(out, alone[index][step])
+                    latents[index] = latents[index] - 0.05 * out
+        assert replays(engine) >= 2 * 2 * STEPS
+        assert len(engine._runtime.graphs._slots) == 2
+
+
+@pytest.mark.parametrize("recipe", [SPARSE, "balanced"], ids=["tiles", "balanced"])
+def test_branches_have_recordings_of_their_own(flux, recipe):
+    model, inputs = flux
+    text = inputs["encoder_hidden_states"]
+    both = [inputs, {**inputs, "encoder_hidden_states": torch.randn_like(text)}]
+    alone = [plain_run(model, each, recipe)[0] for each in both]
+    with accelerate(model, recipe) as engine:
+        for _ in range(3):
+            latents = [inputs["hidden_states"]] * 2
+            for step in range(STEPS):
+                for index, each in enumerate(both):
+                    engine.step(step, STEPS, branch="ab"[index])
+                    out = call(model, {**each, "hidden_states": latents[index]})
+                    assert torch.equal(out, alone[index][step])
+                    latents[index] = latents[index] - 0.05 * out
+        assert replays(engine) >= 2 * STEPS
+
+
+def test_a_generation_that_was_given_up_leaves_its_slot(flux):
+    model, inputs = flux
+    expected, _ = plain_run(model, inputs, SPARSE)
+    with accelerate(model, SPARSE) as engine:
+        for steps in (3, 7, STEPS, 4, STEPS, STEPS, 6, STEPS):
+            outputs, latents = [], inputs["hidden_states"]
+            for step in range(steps):
+                engine.step(step, STEPS)
+                outputs.append(call(model, {**inputs, "hidden_states": latents}))
+                latents = latents - 0.05 * outputs[-1]
+            assert torch.equal(torch.stack(outputs), expected[:steps])
+        assert len(engine._runtime.graphs._slots) == 1 and replays(engine)
+
+
+def test_another_shape_and_number_of_steps(flux):
+    """Come and go; none sees what was recorded for another."""
+    model, inputs = flux
+    small = {**inputs, "hidden_states": inputs["hidden_states"][:, :200],
+             "img_ids": inputs["img_ids"][:200]}  # fmt: skip
+    cases = [(inputs, STEPS), (small, STEPS), (inputs, 8)]
+    expected = [plain_run(model, each, SPARSE, steps)[0] for each, steps in cases]
+    with accelerate(model, SPARSE) as engine:
+        for _ in range(3):
+            for (each, steps), outputs in zip(cases, expected, strict=True):
+                assert torch.equal(generation(engine, model, each, steps), outputs)
+        assert replays(engine)
+
+
+def test_a_model_that_fails_in_between(flux):
+    """The branch starts afresh; recordings of the generation are not used for what follows."""
+    model, inputs = flux
+    with accelerate(model, SPARSE) as engine:
+        for _ in range(3):
+            expected = generation(engine, model, inputs)
+        for step in range(5):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        engine.step(5, STEPS)
+        with pytest.raises(Exception):  # noqa: B017  # whatever a wrong shape raises
+            call(model, {**inputs, "pooled_projections": inputs["pooled_projections"][:, :3]})
+        engine.step(6, STEPS)
+        assert call(model, inputs).isfinite().all()
+        assert torch.equal(generation(engine, model, inputs), expected)
+
+
+def test_weights_that_changed_in_place_are_read(flux):
+    """And those that were replaced, hooked or put into training mode are noticed."""
+    model, inputs = flux
+    with accelerate(model, SPARSE) as engine:
+        for _ in range(3):
+            generation(engine, model, inputs)
+        bias = model.proj_out.bias
+        bias.add_(1.0)
+        before = replays(engine)
+        changed = generation(engine, model, inputs)
+        assert replays(engine) > before
+        model.proj_out.bias = torch.nn.Parameter(bias.clone())
+        before = replays(engine)
+        assert torch.equal(generation(engine, model, inputs), changed)
+        assert replays(engine) - before < STEPS
+        handle = model.proj_out.register_forward_hook(lambda *_: None)
+        before = replays(engine)
+        assert torch.equal(generation(engine, model, inputs), changed)
+        assert replays(engine) == before
+        assert any("proj_out carries a forward hook" in note for note in engine.report().notes)
+        handle.remove()
+    expected, _ = plain_run(model, inputs, SPARSE)
+    assert torch.equal(changed, expected)
+
+
+def test_reset_and_remove_drop_all(flux):
+    model, inputs = flux
+    engine = accelerate(model, SPARSE)
+    for _ in range(3):
+        expected = generation(engine, model, inputs)
+    assert any(note.endswith("MiB") for note in engine.report().notes)
+    engine.reset()
+    assert not engine._runtime.graphs._slots
+    assert torch.equal(generation(engine, model, inputs), expected)
+    engine.remove()
+    assert not engine._runtime.graphs._slots and residue(model) == []
+
+
+def test_recipes_without_graphs_say_why(flux):
+    """Histories on the host travel on a stream of their own."""
+    model, inputs = flux
+    recipe = SPARSE.replace(history_device="host")
+    expected, _ = plain_run(model, inputs, recipe)
+    with accelerate(model, recipe) as engine:
+        for _ in range(3):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        assert not replays(engine)
+        note = "no CUDA graphs: histories are kept on the host"
+        assert note in engine.report().notes
+
+
+def test_without_a_gpu_the_report_says_so(flux):
+    model, inputs = flux
+    with flashomni.accelerate(model, SPARSE, graphs=True) as engine:
+        assert generation(engine, model, inputs).isfinite().all()
+        assert "no CUDA graphs: the model computes on cpu" in engine.report().notes
+    with pytest.raises(ValueError, match="graphs must be"):
+        flashomni.accelerate(model, SPARSE, graphs="yes")
+
+
+@pytest.mark.parametrize(
+    "does, why",
+    [
+        (lambda x: x.sum().item(), "reads a value"),
+        (lambda x: x[x > 0], "reads a value"),
+        (lambda x: torch.rand_like(x), "random"),
+    ],
+)
+def test_what_cannot_repeat_is_refused_before_it_happens(does, why):
+    with pytest.raises(Uncapturable, match=why), Watch(torch.device("cpu")):
+        does(torch.ones(3))
+
+
+def test_what_is_read_is_held():
+    ours = torch.ones(3)
+    with Watch(torch.device("cpu")) as watch:
+        (ours.view(3) + 1) * torch.zeros(3)
+    assert [tensor.data_ptr() for tensor in watch.held.values()] == [ours.data_ptr()]
+
+
+def test_a_mirror_shares_tensors_and_nothing_else(flux):
+    model, inputs = flux
+    with flashomni.accelerate(model, SPARSE) as engine:
+        for step in range(6):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        (branch,) = engine._runtime.last.branches.values()
+        copy = mirror(branch.layers)
+        for one, two in zip(branch.layers, copy, strict=True):
+            assert one is not two and one.history is not two.history
+            assert one.symbols is two.symbols and one.history.times == two.history.times
+            pairs = zip(one.history.terms(), two.history.terms(), strict=True)
+            assert all(a is b for a, b in pairs)
+            two.history.push(two.history.terms()[0], STEPS)
+            assert one.history.times[-1] < STEPS
