@@ -20,6 +20,7 @@ from flashomni.engine.forecasts import (
     from_differences,
     to_differences,
 )
+from flashomni.engine.forecasts.fitted import fit
 from flashomni.engine.state.cache import History
 from flashomni.engine.state.storage import Storage
 from flashomni.kernels.elementwise.op import differences
@@ -394,3 +395,42 @@ def test_a_forecast_that_is_defined_again(registered):
 def test_an_unknown_forecast():
     with pytest.raises(ValueError, match=r"forecast must be one of chebyshev, .*, got 'fourier'"):
         difference_weights("fourier", (1,), 2)
+
+
+def test_weights_are_fitted_by_least_squares():
+    """On random values: what a solver says of the values themselves, from their Gram matrix."""
+    values = torch.randn(12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = values.cumsum(0)
+    table = fit(values @ values.T, [0, 1, 4, 8], order=2, ridge=0.0, base="taylor")
+    assert [entry[1] for entry in table.weights] == [2, 3, 5, 6, 7, 9, 10, 11]
+    assert table.num_steps == 12 and table.base == "taylor"
+    for anchors, step, weights in table.weights:
+        assert anchors == tuple(a for a in (0, 1, 4, 8) if a < step)[-3:]
+        last = values[anchors[-1]]
+        design = torch.stack([values[a] - last for a in anchors[:-1]], dim=1)
+        best = torch.linalg.lstsq(design, (values[step] - last)[:, None]).solution[:, 0]
+        assert weights[:-1] == pytest.approx(best.tolist(), abs=1e-8)
+        assert sum(weights) == pytest.approx(1.0)
+
+
+def test_fitted_weights_meet_what_they_can():
+    """Values on a curve of two dimensions are met exactly; a strong ridge is reuse."""
+    times = torch.arange(10, dtype=torch.float64)
+    values = torch.stack([torch.ones(10).double(), times, times**2], 1)
+    gram = values @ values.T
+    for anchors, step, weights in fit(gram, [0, 2, 3, 7], 2, ridge=0.0).weights:
+        if len(anchors) == 3:
+            met = sum(w * values[a] for w, a in zip(weights, anchors, strict=True))
+            torch.testing.assert_close(met, values[step])
+    for _, _, weights in fit(gram, [0, 2, 3, 7], 2, ridge=1e9).weights:
+        assert weights[-1] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "computed", "message"),
+    [((4, 5), [0], "gram must be a square matrix"), ((4, 4), [0, 4], "steps from 0 to 3"),
+     ((4, 4), [], "steps from 0 to 3")],
+)  # fmt: skip
+def test_what_cannot_be_fitted(shape, computed, message):
+    with pytest.raises(ValueError, match=message):
+        fit(torch.zeros(shape), computed, 1)

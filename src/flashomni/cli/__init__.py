@@ -280,14 +280,14 @@ def _show_recipe(name: str | None) -> None:
     import json
 
     from flashomni.engine import Recipe, presets
-    from flashomni.engine.recipe import METHODS
+    from flashomni.engine.recipe import methods
 
     if name is not None:
         console.print_json(json.dumps(Recipe.of(name).to_dict()))
         return
     columns = ("recipe", "policy", "schedule", "forecast", "S_q", "settings of the policy")
     table = Table(*columns, title="presets, and recipes of published methods")
-    for preset in (*presets(), *METHODS):
+    for preset in (*presets(), *methods()):
         recipe = Recipe.of(preset)
         policy, schedule = recipe.policy.to_dict(), recipe.schedule.to_dict()
         settings = {k: v for k, v in policy.items() if k != "name"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,6 @@ from flashomni.util.settings import parse_settings, write_settings
 
 FORMAT = 2
 RECIPES = Path(__file__).parent.parent / "recipes"
-METHODS = ("fora", "taylorseer")  # recipes of published methods, which are no presets
 SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -48,6 +48,7 @@ class Recipe:
         policy_without_text: what runs in place of a policy that needs text tokens in the attention
             where there are none (Wan, LTX, ...); without it such a model is refused.
         groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
+        source: of a published method: its paper.
 
     Raises:
         ValueError: a value is not allowed, or two do not go together.
@@ -62,6 +63,7 @@ class Recipe:
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     policy_without_text: Policy | None = None
     groups: tuple[Group, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         wanted: dict[str, type] = {"policy": Policy, "schedule": Schedule, **SECTIONS}
@@ -75,6 +77,8 @@ class Recipe:
             raise ValueError(f"policy_without_text must be a Policy or None, got {other!r}")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
+        if not isinstance(self.source, str):
+            raise ValueError(f"source must be a string, got {self.source!r}")
         object.__setattr__(self, "groups", load_groups(self.groups, load_part))
         if self.groups:
             refuse_late(self.schedule)
@@ -152,6 +156,7 @@ class Recipe:
             {
                 "format": FORMAT,
                 "name": self.name,
+                "source": self.source,
                 "policy": self.policy.to_dict(),
                 "policy_without_text": None if other is None else other.to_dict(),
                 "schedule": self.schedule.to_dict(),
@@ -216,7 +221,7 @@ class Recipe:
             raise ValueError(f"recipe must be a Recipe, a name or a path, got {recipe!r}")
         text = str(recipe)
         name = text.partition(":")[0].strip()
-        if name in (*presets(), *METHODS):
+        if name in (*presets(), *methods()):
             base = cls.load(RECIPES / f"{name}.json")
         elif name in policies():
             base = cls(name=name, policy=make_policy(name))
@@ -225,7 +230,7 @@ class Recipe:
         else:
             raise ValueError(
                 f"recipe must be a preset ({', '.join(presets())}), a method "
-                f"({', '.join(METHODS)}), a policy ({', '.join(policies())}), one of these with "
+                f"({', '.join(methods())}), a policy ({', '.join(policies())}), one of these with "
                 f"settings (balanced:interval=3), or a path to a .json or .yaml file, got {text!r}"
             )
         said = parse_settings(text)[1]
@@ -240,7 +245,19 @@ class Recipe:
 
 def presets() -> list[str]:
     """Names of the recipes that are recommended; methods of papers are named beside them."""
-    return sorted(path.stem for path in RECIPES.glob("*.json") if path.stem not in METHODS)
+    return [name for name, source in _shipped().items() if not source]
+
+
+def methods() -> list[str]:
+    """Names of the recipes of published methods: those that name a source."""
+    return [name for name, source in _shipped().items() if source]
+
+
+@functools.lru_cache(maxsize=1)
+def _shipped() -> dict[str, str]:
+    """The recipes that come with the library, and the source that each names."""
+    paths = sorted(RECIPES.glob("*.json"))
+    return {path.stem: json.loads(path.read_text("utf-8")).get("source", "") for path in paths}
 
 
 def _name_with(name: str, settings: Mapping[str, Any]) -> str:

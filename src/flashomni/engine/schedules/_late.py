@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny  # what is divided by: nothing may have moved, or be there
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -12,7 +15,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
 
     One number for all items of a batch, so that they, and all branches, do the same.
     """
-    return (new.float() - old.float()).abs().mean() / old.float().abs().mean()
+    return (new.float() - old.float()).abs().mean() / old.float().abs().mean().clamp(min=TINY)
 
 
 def alike(a: Any, b: Tensor) -> TypeGuard[Tensor]:

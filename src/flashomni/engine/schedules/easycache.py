@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from flashomni.engine.schedules import Schedule, Signals, StepKind, schedule
-from flashomni.engine.schedules._late import alike, must_compute
+from flashomni.engine.schedules._late import TINY, alike, must_compute
 from flashomni.policies import check_int, check_range
 
 
@@ -58,5 +58,6 @@ class EasyCache(Schedule):
         if x is None:
             return
         if alike(old_x, x) and alike(old_v, v):
-            memory["rate"] = (v - old_v).abs().mean() / (x.float() - old_x.float()).abs().mean()
-        memory["x"], memory["v"], memory["size"] = x, v, v.abs().mean()
+            moved = (x.float() - old_x.float()).abs().mean().clamp(min=TINY)
+            memory["rate"] = (v - old_v).abs().mean() / moved
+        memory["x"], memory["v"], memory["size"] = x, v, v.abs().mean().clamp(min=TINY)
