@@ -103,6 +103,8 @@ def generate(
             pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
         if compiling:
             say(f"warm-up: {compiling:.1f} s, in which kernels compiled; not counted")
+        if generation.repeats:
+            say("nor are two accelerated generations before the one that is timed: CUDA graphs")
 
         from flashomni.lab import report
 

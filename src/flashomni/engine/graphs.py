@@ -50,6 +50,7 @@ class Entry:
         layers: the records of the layers.
         numbers: the coefficients that it used, of each group of layers.
         refused: why it cannot be recorded.
+        keeps: bytes that the branch keeps behind it, where it changes that.
     """
 
     uses: int = 0
@@ -60,6 +61,7 @@ class Entry:
     layers: list[Any] = field(default_factory=list)
     numbers: list[dict] = field(default_factory=list)
     refused: str = ""
+    keeps: int = 0
 
 
 class Slot:
@@ -81,6 +83,11 @@ class Slot:
     @property
     def nbytes(self) -> int:
         return sum(entry.graph.nbytes for entry in self.entries.values() if entry.graph)
+
+    @property
+    def expected(self) -> int:
+        """Bytes that its recordings hold, or will hold at least."""
+        return max(self.nbytes, sum(entry.keeps for entry in self.entries.values()))
 
     @property
     def count(self) -> int:
@@ -108,22 +115,24 @@ class Graphs:
         self._slots: list[Slot] = []
         self._state: Hashable = None
         self._why: dict[str, None] = {}
+        self._too_large: set[Hashable] = set()
         self._off = ""  # why the generation that runs has none
 
     def clear(self) -> None:
         """Forget all recordings."""
         self._slots, self._state = [], None
         self._why.clear()
+        self._too_large.clear()
 
     def notes(self) -> list[str]:
         """What the report should say."""
-        if not self.mode:
+        if not self.mode or (self.mode == "auto" and self.recorder is None):
             return []
         count = sum(slot.count for slot in self._slots)
         held = sum(slot.nbytes for slot in self._slots) / 2**20
         why = [f"no CUDA graphs: {reason}" for reason in self._why]
-        said = f"{count} CUDA graphs, which hold {held:.1f} MiB" if count else ""
-        return ([said] if said else []) + why
+        said = [f"{count} steps are CUDA graphs, which hold {held:.1f} MiB"] if count else []
+        return said + why
 
     def start(self, device: torch.device, refused: str = "") -> None:
         """A generation starts: is the model what it was, and can its calls be recorded?
@@ -167,7 +176,10 @@ class Graphs:
             self._why[reason] = None
             branch.at = None
             return forward(*args, **kwargs)
-        slot = self._slot(branch, (shape, *call.sort, *_modes()))
+        sort = (shape, *call.sort, *_modes())
+        if sort in self._too_large:
+            return forward(*args, **kwargs)
+        slot = self._slot(branch, sort)
         before, branch.at = branch.at, None  # unknown, if the call raises
         if before is None:  # the caches may be anything
             return forward(*args, **kwargs)
@@ -180,7 +192,7 @@ class Graphs:
         if entry.graph is None:
             entry.uses += 1
             output = forward(*args, **kwargs)
-            entry.numbers = call.numbers()
+            entry.numbers, entry.keeps = call.numbers(), branch.nbytes()[0] if changes else 0
             if isinstance(before, Entry) and before.state is not None and not changes:
                 _put_back(branch, before.state)  # nothing that was made on the way stays
         else:
@@ -217,8 +229,10 @@ class Graphs:
             return False
         if self.mode == "auto" and self._device is not None and self._device.type == "cuda":
             limit = torch.cuda.get_device_properties(self._device).total_memory // SHARE
-            if sum(each.nbytes for each in self._slots) > limit:
+            if sum(each.expected for each in self._slots) > limit:
                 self._why[f"they would hold more than {limit / 2**30:.1f} GiB"] = None
+                self._too_large.add(slot.key)
+                self._slots.remove(slot)
                 return False
         return True
 

@@ -27,7 +27,7 @@ def accelerate(
     *,
     backend: str | None = None,
     blocks: Blocks | None = None,
-    graphs: bool | str = False,
+    graphs: bool | str = "auto",
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
@@ -41,9 +41,10 @@ def accelerate(
         backend: take exactly this backend in every op; by default the best that accepts.
         blocks: what is known of the blocks of a transformer that no adapter knows; without it they
             are found. Given for one that an adapter knows, it does without the adapter.
-        graphs: run steps that repeat as CUDA graphs, from the second or third generation of a kind
-            on: ``True`` wherever that is possible, ``"auto"`` where it holds little memory too,
-            ``False`` never. The report says where it is not, and why. The pictures are the same.
+        graphs: run steps as CUDA graphs from the third generation of one shape and length on (the
+            second records them): ``True`` wherever that is possible, ``"auto"`` where they hold at
+            most a sixteenth of the GPU's memory, ``False`` never. The report says how many there
+            are, what they hold, and why there are none. The pictures are the same bits.
         settings: settings of the recipe to replace, by name: ``interval=3``.
 
     Returns:
@@ -89,7 +90,7 @@ def accelerate(
             f"which nothing gives for {type(model).__name__}; take first_block or easycache"
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
-    if graphs is not False:
+    if graphs != "auto" or torch.cuda.is_available():
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
     detach = _attach.attach(runtime, sites, found.stand_ins(runtime))
