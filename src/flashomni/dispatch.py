@@ -76,6 +76,8 @@ class Backend:
         serves: other names by which it may be asked for.
         device: type of the device its tensors live on; ``None`` takes any.
         package: what brought it by an entry point; ``None`` for the library's own.
+        prefers: whether it is worth taking, of a call that it accepts; asked only where nobody
+            named a backend. Metadata and tables alone: it is asked at every call.
     """
 
     op: str
@@ -87,6 +89,7 @@ class Backend:
     serves: tuple[str, ...] = ()
     device: str | None = None
     package: str | None = None
+    prefers: Callable[[Any], bool] | None = None
 
     def missing(self) -> list[str]:
         """Why it cannot run on this machine at all."""
@@ -95,6 +98,8 @@ class Backend:
         except Exception as error:  # somebody else's code
             return [f"cannot tell whether it runs here: {_told(error)}"]
 
+
+NOT_PREFERRED = "is slower here, or was not measured; runs if it is named"
 
 _ops: dict[str, Op] = {}
 _registry: dict[tuple[str, str], Backend] = {}
@@ -137,6 +142,7 @@ def register(
     available: Callable[[], list[str]] = lambda: [],
     serves: tuple[str, ...] = (),
     device: str | None = None,
+    prefers: Callable[[Any], bool] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as backend ``name`` of ``op``.
 
@@ -156,7 +162,7 @@ def register(
             whose = "comes with FlashOmni" if taken.package is None else f"is of {taken.package}"
             raise ValueError(f"backend {name!r} of {op} is registered twice: one {whose}")
         _registry[op, name] = Backend(
-            op, name, rank, run, refuses, available, serves, device, package
+            op, name, rank, run, refuses, available, serves, device, package, prefers
         )
         forget_choices()
         return run
@@ -283,6 +289,8 @@ def select(op: str, call: Any, name: str | None = None) -> Backend:
         usable = _candidates(op, name)
     for backend in usable:
         if not backend.refuses(call):
+            if name is None and backend.prefers is not None and not backend.prefers(call):
+                continue
             return backend
     raise NotImplementedError(_reasons(op, call, name, usable))
 
@@ -319,9 +327,10 @@ def _known_elsewhere(name: str) -> bool:
 def _reasons(op: str, call: Any, name: str | None, usable: tuple[Backend, ...]) -> str:
     """Why nobody accepts; one line for each backend that was asked."""
     asked = [b for b in registered(op) if name in (None, b.name, *b.serves) or b in usable]
+    why = [backend.missing() or backend.refuses(call) or [NOT_PREFERRED] for backend in asked]
     lines = [
-        f"  {backend.name}: {'; '.join(backend.missing() or backend.refuses(call))}"
-        for backend in asked
+        f"  {backend.name}: {'; '.join(reasons)}"
+        for backend, reasons in zip(asked, why, strict=True)
     ]
     lines += [
         f"  {known}: {why}"

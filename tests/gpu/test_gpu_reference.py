@@ -41,7 +41,7 @@ def every_op(backend):
     weight = torch.randn(width, width, **kind) / width**0.5
     symbols = random_symbols(Grid(rows, rows), 1, heads, 0.6, 0.5).to("cuda")
     coefficients = torch.ones(2, device="cuda")
-    mass = torch.rand(1, heads, 3, 130, device="cuda")
+    grid, rule = Grid(rows, rows, (0, 30)), choice.Rule(visit="mass", compute="and", tau_kv=0.3)
     norm = torch.ones(head_dim, **kind)
     passes = elementwise
 
@@ -56,9 +56,9 @@ def every_op(backend):
         passes.norm_rope_(q.clone(), norm, 1e-6, None, backend=backend)
         passes.differences(x, y, [y], [2.0], backend=backend)
         passes.weighted_sum([x, y], coefficients, x, x.dtype, backend=backend)
-        choice.block_means(q, 128, backend=backend)
-        choice.heavy_bits(mass, 0.3, 32, backend=backend)
-        choice.heaviest_bits(mass, 40, 32, backend=backend)
+        chosen = choice.choose(q, k, grid, rule, backend=backend)
+        choice.measure(chosen, 0.1, backend=backend)
+        choice.live_share(chosen, 100, 10, backend=backend)
 
     return run
 

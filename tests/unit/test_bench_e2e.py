@@ -328,7 +328,7 @@ def test_a_point_is_one_update_and_dispatch_steps(mode):
             "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<BFloat16>",
             "void at::native::reduce_kernel<512, 1, at::native::MeanOps<float>>", "aten::mul",
         ]),
-        (parts.SYMBOLS, ["_means_kernel", "_list_heads", "_order_kernel"]),
+        (parts.SYMBOLS, ["pool_kernel", "_list_heads", "_order_kernel"]),
         (parts.COPIES, [
             "Memcpy DtoD (Device -> Device)", "Memset (Device)",
             "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>",

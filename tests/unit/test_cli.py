@@ -90,6 +90,14 @@ def test_show(topic):
     assert expected[topic] in done.output
 
 
+def test_show_models_says_what_is_known_of_each():
+    """Adapters, what the table declares, and everything else."""
+    words = run("show", "models").output.split()
+    for word in ("adapter", "declared", "generic"):
+        assert word in words
+    assert "text=last" in run("show", "models", "SD3Transformer2DModel").output
+
+
 def test_show_recipe_prints_json():
     """What it prints can be saved and used as a recipe."""
     done = run("show", "recipe", "balanced")

@@ -98,7 +98,7 @@ def branch_of(engine):
 
 
 def shift_span(engine):
-    for history in branch_of(engine).spans._current[0].histories:
+    for history in branch_of(engine).groups[0].spans._current[0].histories:
         history.terms()[0][..., 0].add_(1e-3)  # a norm would hide a shift of all
 
 

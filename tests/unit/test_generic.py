@@ -18,6 +18,7 @@ from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
 from flashomni.models import Blocks
 from flashomni.policies import make_policy
+from flashomni.policies.flashomni import FlashOmni
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -228,3 +229,33 @@ def test_skip_connections_are_seen_without_a_declaration(cache_whole):
         with flashomni.accelerate(model, recipe, blocks=Blocks(lists=["blocks"])) as engine:
             check_constant(engine, model, inputs, stock, steps=5)
             assert "bypass" in kinds_of(engine)
+
+
+def test_the_policy_sees_cross_attention(monkeypatch):
+    """Wan's text is not in its sequence: blocks behind a cross-attention are guided by its map."""
+    model, inputs = build("WanTransformer3DModel")
+    sites = []
+    choose = FlashOmni.__call__
+    monkeypatch.setattr(
+        FlashOmni, "__call__", lambda self, site: sites.append(site) or choose(self, site)
+    )
+    recipe = Recipe.of("flashomni", interval=3, warmup=0.0, block_m=16, block_n=16)
+    with flashomni.accelerate(model, recipe) as engine:
+        for step in range(2):
+            engine.step(step, 5)
+            output(model, inputs)
+    first, *others = (site.guide for site in sites)
+    assert first is None and len(others) == 2
+    block = model.blocks[0]
+    for guide in others:
+        assert guide.shape == (2, 2, 2, 7)
+        torch.testing.assert_close(guide.sum(-1), torch.ones(2, 2, 2))
+    seen = []
+    handle = block.attn2.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    output(model, inputs)
+    handle.remove()
+    attn, heads = block.attn2, (2, -1)
+    q = attn.norm_q(attn.to_q(seen[0])).unflatten(-1, heads).transpose(1, 2)
+    k = attn.norm_k(attn.to_k(seen[1])).unflatten(-1, heads).transpose(1, 2)
+    means = torch.stack([q[:, :, :16].mean(2), q[:, :, 16:].mean(2)], dim=2)
+    torch.testing.assert_close(others[0], (means @ k.mT * 12**-0.5).softmax(-1))

@@ -59,6 +59,20 @@ EXERCISES = {
                 assert kinds[1] == "dispatch", kinds
         assert torch.equal(model(**inputs), stock)
     """,
+    "learned": """
+        import torch
+        from example import engine, model
+        latents, text = torch.randn(1, 300, 32), torch.randn(1, 77, 32)
+        with torch.no_grad():
+            for step in range(28):
+                engine.step(step, 28)
+                got = model(latents, text)
+            report = engine.report()
+            assert report.tier == "declared" and report.flops_skipped > 0, str(report)
+            assert "layers: attention of 4 of 4 blocks on FlashOmni's op" in report.notes
+            engine.remove()
+            torch.testing.assert_close(model(latents, text), got, atol=1e-5, rtol=1e-5)
+    """,
 }
 
 

@@ -6,6 +6,8 @@ import torch
 from flashomni import dispatch
 from flashomni.kernels.elementwise import op as elementwise
 from flashomni.kernels.elementwise.op import DifferencesCall, ModulatedNormCall, WeightedSumCall
+from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice import op as choice
 
 x, y = torch.randn(2, 2, 6, 32).unbind()
 gate, scale, shift = torch.randn(3, 2, 32).unbind()
@@ -156,3 +158,32 @@ def test_dtypes_may_be_mixed():
     """As under autocast: a residual in fp32, branches in bf16."""
     got = elementwise.gated_residual(x, y.bfloat16(), gate.bfloat16())
     torch.testing.assert_close(got, elementwise.gated_residual(x, y, gate), atol=5e-2, rtol=5e-2)
+
+
+GRID, RULE = Grid(6, 6, block_m=16, block_n=16), choice.Rule()
+CHOSEN = Symbols.dense(GRID, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("choose", x, Q, GRID, RULE), r"q must be \[B, 6, H, D\], got \[2, 6, 32\]"),
+        (("choose", Q.double(), Q, GRID, RULE), "q must be a tensor of float32, .*float64"),
+        (("choose", Q, Q[:, :5], GRID, RULE), r"k must be \[B, 6, H, D\], got \[2, 5, 2, 16\]"),
+        (("choose", Q, Q[..., :8], GRID, RULE), r"k must be \[2, N, Hkv, 16\] with Hkv dividing 2"),
+        (("choose", Q, Q.to("meta"), GRID, RULE), "k must be on cpu, got meta"),
+        (("choose", Q, Q, (6, 6), RULE), "grid must be a Grid, got tuple"),
+        (("choose", Q, Q, GRID, RULE, 0.5), "progress must be an fp32 scalar tensor, got 0.5"),
+        (("choose", Q, Q, GRID, RULE, ONE), "progress must be an fp32 scalar tensor"),
+        (("measure", None), "symbols must be Symbols, got NoneType"),
+        (("measure", CHOSEN, 1.5), "min_skip must be a number from 0 to 1, got 1.5"),
+        (("live_share", CHOSEN, 0, 0), "rows=0 from row_offset=0 on must be tokens of the 6"),
+        (("live_share", CHOSEN, 5, 2), "rows=5 from row_offset=2 on must be tokens of the 6"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one[0],
+)
+def test_refusals_of_the_choice_name_the_argument(call, message):
+    """The same for what chooses symbols."""
+    name, *given = call
+    with pytest.raises(ValueError, match=message):
+        getattr(choice, name)(*given)

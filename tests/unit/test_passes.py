@@ -11,7 +11,9 @@ import torch
 from conftest import device_for, with_gpu_marks
 from flashomni.dispatch import HELPERS, backends
 from flashomni.kernels.elementwise import op as elementwise
+from flashomni.symbols import Grid
 from flashomni.symbols.choice import op as choice
+from flashomni.symbols.choice.op import Rule
 
 BACKENDS = with_gpu_marks(sorted({name for op in HELPERS for name in backends(op)}))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -140,31 +142,41 @@ def test_terms_in_fp32_of_fp16_values(backend):
     assert torch.equal(total, torch.full_like(total, float(expected)))
 
 
+RULES = {
+    "tests": Rule(visit="mass", compute="and", tau_q=0.5, tau_kv=0.3, power=1.0),
+    "counts": Rule(visit="count", compute="count", count_q=3, count_kv=2, share_heads=True),
+    "gate": Rule(visit="mass", compute="mean", tau_q=0.6, tau_kv=0.4, gate=0.1, center_k=True),
+}
+
+
 @every
 @typed
-@pytest.mark.parametrize("tokens, block", [(1, 16), (130, 48), (517, 128)])
-def test_block_means(backend, dtype, tokens, block, randn):
-    """Ragged last blocks and valid lengths; of tokens as they are, or of length 1."""
-    x = randn(2, tokens, 3, 40)
-    lengths = torch.tensor([tokens, (tokens + 1) // 2], dtype=torch.int32, device=x.device)
-    for length in (None, lengths):
-        for unit in (False, True):
-            options = {"unit": unit}
-            got = choice.block_means(x, block, length, **options, backend=backend)
-            exact = choice.block_means(x.float(), block, length, **options, backend="reference")
-            assert got.dtype == torch.float32
-            torch.testing.assert_close(got, exact, atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("seqlen, text", [(130, (0, 17)), (389, (340, 389))])
+def test_chosen_symbols(backend, dtype, rule, seqlen, text, randn):
+    """Nearly every bit as the definition, which rounds elsewhere; what is counted of them, exactly.
 
-
-@every
-@pytest.mark.parametrize("columns", [1, 7, 33, 130, 1000])
-def test_chosen_bits(backend, columns):
-    """The same bits as the definition where no two entries are equal; bits beyond are 0."""
-    mass = torch.rand(2, 3, 5, columns, device=device_for(backend)).square()
-    num_bytes = -(-columns // 8) + 1
-    for tau in (0.0, 0.1, 0.7, 1.0):
-        got = choice.heavy_bits(mass, tau, num_bytes, backend=backend)
-        assert torch.equal(got, choice.heavy_bits(mass, tau, num_bytes, backend="reference"))
-    for count in {0, 1, columns // 3, columns}:
-        got = choice.heaviest_bits(mass, count, num_bytes, backend=backend)
-        assert torch.equal(got, choice.heaviest_bits(mass, count, num_bytes, backend="reference"))
+    Valid lengths, ragged blocks of queries and of keys, and fewer heads of keys.
+    """
+    q, k = randn(2, seqlen, 4, 24), randn(2, seqlen, 2, 24)
+    for x in (q, k):  # tokens of a block are alike, as in a picture
+        x += 1.5 * randn(2, -(-seqlen // 40), x.shape[2], 24).repeat_interleave(40, 1)[:, :seqlen]
+    length = torch.tensor([seqlen, seqlen - 9], dtype=torch.int32, device=q.device)
+    grid = Grid(seqlen, seqlen, text, 32, 48, length)
+    progress = torch.tensor(0.7, device=q.device)
+    got = choice.choose(q, k, grid, rule, progress, backend=backend)
+    expected = choice.choose(q, k, grid, rule, progress, backend="reference")
+    for name in ("q_mask", "kv_mask"):
+        one, other = getattr(got, name)(), getattr(expected, name)()
+        assert (one == other).float().mean() > 0.995 and one.shape == other.shape
+        assert one.any() and not one.all()
+    assert got.q_mask()[..., grid.text_q_mask(q.device)].all()
+    for min_skip in (0.0, 0.4):
+        mine = choice.measure(got, min_skip, backend=backend)
+        same = choice.measure(got, min_skip, backend="reference")
+        assert torch.equal(mine[0].kv_bits, same[0].kv_bits)
+        torch.testing.assert_close(mine[1:], same[1:], atol=1e-6, rtol=0)
+    for rows, offset in ((seqlen, 0), (51, 19), (1, seqlen - 1)):
+        share = choice.live_share(got, rows, offset, backend=backend)
+        same = choice.live_share(got, rows, offset, backend="reference")
+        torch.testing.assert_close(share, same, atol=1e-6, rtol=0)

@@ -215,12 +215,10 @@ def test_flashomni_options():
         for combine in ("and", "c", "g", "mean")
     }
     assert densities["and"] >= max(densities["c"], densities["g"])
-    with pytest.raises(ValueError, match="needs text tokens in the attention, got a grid of 300"):
-        make_policy("flashomni")(AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT, progress()))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "flashomni"])
-def test_the_others_need_no_text(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_no_policy_needs_text(name):
     """Models without text in their self-attention are served too."""
     symbols = make_policy(name, **SET.get(name, {}))(
         AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT, progress())

@@ -7,11 +7,7 @@ import torch
 from policy_cases import NAMES, NO_TEXT, SET, inputs, low_mass_loop, progress
 
 from flashomni.kernels import sparse_attention
-from flashomni.policies import (
-    AttentionSite,
-    make_policy,
-    policies,
-)
+from flashomni.policies import AttentionSite, Policy, make_policy, policies, require_text
 from flashomni.symbols import Grid, unpack_bits
 from flashomni.symbols.choice.op import pooled_map
 
@@ -42,10 +38,6 @@ def test_odd_sequences_give_valid_symbols(name, grid):
     q, k = inputs(grid)
     site = AttentionSite.alone(q, k, grid, progress())
     policy = make_policy(name, **SET.get(name, {}))
-    if policies()[name].needs_text and not grid.text_spans:
-        with pytest.raises(ValueError, match=f"policy {name} needs text tokens"):
-            policy(site)
-        return
     symbols = policy(site)
     assert (symbols.batch, symbols.num_heads) == (2, 4) and symbols.grid is grid
     assert symbols.q_mask()[..., grid.text_q_mask(q.device)].all()
@@ -66,9 +58,58 @@ def test_odd_sequences_give_valid_symbols(name, grid):
 
 def test_who_needs_text_says_so_and_names_who_does_not():
     """An attribute of the class; the error lists every policy that does without."""
-    assert [name for name in NAMES if name not in TEXT_LESS] == ["flashomni"]
-    site = AttentionSite.alone(*inputs(NO_TEXT), NO_TEXT)
-    with pytest.raises(ValueError, match=f"policies {', '.join(TEXT_LESS)} do not"):
+    assert TEXT_LESS == NAMES
+
+    class Reads(Policy):
+        name, needs_text = "reads", True
+
+    require_text(Reads(), ODD["one block"])
+    with pytest.raises(ValueError, match=f"policy reads needs .* {', '.join(TEXT_LESS)} do not"):
+        require_text(Reads(), NO_TEXT)
+
+
+def light(mass, tau):
+    """Which entries of each ``[B, H, N]`` row are cached, by the loop."""
+    flat = mass.flatten(0, 1).tolist()
+    chosen = [[i in low_mass_loop(row, tau) for i in range(len(row))] for row in flat]
+    return torch.tensor(chosen).view(mass.shape)
+
+
+@pytest.mark.parametrize("combine", ["and", "mean", "c", "g"])
+@pytest.mark.parametrize("has_guide", [False, True])
+def test_flashomni_without_text_reads_columns_and_cross_attention(combine, has_guide):
+    """C is the mass of a block's column over all rows; G comes from the guide, if there is one."""
+    grid, tau = Grid(500, 500, block_m=32, block_n=32), 0.6
+    q, k = inputs(grid)
+    guide = torch.rand(2, 4, grid.num_q_blocks, 7).mul(9).softmax(-1) if has_guide else None
+    policy = make_policy("flashomni", tau_q=tau, tau_kv=0.0, power=0.0, combine=combine)
+    site = AttentionSite.alone(q, k, grid, guide=guide)
+    if combine == "g" and not has_guide:
+        with pytest.raises(ValueError, match=r"combine='g' needs text tokens .* or a map of cross"):
+            policy(site)
+        return
+    given = pooled_map(q, k, grid).sum(-2)
+    cached = light(given, tau)
+    if has_guide:
+        guided = guide.softmax(-2).sum(-1)
+        shares = [mass / mass.sum(-1, keepdim=True) for mass in (given, guided)]
+        cached = {
+            "and": cached & light(guided, tau),
+            "mean": light(shares[0] + shares[1], tau),
+            "c": cached,
+            "g": light(guided, tau),
+        }[combine]
+    assert torch.equal(policy(site).q_mask(), ~cached)
+    assert 0 < cached.float().mean() < 1
+
+
+def test_a_guide_of_another_shape_is_refused():
+    grid = Grid(500, 500)
+    site = AttentionSite.alone(*inputs(grid), grid, guide=torch.rand(2, 4, 3, 7))
+    with pytest.raises(
+        ValueError,
+        match=r"guide must be float32 .* = \[2, 4, 4\], got torch.float32 \[2, 4, 3, 7\]",
+    ):
         make_policy("flashomni")(site)
 
 

@@ -223,6 +223,37 @@ def test_odd_sequences_choose_the_same(name, compute):
     check_invariants(got)
 
 
+TEXTLESS = {
+    "one token": Grid(1, 1),
+    "alike": Grid(500, 500, block_m=32, block_n=32),
+    "padded": Grid(500, 500, block_m=32, block_n=32, kv_len=torch.tensor([500, 300]).int()),
+    "blocks differ": Grid(610, 610, block_m=64, block_n=48),
+    "sequences differ": Grid(300, 520, block_m=32, block_n=32),
+}
+
+
+@pytest.mark.parametrize("compute", ["and", "mean", "c", "g"])
+@pytest.mark.parametrize("name", TEXTLESS)
+def test_sequences_without_text_choose_the_same(name, compute):
+    """C of all rows; G of a guide, and without one the rules that need G are refused."""
+    grid = on_device(TEXTLESS[name])
+    q, k = tokens(grid)
+    guide = torch.rand(2, 4, grid.num_q_blocks, 7, device=DEVICE).mul(9).softmax(-1)
+    for given in (guide, None):
+        rule = Rule("mass", compute, tau_q=0.5, tau_kv=0.4, share_heads=given is None)
+        if given is None and compute != "c":
+            with pytest.raises(ValueError, match=f"compute {compute} needs text tokens or a guide"):
+                choice.choose(q, k, grid, rule, backend="portable")
+            continue
+        got, expected = (
+            choice.choose(q, k, grid, rule, guide=given, backend=backend)
+            for backend in ("portable", "reference")
+        )
+        assert torch.equal(got.q_bits, expected.q_bits)
+        assert torch.equal(got.kv_bits, expected.kv_bits)
+        check_invariants(got)
+
+
 def test_rules_without_text_columns_and_without_choice():
     """Text may be skipped where the rule says so; `all` leaves nothing out; both may be mixed."""
     grid = Grid(300, 300, (0, 40), 32, 32)

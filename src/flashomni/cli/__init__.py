@@ -328,15 +328,46 @@ def _show_backends(name: str | None) -> None:
 
 
 def _show_models(name: str | None) -> None:
-    from flashomni.models import adapters
+    from flashomni.models import tiers
 
-    table = Table("transformer class", "adapter")
-    for cls, adapter in adapters().items():
+    table = Table("transformer class", "tier", "what is known of it")
+    for cls, (tier, known) in tiers().items():
         if name in (None, cls):
-            table.add_row(cls, type(adapter).__module__)
+            table.add_row(cls, tier, known)
+    if name is None:
+        table.add_row("any other", "generic", "blocks found, streams seen in the first call")
     if not table.row_count:
-        raise ValueError(f"model must be one of {', '.join(adapters())}, got {name!r}")
+        raise ValueError(f"model must be one of {', '.join(tiers())}, got {name!r}")
     console.print(table)
+
+
+@app.command()
+def tune(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="May be repeated; those of the models if none.")
+    ] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> None:
+    """Measure once whether torch's dense attention is faster than ours here, and remember it.
+
+    Kept in the user's cache folder ($FLASHOMNI_CACHE, or ~/.cache/flashomni) for this card, torch,
+    Triton and driver. Dense calls of the shapes where it was then run torch's attention.
+    """
+    with plain_errors():
+        from flashomni.kernels.attention._measured import is_faster
+        from flashomni.lab.ops.dense import HEAD_DIMS, measure_dense
+
+        target = pick_device(device)
+        table = Table("dtype", "head_dim", "tokens", "backend", "ms", "torch's ms", "runs")
+        kind = pick_dtype(dtype, target)
+        for row in measure_dense(target, [kind], head_dim or HEAD_DIMS):
+            runs = row.backend
+            if is_faster({"ours_ms": row.ours_ms, "sdpa_ms": row.sdpa_ms}):
+                runs = "sdpa"
+            cells = (row.head_dim, row.seqlen, row.backend, row.ours_ms, row.sdpa_ms, runs)
+            table.add_row(row.dtype, *map(str, cells))
+        console.print(table)
 
 
 @app.command()

@@ -45,8 +45,8 @@ class Recipe:
         storage: how they are kept.
         sparse: what is done with the symbols.
         guidance: what is done with the further branches of a step.
-        policy_without_text: what runs in place of a policy that needs text tokens in the attention
-            where there are none (Wan, LTX, ...); without it such a model is refused.
+        policy_without_text: what runs in place of a policy that needs or prefers text tokens in
+            the attention where there are none (Wan, LTX, ...).
         groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
         source: of a published method: its paper.
 
@@ -118,10 +118,10 @@ class Recipe:
         return self.schedule.plan(num_steps, self.order)
 
     def policy_for(self, grid: Grid) -> Policy:
-        """The policy of a sequence: the other one where the first needs text and there is none."""
-        if self.policy.needs_text and not grid.text_spans and self.policy_without_text is not None:
-            return self.policy_without_text
-        return self.policy
+        """The policy of a sequence: the other one where the first reads text and there is none."""
+        policy, other = self.policy, self.policy_without_text
+        reads_text = policy.needs_text or policy.prefers_text
+        return policy if grid.text_spans or other is None or not reads_text else other
 
     def replace(self, **changes: Any) -> Recipe:
         """This recipe with other values; it is checked again.

@@ -118,7 +118,7 @@ class Adapter:
             model: the model.
             arguments: of the generation's first call, by name.
         """
-        return Geometry(why=f"the adapter of {self.transformer} does not tell where tokens lie")
+        return Geometry(why="no adapter of this class tells where its tokens lie")
 
     def stand_ins(self, runtime: Any) -> Iterable[Any] | None:
         """What to put on a model that is not run site by site; ``None`` for one that is."""
@@ -177,10 +177,20 @@ def find_adapter(model: nn.Module) -> Adapter:
     )
 
 
+def tiers() -> dict[str, tuple[str, str]]:
+    """What is known of each transformer class: its tier, and where that stands or what it says."""
+    table = {
+        cls: ("declared", ", ".join(f"{key}={value}" for key, value in said.items()))
+        for cls, said in DECLARED.items()
+    }
+    known = {cls: ("adapter", type(adapter).__module__) for cls, adapter in adapters().items()}
+    return dict(sorted({**table, **known}.items()))
+
+
 from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
-from flashomni.models.generic import Blocks  # noqa: E402
+from flashomni.models.generic import DECLARED, Blocks  # noqa: E402
 
 __all__ = [
     "ADAPTERS", "Adapter", "BlockRun", "Blocks", "Geometry", "Reliance", "Site", "Streams",
-    "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore",
+    "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore", "tiers",
 ]  # fmt: skip

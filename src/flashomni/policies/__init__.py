@@ -26,11 +26,14 @@ class Policy:
     Attributes:
         caches: whether S_c bits can be 0. If not, no history is kept for this policy.
         needs_text: whether it chooses by the text, so that a grid without text is refused.
+        prefers_text: whether it chooses by the text where there is any. For a policy of either kind
+            a recipe may name another that runs where there is none.
     """
 
     name: ClassVar[str]
     caches: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
+    prefers_text: ClassVar[bool] = False
 
     def __call__(self, site: AttentionSite) -> Symbols:
         """Choose what the coming Dispatch steps compute. Never synchronises with the host.

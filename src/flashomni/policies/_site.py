@@ -29,7 +29,8 @@ class AttentionSite:
         progress: fp32 scalar on the device, (step + 1) / num_steps, in (0, 1].
         branch: conditioning branch ("cond", "uncond", ...).
         softmax_scale: of the scores.
-        guide: map of cross-attention, where the model has one.
+        guide: ``[B, H, Mb, T]``, what each query block gives to each text token in the model's
+            cross-attention, rows sum to 1; ``None`` where there is none.
         backend: the backend that the user asked for, or ``None``.
     """
 

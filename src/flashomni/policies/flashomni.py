@@ -5,6 +5,9 @@ a vision block gives to the text (v -> t), and G, how much the text steers it (t
 that hold the least of both are cached. Which key blocks to skip follows SpargeAttn: the lightest
 entries of each row of P. Both thresholds grow with the steps, so early steps stay nearly dense.
 
+Where the text is not in the sequence (Wan, LTX, PixArt ...) C is what a block gives to all rows,
+and G comes from the map of the model's cross-attention, where the site has one; without, C decides.
+
 The public sources disagree on details; each variant is an option here.
 """
 
@@ -19,7 +22,6 @@ from flashomni.policies import (
     check_bool,
     check_range,
     policy,
-    require_text,
 )
 from flashomni.symbols import Symbols
 from flashomni.symbols.choice.op import Rule, choose
@@ -46,10 +48,11 @@ class FlashOmni(Policy):
             skipping treats text like the rest; caching leaves text alone either way.
 
     Raises:
-        ValueError: a setting is out of range; or, when called, the grid has no text.
+        ValueError: a setting is out of range; or, when called, ``combine`` is ``g`` and there is
+            neither text in the sequence nor a map of cross-attention.
     """
 
-    needs_text: ClassVar[bool] = True
+    prefers_text: ClassVar[bool] = True
 
     tau_q: float = 0.5
     tau_kv: float = 0.15
@@ -73,10 +76,16 @@ class FlashOmni(Policy):
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
     def __call__(self, site: AttentionSite) -> Symbols:
-        require_text(self, site.grid)
+        grid, guide = site.grid, None if site.grid.text_spans else site.guide
+        knows_g = guide is not None or bool(grid.text_spans)
+        if self.combine == "g" and not knows_g:
+            raise ValueError(
+                "policy flashomni with combine='g' needs text tokens in the attention, or a map of "
+                f"cross-attention, got a {grid}; combine='c' does not"
+            )
         rule = Rule(
             visit="mass" if self.tau_kv else "all",
-            compute=self.combine,
+            compute=self.combine if knows_g else "c",
             tau_q=self.tau_q,
             tau_kv=self.tau_kv,
             power=self.power,
@@ -86,4 +95,4 @@ class FlashOmni(Policy):
             text_rows=self.protect_text,  # they carry the prompt
             text_columns=self.protect_text,
         )
-        return choose(site.q, site.k, site.grid, rule, site.progress, backend=site.backend)
+        return choose(site.q, site.k, grid, rule, site.progress, guide=guide, backend=site.backend)

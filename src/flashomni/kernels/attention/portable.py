@@ -97,9 +97,13 @@ def _visit(
     if ANCHORED:
         if is_first:
             row_max = tl.max(score, 1) * scale
-        prob = tl.exp2(score * scale - row_max[:, None]).to(v.dtype.element_ty)
-        # Of the weights as they are used: where one key has nearly all, its rounding cancels.
-        row_sum += tl.sum(prob.to(tl.float32), 1)
+        prob = tl.exp2(score * scale - row_max[:, None])
+        if v.dtype.element_ty == tl.bfloat16:
+            # Cut down to bf16, so that they are summed as they are used: what is cut off cancels in
+            # the division, as a whole where one key has nearly all the weight. Cutting is one
+            # instruction, and NaN stays NaN; summing what was rounded costs a fifth of the speed.
+            prob = (prob.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        row_sum += tl.sum(prob, 1)
     else:
         new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
         prob = tl.exp2(score * scale - new_max[:, None])

@@ -9,6 +9,7 @@
 ``tier``      all of it for one model
 """
 
-from flashomni.models.generic.blocks import Blocks, blocks_of, declared
+from flashomni.models.generic.blocks import Blocks, declared
+from flashomni.models.generic.declared import DECLARED
 
-__all__ = ["Blocks", "blocks_of", "declared"]
+__all__ = ["DECLARED", "Blocks", "declared"]

@@ -47,11 +47,6 @@ class Blocks:
             )
 
 
-def blocks_of(model: nn.Module) -> Blocks:
-    """What is declared about the class of a model, or nothing."""
-    return declared().get(type(model).__name__, Blocks())
-
-
 def declared() -> dict[str, Blocks]:
     """What the table says, by the names of the classes (tier B)."""
     return {name: Blocks(**said) for name, said in DECLARED.items()}

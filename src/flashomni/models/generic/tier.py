@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from flashomni.models import Adapter, Site
 from flashomni.models._attach import InsteadOfForward
 from flashomni.models.generic.blocks import Blocks, declared, find_blocks
 from flashomni.models.generic.pattern import Learned, learn, leave_out_short, mismatch
-from flashomni.models.generic.run import InBlock, run_block
+from flashomni.models.generic.run import Guide, InBlock, run_block
 from flashomni.models.generic.watch import Watch, named_arguments
 
 log = logging.getLogger("flashomni")
@@ -61,6 +62,7 @@ class Generic(Adapter):
         self._sort: Hashable = None
         self._watch: Watch | None = None
         self._inputs: dict[str, Any] = {}
+        self._guide: Guide | None = None
         self._runtime: Runtime | None = None
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -99,6 +101,7 @@ class Generic(Adapter):
         at_output = runtime.recipe.forecast.level == "output"  # which needs no streams
         is_new = self._sort not in self._known and not at_output
         self._watch = Watch(runtime.backend) if is_new else None
+        self._guide = Guide(runtime.recipe)
         return self._sort, is_new
 
     def notes(self) -> list[str]:
@@ -175,9 +178,8 @@ class Generic(Adapter):
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             versions = [_version(x) for x in streams]
             ours = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
-            output = run_block(
-                run, forward, args, kwargs, streams, ours, lambda n: self._text(named, n)
-            )
+            text = partial(self._text, named)
+            output = run_block(run, forward, args, kwargs, streams, ours, text, self._guide)
             reason = mismatch(site, named, output)
             if versions != [_version(x) for x in streams]:
                 reason = "it writes into its arguments"

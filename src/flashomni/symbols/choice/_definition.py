@@ -117,7 +117,7 @@ def choose(call: ChooseCall) -> list[Tensor]:
     if rule.visit == "count":  # text counts towards the density, above every vision block
         for start, stop in grid.text_kv_ranges:
             attention[..., start:stop] = 2.0
-    q_bits = _computed(attention, grid, rule, rule.tau_q * growth)
+    q_bits = _computed(attention, call.guide, grid, rule, rule.tau_q * growth)
     kv_bits = _visited(attention, grid, rule, rule.tau_kv * growth)
     if rule.gate is not None:
         coarse_q = self_similarity(q, grid.block_m, None) < rule.gate  # [B, H, Mb]
@@ -143,7 +143,9 @@ def _visited(attention: Tensor, grid: Grid, rule: Rule, tau: Tensor | float) -> 
     return kv_bits
 
 
-def _computed(attention: Tensor, grid: Grid, rule: Rule, tau: Tensor | float) -> Tensor:
+def _computed(
+    attention: Tensor, guide: Tensor | None, grid: Grid, rule: Rule, tau: Tensor | float
+) -> Tensor:
     """S_c bits; those of text are left to Symbols."""
     batch, num_heads, rows, _ = attention.shape
     width, vision_q = q_bytes(rows), grid.vision_q_ranges
@@ -159,13 +161,15 @@ def _computed(attention: Tensor, grid: Grid, rule: Rule, tau: Tensor | float) ->
         if rule.share_heads:
             received = received.sum(1, keepdim=True).expand_as(received)
         return pack_bits(heaviest(received, rule.count_q), width)
-    text_q, text_kv = grid.text_q_ranges, grid.text_kv_ranges
-    given = _take(_take(attention, text_q, -2), grid.vision_kv_ranges, -1).sum(-2)
-    if grid.block_m != grid.block_n:  # mass per key block -> per query block
-        size = sum(stop - start for start, stop in vision_q)
+    givers = grid.text_q_ranges or vision_q
+    given = _take(_take(attention, givers, -2), grid.vision_kv_ranges, -1).sum(-2)
+    size = sum(stop - start for start, stop in vision_q)
+    if given.shape[-1] != size:  # mass per key block -> per query block
         given = torch.nn.functional.interpolate(given, size=size, mode="area")
+    if grid.text_spans:
+        guide = _take(_take(attention, vision_q, -2), grid.text_kv_ranges, -1)
     # C is in given, [B, H, vision kv blocks], G in guided, [B, H, vision q blocks].
-    guided = _take(_take(attention, vision_q, -2), text_kv, -1).softmax(-2).sum(-1)
+    guided = given if guide is None else guide.softmax(-2).sum(-1)
     if rule.share_heads:
         given, guided = given.sum(1, keepdim=True), guided.sum(1, keepdim=True)
 

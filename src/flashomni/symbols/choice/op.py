@@ -10,11 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashomni.dispatch import declare, execute, register
 from flashomni.flatten import see_as
 from flashomni.symbols.choice import _definition
+from flashomni.symbols.choice._checks import (
+    check_choose,
+    check_min_skip,
+    check_rows,
+    check_symbols,
+)
 from flashomni.symbols.choice._definition import heaviest, low_mass, pool, pooled_map
 from flashomni.symbols.grid import Grid
 from flashomni.symbols.symbols import Symbols
@@ -33,7 +40,8 @@ class Rule:
     """What is chosen on the pooled map P ``[B, H, Mb, Nb]`` (:func:`pooled_map`).
 
     C of a vision block is what text rows of P give to it; G is the softmax over vision rows of the
-    text columns of P, summed over these (arXiv 2509.25401, 3.5). A test on a mass leaves out what
+    text columns of P, summed over these (arXiv 2509.25401, 3.5). Without text in the sequence C is
+    what all rows give, and G is of the columns of a guide. A test on a mass leaves out what
     :func:`low_mass` names. Text queries are computed whatever the rule says, and no row is empty.
 
     Args:
@@ -88,6 +96,7 @@ class ChooseCall:
     grid: Grid
     rule: Rule
     progress: Tensor | None
+    guide: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ def choose(
     rule: Rule,
     progress: Tensor | None = None,
     *,
+    guide: Tensor | None = None,
     backend: str | None = None,
 ) -> Symbols:
     """Symbols that ``rule`` chooses on the pooled map of q and k.
@@ -135,23 +145,41 @@ def choose(
         grid: blocks, text and valid keys.
         rule: what is chosen, and by what.
         progress: fp32 scalar on the device, (step + 1) / num_steps; for a rule with ``power``.
+        guide: fp32 ``[B, H, Mb, T]``, what query blocks give to T text tokens that are not in the
+            sequence; rows sum to 1.
         backend: which one chooses; by default the best that accepts.
 
     Raises:
-        ValueError: the rule needs a progress, or text, and there is none.
+        ValueError: an argument has a wrong type, shape, dtype or device; or the rule needs a
+            progress, or text or a guide, and there is none; or a guide although there is text.
     """
-    if rule.compute not in ("all", "count") and not grid.text_spans:
-        raise ValueError(f"compute {rule.compute} needs text tokens, got a {grid}")
+    check_choose(q, k, grid, progress)
+    if rule.compute in ("and", "mean", "g") and not grid.text_spans and guide is None:
+        raise ValueError(f"compute {rule.compute} needs text tokens or a guide, got a {grid}")
+    if guide is not None:
+        _check_guide(guide, (q.shape[0], q.shape[2], grid.num_q_blocks), grid)
     if rule.power and progress is None:
         raise ValueError(f"progress must be given where power is not 0, got None and {rule}")
-    q_bits, kv_bits = execute("choose", ChooseCall(q, k, grid, rule, progress), backend)
+    q_bits, kv_bits = execute("choose", ChooseCall(q, k, grid, rule, progress, guide), backend)
     return Symbols(q_bits, kv_bits, grid)
+
+
+def _check_guide(guide: Tensor, expected: tuple[int, ...], grid: Grid) -> None:
+    if grid.text_spans:
+        raise ValueError(f"guide must be None where text is in the sequence, got a {grid}")
+    if guide.ndim != 4 or guide.shape[:3] != expected or guide.dtype != torch.float32:
+        raise ValueError(
+            f"guide must be float32 [B, H, Mb, T] with [B, H, Mb] = {list(expected)}, got "
+            f"{guide.dtype} {list(guide.shape)}"
+        )
 
 
 def measure(
     symbols: Symbols, min_skip: float = 0.0, *, backend: str | None = None
 ) -> tuple[Symbols, Tensor, Tensor]:
     """``symbols.fill_rows(min_skip)``, its ``q_density()`` and ``kv_density()``, in one pass."""
+    check_symbols(symbols)
+    check_min_skip(min_skip)
     grid, q_bits, kv_bits = symbols.grid, symbols.q_bits, symbols.kv_bits
     # What all heads (or the batch) share counts once.
     for dim in (0, 1):
@@ -177,7 +205,9 @@ def live_share(
         row_offset: position of its first one in the sequence.
         backend: which one counts; by default the best that accepts.
     """
+    check_symbols(symbols)
     grid = symbols.grid
+    check_rows(rows, row_offset, grid)
     call = LiveCall(symbols.q_bits, grid.num_q_blocks, grid.block_m, rows, row_offset)
     return execute("live_share", call, backend)
 

@@ -30,7 +30,7 @@ def choose(call: ChooseCall) -> list[Tensor]:
     device, (batch, _, num_heads, head_dim) = q.device, q.shape
     kv_heads, rows, columns = k.shape[2], grid.num_q_blocks, grid.num_kv_blocks
     all_q = computes_all(rule, grid)
-    parts = _parts(grid, "all" if rule.compute == "count" else "text", _row_tile(columns))
+    parts = _parts(grid, _givers(call), _row_tile(columns))
     texts = sum(stop - start for start, stop in grid.text_kv_ranges)
     sizes = {
         "q_means": batch * num_heads * rows * head_dim,
@@ -49,6 +49,11 @@ def choose(call: ChooseCall) -> list[Tensor]:
         else:
             q_bits = _cache(call, scratch, parts, texts)
     return [q_bits, kv_bits]
+
+
+def _givers(call: ChooseCall) -> str:
+    """Whose rows C is a sum over."""
+    return "all" if call.rule.compute == "count" or not call.grid.text_spans else "text"
 
 
 def _rows_apart(x: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def _visit(
     words = torch.empty(batch, num_heads, rows, num_words, dtype=torch.int32, device=device)
     given = None
     if scratch["given"] is not None:
-        given = "all" if rule.compute == "count" else "text"
+        given = _givers(call)
     has_text = bool(grid.text_spans)
     # Without a guide nothing is stored there; the pointer must be one all the same.
     guide = scratch["given"] if scratch["guide"] is None else scratch["guide"]
@@ -135,12 +140,15 @@ def _cache(call: ChooseCall, scratch: dict, parts: tuple[int, int], texts: int) 
     how, index, window = "same", None, 1
     if rule.compute == "count":
         how = "same" if rows == columns else "nearest"
-    elif grid.block_m != grid.block_n:
+    elif grid.block_m != grid.block_n or counts[0] != counts[1]:
         how, index = "area", grid.vision_kv_index(device)
         window = -(-counts[1] // counts[0]) + 1
+    guide = scratch["guide"]
+    if call.guide is not None:
+        guide, texts = call.guide.mT.contiguous(), call.guide.shape[3]
     bits = torch.empty(batch, num_heads, num_bytes, dtype=torch.uint8, device=device)
     cache_kernel[(num_heads, batch)](
-        scratch["given"], scratch["guide"], scratch["q_similarity"],
+        scratch["given"], guide, scratch["q_similarity"],
         grid.text_q_bits(device) if grid.text_spans else None, index, call.progress, bits,
         rule.tau_q, rule.power, rule.gate or 0.0, rule.count_q, columns / rows, rows, columns,
         num_bytes, texts, parts[1] - parts[0], *counts, ROWS=width,
