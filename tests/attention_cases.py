@@ -318,23 +318,37 @@ def _forecast_faults(forecast, out, rows):
     }
 
 
+def _outputs(case, x):
+    """Poisoned ``out`` and ``lse``: the same kernels as in the other checks of the case."""
+    batch, seqlen_q, _, heads, _, _ = case.shape
+    lse = torch.full((batch, heads, seqlen_q), POISON, device=x.q.device)
+    return torch.full_like(x.q, POISON), lse if case.has_lse else None
+
+
+def _agree(first, second):
+    return all(bool(_same(a, b).all()) for a, b in zip(first, second, strict=True) if a is not None)
+
+
 def graph_faults(case: Case, backend: str | None, device: torch.device) -> list[str]:
     """A graph captured on plain values, replayed on some that overflow, and on plain ones."""
     x = make(case, device, PLAIN)
-    out = torch.full_like(x.q, POISON)
-    attend(case, x, backend, out)  # builds
+    outputs = _outputs(case, x)
+    attend(case, x, backend, *outputs)  # builds
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        attend(case, x, backend, out)
+        attend(case, x, backend, *outputs)
     found = []
-    for kind in (("sink last", 400.0), ("rise", 400.0), PLAIN):
+    for kind in (("sink last", 400.0), ("rise", 400.0), ("fall", 400.0), PLAIN):
         other = make(case, device, kind)
         for mine, theirs in zip((x.q, x.k, x.v), (other.q, other.k, other.v), strict=True):
             mine.copy_(theirs)
-        want = attend(case, x, backend, torch.full_like(x.q, POISON))
-        out.fill_(POISON)
+        want = _outputs(case, x)
+        attend(case, x, backend, *want)
+        for tensor in outputs:
+            if tensor is not None:
+                tensor.fill_(POISON)
         graph.replay()
-        if not bool(_same(out, want).all()):
+        if not _agree(outputs, want):
             found.append(f"a replay on {kind} differs from a call")
     return found
 
@@ -342,12 +356,15 @@ def graph_faults(case: Case, backend: str | None, device: torch.device) -> list[
 def compile_faults(case: Case, backend: str | None, device: torch.device) -> list[str]:
     """Under ``torch.compile``: the same bits."""
     x = make(case, device)
-    want = attend(case, x, backend, torch.full_like(x.q, POISON))
+    want = _outputs(case, x)
+    attend(case, x, backend, *want)
 
-    def run(q, k, v, out):
-        return attend(case, Inputs(q, k, v, x.symbols, x.kv_len, x.forecast), backend, out.clone())
+    def run(q, k, v, out, lse):
+        own = out.clone(), None if lse is None else lse.clone()
+        attend(case, Inputs(q, k, v, x.symbols, x.kv_len, x.forecast), backend, *own)
+        return own
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    got = compiled(x.q, x.k, x.v, torch.full_like(x.q, POISON))
-    return [] if bool(_same(got, want).all()) else ["the compiled call differs"]
+    got = compiled(x.q, x.k, x.v, *_outputs(case, x))
+    return [] if _agree(got, want) else ["the compiled call differs"]

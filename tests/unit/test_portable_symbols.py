@@ -279,7 +279,9 @@ def test_rules_are_checked():
     x = torch.zeros(1, 64, 1, 16)
     with pytest.raises(ValueError, match="visit must be one of all, mass, count, got 'some'"):
         Rule(visit="some")
-    with pytest.raises(ValueError, match="compute g needs text tokens or a guide, got a grid of 64"):
+    with pytest.raises(
+        ValueError, match="compute g needs text tokens or a guide, got a grid of 64"
+    ):
         choice.choose(x, x, grid, Rule(compute="g"))
     with pytest.raises(ValueError, match="progress must be given"):
         choice.choose(x, x, grid, Rule(power=2.0))

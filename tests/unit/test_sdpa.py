@@ -152,3 +152,32 @@ def test_measuring_needs_a_gpu():
     """On a CPU there is nothing to choose from."""
     with pytest.raises(NotImplementedError, match="only a CUDA device"):
         next(dense.measure_dense(torch.device("cpu")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path, monkeypatch):
+    """Measured once, then chosen by that; named it is captured in a graph, into a strided out."""
+    monkeypatch.setenv("FLASHOMNI_CACHE", str(tmp_path))
+    _measured.entries.cache_clear()
+    device = torch.device("cuda", 0)
+    rows = list(dense.measure_dense(device, [BF16], [64], [1024]))
+    assert [(row.head_dim, row.seqlen) for row in rows] == [(64, 1024)]
+    q, k, v = torch.randn(3, 1, 1500, 4, 64, device=device).to(BF16)
+    call = AttentionCall(q, k, v, torch.empty_like(q), None, None, None, 0.125)
+    times = {"ours_ms": rows[0].ours_ms, "sdpa_ms": rows[0].sdpa_ms}
+    chosen = dispatch.select("attention", call).name
+    assert chosen == ("sdpa" if _measured.is_faster(times) else rows[0].backend)
+    wide = torch.full((1, 1500, 6, 64), 7.0, device=device, dtype=BF16)
+    out = wide[:, :, 1:5]
+    sparse_attention(q, k, v, out=out, backend="sdpa")
+    first = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sparse_attention(q, k, v, out=out, backend="sdpa")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, first) and (wide[:, :, (0, 5)] == 7).all()
+    exact = sparse_attention(q.float(), k.float(), v.float(), backend="reference")
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+    _measured.entries.cache_clear()
