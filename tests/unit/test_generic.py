@@ -259,3 +259,36 @@ def test_the_policy_sees_cross_attention(monkeypatch):
     k = attn.norm_k(attn.to_k(seen[1])).unflatten(-1, heads).transpose(1, 2)
     means = torch.stack([q[:, :, :16].mean(2), q[:, :, 16:].mean(2)], dim=2)
     torch.testing.assert_close(others[0], (means @ k.mT * 12**-0.5).softmax(-1))
+
+
+def moved(value, device, dtype):
+    """Inputs on a device, floats lowered except positions and times."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, dtype if value.dtype == torch.float32 and value.ndim > 2 else None)
+    if isinstance(value, dict):
+        return {key: moved(part, device, dtype) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(part, device, dtype) for part in value)
+    return value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_on_the_card_in_bfloat16(name):
+    """lossless on our kernels is as near fp32 as stock is; FORA on constant inputs is lossless."""
+    model, inputs = build(name)
+    exact = output(model, inputs)
+    low = model.to("cuda", torch.bfloat16)
+    given = moved(inputs, "cuda", torch.bfloat16)
+    try:
+        stock = output(low, given)
+    except RuntimeError as mixed:
+        pytest.skip(f"stock does not run in bfloat16: {mixed}")
+    limit = 2 * (stock.float().cpu() - exact).abs().max() + 1e-2
+    for recipe in ("lossless", FORA):
+        with flashomni.accelerate(low, recipe) as engine:
+            for step in range(STEPS):
+                engine.step(step, STEPS + 1)
+                error = (output(low, given).float().cpu() - exact).abs().max()
+                assert error <= limit, (recipe, step)
+    assert torch.equal(output(low, given), stock)
