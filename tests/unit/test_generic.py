@@ -10,13 +10,13 @@ import random
 
 import pytest
 import torch
-from tiny_models import TINY, build, output
+from tiny_models import TINY, build, fill_gates, output
 
 import flashomni
-from conftest import residue
+from conftest import ADAPTERS, residue
 from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
-from flashomni.models import Blocks
+from flashomni.models import Blocks, adapters
 from flashomni.policies import make_policy
 from flashomni.policies.flashomni import FlashOmni
 
@@ -204,6 +204,25 @@ def test_what_is_not_cached_is_named(name):
     for path, word in REFUSED.get(name, {}).items():
         assert word in refused[path]
     assert any("attention" in note for note in notes)  # whose it was
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_tiers_agree(name):
+    """A class that has an adapter, with it and without: the same pictures from cached layers."""
+    model, inputs = adapters()[name].tiny()
+    model.eval()
+    fill_gates(model)
+    pictures = []
+    for blocks in (None, Blocks()):
+        with flashomni.accelerate(model, FORA, blocks=blocks) as engine:
+            steps = []
+            for step in range(STEPS):
+                engine.step(step, STEPS)
+                steps.append(output(model, drift(inputs, step)))
+            assert engine.report().tier == ("adapter" if blocks is None else "declared")
+            assert "bypass" in kinds_of(engine)
+        pictures.append(torch.stack(steps))
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-3)
 
 
 def test_a_declaration_places_the_text():
