@@ -206,6 +206,17 @@ def test_both_branches_do_the_same(flux, name):
     assert layers[::2] == layers[1::2]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_schedule_remembers_is_counted_and_dropped(flux, name):
+    """Tensors of its own are part of the cache's bytes; behind the last step nothing is left."""
+    model, inputs = flux
+    with flashomni.accelerate(model, cached(name)) as engine:
+        generate(engine, model, inputs, 12)
+        branch = engine._runtime.last.branches["call"]
+        assert branch.nbytes() == (0, 0) and not branch.memory
+        assert engine.report().cache_bytes > 0
+
+
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"first_block", "teacache"}))
 def test_the_output_level_goes_with_all_that_look_from_outside(flux, name):
     model, inputs = flux

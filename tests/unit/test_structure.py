@@ -9,6 +9,8 @@ import pytest
 
 import flashomni
 from flashomni import dispatch as dispatching
+from flashomni.engine.forecasts import forecasts
+from flashomni.engine.schedules import schedules
 from flashomni.kernels import OPS, registered
 from flashomni.models import adapters
 from flashomni.policies import policies
@@ -137,6 +139,14 @@ def public_files(folder):
 def test_every_policy_file_registers_a_policy_of_its_name():
     """The file's name is the policy's name."""
     assert set(policies()) == public_files("policies")
+
+
+@pytest.mark.parametrize(
+    ("folder", "known"), [("engine/schedules", schedules), ("engine/forecasts", forecasts)]
+)
+def test_every_schedule_and_forecast_has_a_file_of_its_name(folder, known):
+    """One file each, and one name a file."""
+    assert set(known()) == public_files(folder)
 
 
 def test_every_model_file_registers_an_adapter():

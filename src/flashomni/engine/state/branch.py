@@ -71,6 +71,7 @@ class Branch:
     def end(self) -> None:
         """The last step is over: drop everything; others may have the recordings."""
         self.reset()
+        self.memory.clear()
         self.slot = None
 
     def arrange(self, division: Division) -> None:
@@ -121,6 +122,7 @@ class Branch:
         device = host = 0
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
         tensors += [tensor for group in self.groups for tensor in group.spans.tensors()]
+        tensors += [value for value in self.memory.values() if isinstance(value, Tensor)]
         for tensor in tensors + self.output.tensors():
             size = tensor.untyped_storage().nbytes()
             if tensor.device.type == "cpu" and tensor.is_pinned():

@@ -175,7 +175,7 @@ class Generation:
         """Drop what the branches keep; the trace stays."""
         self.leave()
         for branch in self.branches.values():
-            branch.reset()
+            branch.end()
         if self.guidance is not None:
             self.guidance.free()
 
