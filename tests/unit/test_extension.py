@@ -173,6 +173,7 @@ def doctor(site):
     return python(site, "from flashomni.lab.doctor import text\nprint(text())").stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_backend_is_found_chosen_and_shown(tmp_path):
     """By its name and by its rank, for its op alone; doctor lists it, the library's stay."""
     site = backend_package(tmp_path, ABACUS)
