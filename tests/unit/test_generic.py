@@ -225,6 +225,28 @@ def test_the_tiers_agree(name):
     torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("Kandinsky5Transformer3DModel", {"text_transformer_blocks"}),
+        ("Lumina2Transformer2DModel", {"noise_refiner", "context_refiner"}),
+        ("SD3Transformer2DModel", set()),
+        ("ZImageTransformer2DModel", {"noise_refiner", "context_refiner"}),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["first_block", "easycache"])
+def test_schedules_that_look_at_the_model(name, left_out, schedule):
+    """The first block is one that sees the picture, not a refiner of the text."""
+    model, inputs = build(name)
+    stock = output(model, inputs)
+    with flashomni.accelerate(model, Recipe.of("fora", schedule=schedule)) as engine:
+        check_constant(engine, model, inputs, stock, steps=12)
+        report = engine.report()
+    assert "bypass" in set(itertools.chain(*(step["layer_kinds"] for step in report.steps)))
+    named = {note.partition(":")[0] for note in report.notes if "looks at the first block" in note}
+    assert named == (left_out if schedule == "first_block" else set())
+
+
 def test_a_declaration_places_the_text():
     """Tier B: text blocks of a class that is in the table are never cached."""
     model, inputs = build("SD3Transformer2DModel")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flashomni.engine.schedules import Signals, StepKind
@@ -163,7 +164,7 @@ def signals(
         inputs=inputs,
         streams=place.streams,
         memory=branch.memory,
-        latents=inputs.get(latents),
+        latents=_joined(inputs.get(latents)),
         main=place.main,
         entrance=entrance,
         modulated=place.modulated,
@@ -191,6 +192,13 @@ def kinds_now(
             if group.stored is None or missed:
                 kinds[number] = StepKind.UPDATE
     return kinds
+
+
+def _joined(latents: Any) -> Tensor | None:
+    """The latents as one tensor: some models take a list, an item of the batch each."""
+    if isinstance(latents, (tuple, list)):
+        return torch.cat([each.flatten() for each in latents])
+    return latents
 
 
 def overall(kinds: tuple[StepKind, ...]) -> StepKind:

@@ -76,16 +76,17 @@ def learn(
 
 
 def leave_out_short(learned: Learned, seen: Sequence[Seen], lists: Sequence[str]) -> None:
-    """Cache only the lists that run on most tokens: for schedules that look at the first block.
+    """Cache only the lists that run on all tokens: for schedules that look at the first block.
 
     A refiner of the text, say, sees the same in every step, and would show that nothing changes.
     """
-    tokens = {
-        each.number: max((shape[:-1].numel() for shape, _ in filter(None, each.outputs)), default=0)
-        for each in seen
-    }
-    most = max(tokens.values(), default=0)
-    for number in [number for number in learned.sites if 2 * tokens[number] < most]:
+    tokens: Counter[str] = Counter()  # of a list: the most that one of its blocks returns
+    for each in seen:
+        if each.number in learned.sites:
+            path, count = lists[each.number], sum(x[0][:-1].numel() for x in each.outputs if x)
+            tokens[path] = max(tokens[path], count)
+    nearly_all = 0.98 * max(tokens.values(), default=0)
+    for number in [n for n in learned.sites if tokens[lists[n]] < nearly_all]:
         del learned.sites[number]
         reason = "the schedule looks at the first block, and others see more tokens than it"
         learned.refused.setdefault(lists[number], reason)
