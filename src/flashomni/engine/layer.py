@@ -345,8 +345,9 @@ class LayerRun:
         if self._stores and self._caches_heads:
             terms = self._push_history(o, row_offset)
             if self.kind is StepKind.UPDATE and weights is not None:
-                cached = 1.0 - self._live_share(row_offset, o.shape[1])
-                share = 1.0 + (len(terms) - 1) * cached
+                # 1 + (count - 1) * (1 - live), in one launch.
+                count, live = len(terms), self._live_share(row_offset, o.shape[1])
+                share = torch.rsub(live, count, alpha=count - 1)
                 self._record.add("gemm_o", flops, share)
                 y, bias_terms = gemm_o_update(
                     terms,
