@@ -8,6 +8,7 @@ from recorder import TapeRecorder
 
 import flashomni
 from conftest import ONES, SPARSE, STEPS, call, generation, residue, run
+from flashomni.engine import graphs
 from flashomni.engine.capture import Uncapturable, Watch
 from flashomni.engine.state.mirror import mirror
 from flashomni.models import adapters
@@ -239,3 +240,16 @@ def test_a_mirror_shares_tensors_and_nothing_else(flux):
             assert all(a is b for a, b in pairs)
             two.history.push(two.history.terms()[0], STEPS)
             assert one.history.times[-1] < STEPS
+
+
+def test_auto_leaves_large_blocks_alone(flux, monkeypatch):
+    """Where the device is busy anyway, memory is worth more."""
+    monkeypatch.setattr(graphs, "LARGE", 1e6)
+    model, inputs = flux
+    expected, _ = plain_run(model, inputs, SPARSE)
+    with accelerate(model, SPARSE) as engine:
+        engine._runtime.graphs.mode = "auto"
+        for _ in range(3):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        assert not replays(engine) and not engine._runtime.graphs._slots
+        assert any("busy longer than the host" in note for note in engine.report().notes)

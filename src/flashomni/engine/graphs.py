@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.engine.arguments import cloned, filled, refuse_inputs, shape_of
 from flashomni.engine.capture import CudaRecorder, Recorder, Replay, Uncapturable
 from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
@@ -34,6 +35,7 @@ MODES = (True, False, "auto")
 MAX_GRAPHS = 256  # of one model
 MAX_SLOTS = 8
 SHARE = 16  # "auto" holds at most this part of the device's memory
+LARGE = 4e12  # FLOPs of a block that keep any device busy until the host has launched the next
 LIVE = ("division", "memory", "slot", "at", "resets")  # of a branch: what no recording puts back
 
 
@@ -51,6 +53,7 @@ class Entry:
         numbers: the coefficients that it used, of each group of layers.
         refused: why it cannot be recorded.
         keeps: bytes that the branch keeps behind it, where it changes that.
+        flops: of its largest block.
     """
 
     uses: int = 0
@@ -62,6 +65,7 @@ class Entry:
     numbers: list[dict] = field(default_factory=list)
     refused: str = ""
     keeps: int = 0
+    flops: int = 0
 
 
 class Slot:
@@ -170,8 +174,8 @@ class Graphs:
         if not self.mode or self._off or recorder is None:
             return forward(*args, **kwargs)
         leaves: list[Tensor] = []
-        shape = _shape((args, kwargs), leaves)
-        reason = recorder.why_not() or _refuse_inputs(shape, leaves, self._device)
+        shape = shape_of((args, kwargs), leaves)
+        reason = recorder.why_not() or refuse_inputs(shape, leaves, self._device)
         if reason:
             self._why[reason] = None
             branch.at = None
@@ -186,13 +190,20 @@ class Graphs:
         changes = call.changes
         key = (before, call.key)
         entry = slot.entries.setdefault(key, Entry())
-        if entry.graph is None and entry.uses and not entry.refused and self._may(slot, before):
+        if (
+            entry.graph is None
+            and entry.uses
+            and not entry.refused
+            and self._may(slot, before, entry)
+        ):
             self._record(entry, slot, before, call, (args, kwargs), leaves, forward)
         resets = branch.resets
         if entry.graph is None:
             entry.uses += 1
             output = forward(*args, **kwargs)
             entry.numbers, entry.keeps = call.numbers(), branch.nbytes()[0] if changes else 0
+            layers = call.record.layers
+            entry.flops = max((sum(op[1] for op in layer.ops) for layer in layers), default=0)
             if isinstance(before, Entry) and before.state is not None and not changes:
                 _put_back(branch, before.state)  # nothing that was made on the way stays
         else:
@@ -220,21 +231,28 @@ class Graphs:
         slot.give(branch)
         return slot
 
-    def _may(self, slot: Slot, before: Any) -> bool:
+    def _may(self, slot: Slot, before: Any, entry: Entry) -> bool:
         """Whether a call may be recorded now: its caches lie where they will always lie."""
         if before is not START and before.graph is None:
             return False
         if sum(each.count for each in self._slots) >= MAX_GRAPHS:
             self._why[f"more than {MAX_GRAPHS} would be needed"] = None
             return False
+        if self.mode == "auto" and entry.flops > LARGE:
+            return self._give_up(slot, "one block keeps the device busy longer than the host")
         if self.mode == "auto" and self._device is not None and self._device.type == "cuda":
             limit = torch.cuda.get_device_properties(self._device).total_memory // SHARE
             if sum(each.expected for each in self._slots) > limit:
-                self._why[f"they would hold more than {limit / 2**30:.1f} GiB"] = None
-                self._too_large.add(slot.key)
-                self._slots.remove(slot)
-                return False
+                return self._give_up(slot, f"they would hold more than {limit / 2**30:.1f} GiB")
         return True
+
+    def _give_up(self, slot: Slot, why: str) -> bool:
+        """Calls of this sort are not recorded any more, and what was is dropped."""
+        self._why[why] = None
+        self._too_large.add(slot.key)
+        self._slots.remove(slot)
+        slot.entries.clear()
+        return False
 
     def _record(
         self,
@@ -249,7 +267,7 @@ class Graphs:
         branch, recorder = call.branch, self.recorder
         assert recorder is not None
         entry.inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
-        args, kwargs = _filled(given, iter(entry.inputs))
+        args, kwargs = filled(given, iter(entry.inputs))
         fresh = before is START or before.state is None
         was = mirror(_state_of(branch)) if fresh else before.state
         _put_back(branch, was)
@@ -279,7 +297,7 @@ class Graphs:
         call.settled = True
         if entry.state is not None:
             _put_back(call.branch, entry.state, measured=True)
-        return _cloned(entry.output)
+        return cloned(entry.output)
 
 
 def why_none(recipe: Recipe, learner: Learner | None) -> str:
@@ -327,62 +345,6 @@ def _modes() -> tuple:
         torch.get_autocast_dtype("cuda"),
         torch.get_float32_matmul_precision(),
     )
-
-
-def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
-    """Arguments without their tensors' values; the tensors are added to ``leaves``."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return Tensor, value.shape, value.stride(), value.dtype, value.device, type(value)
-    if isinstance(value, dict):
-        return dict, tuple((key, _shape(item, leaves)) for key, item in value.items())
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(_shape(item, leaves) for item in value)
-    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
-        return type(value), value
-    return "unknown", type(value)
-
-
-def _refuse_inputs(shape: Any, leaves: list[Tensor], device: torch.device | None) -> str:
-    """Why a call with such arguments cannot be recorded; empty if it can."""
-    for leaf in leaves:
-        if type(leaf) not in (Tensor, nn.Parameter):
-            return f"an argument of the model is a {type(leaf).__name__}"
-        if leaf.device != device:
-            return f"an argument of the model lies on {leaf.device}"
-    unknown = _find_unknown(shape)
-    return "" if unknown is None else f"an argument of the model is a {unknown.__name__}"
-
-
-def _find_unknown(shape: Any) -> type | None:
-    if not isinstance(shape, tuple):
-        return None
-    if len(shape) == 2 and shape[0] == "unknown" and isinstance(shape[1], type):
-        return shape[1]
-    return next((found for found in map(_find_unknown, shape) if found is not None), None)
-
-
-def _filled(value: Any, tensors: Any) -> Any:
-    """Arguments with other tensors, in the order of :func:`_shape`."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: _filled(item, tensors) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_filled(item, tensors) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _cloned(value: Any) -> Any:
-    """An output with tensors of its own: the next replay writes to the recorded ones."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return type(value)(**{key: _cloned(item) for key, item in value.items()})
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cloned(item) for item in value)
-    return value
 
 
 def _look_at(model: nn.Module, ours: Callable[[Any], bool]) -> tuple[str, Hashable]:

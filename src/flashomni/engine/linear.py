@@ -26,7 +26,9 @@ def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
         return f"it is a {type(module).__name__}, not a plain Linear"
     if is_hooked(module):
         return "it carries a hook"
-    for name, tensor in (("weight", module.weight), ("bias", module.bias)):
+    parameters = module._parameters
+    for name in ("weight", "bias"):
+        tensor = parameters[name] if name in parameters else getattr(module, name)
         if tensor is None:
             continue
         if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
@@ -40,12 +42,14 @@ def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling a module runs more than its class's forward."""
+    # Asked several times a block: a module's own lookup of what is not there costs microseconds.
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-        or hasattr(module, "_hf_hook")
-        or hasattr(module, "_diffusers_hook")
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_hf_hook" in own
+        or "_diffusers_hook" in own
     )
 
 
@@ -109,6 +113,8 @@ def plain_weights(module: nn.Module, x: Tensor) -> Weights | None:
 
 def linear_flops(module: nn.Module, rows: int) -> int:
     """Multiply-adds times 2 of every Linear below ``module``, for ``rows`` tokens each."""
+    if isinstance(module, nn.Linear):
+        return 2 * rows * module.in_features * module.out_features
     layers = (m for m in module.modules() if isinstance(m, nn.Linear))
     return sum(2 * rows * layer.in_features * layer.out_features for layer in layers)
 
