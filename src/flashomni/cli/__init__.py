@@ -278,6 +278,13 @@ def show(
         }[topic](name)
 
 
+def _brief(value: object) -> object:
+    """A long list by its ends."""
+    if isinstance(value, list) and len(value) > 20:
+        return f"[{value[0]}, ..., {value[-1]}]"
+    return value
+
+
 def _show_recipe(name: str | None) -> None:
     import json
 
@@ -293,7 +300,7 @@ def _show_recipe(name: str | None) -> None:
         recipe = Recipe.of(preset)
         policy, schedule = recipe.policy.to_dict(), recipe.schedule.to_dict()
         settings = {k: v for k, v in policy.items() if k != "name"}
-        when = ", ".join(f"{k}={v}" for k, v in schedule.items() if k != "name")
+        when = ", ".join(f"{k}={_brief(v)}" for k, v in schedule.items() if k != "name")
         table.add_row(
             preset,
             recipe.policy.name,
