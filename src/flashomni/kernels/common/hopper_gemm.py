@@ -145,8 +145,12 @@ def await_turn(order, turn, WG: gl.constexpr):
 
 
 @gluon.jit
-def accumulate(acc, a_ring, b_ring, full, empty, first, count, STAGES: gl.constexpr):
-    """Add steps ``first .. first + count`` onto ``acc``; the last product may still be running."""
+def accumulate(acc, a_ring, b_ring, full, empty, first, count, STAGES: gl.constexpr, running=0):
+    """Add steps ``first .. first + count`` onto ``acc``; the last product may still be running.
+
+    ``running`` is not zero where the product of the step before ``first`` may be: a tile whose
+    steps are added in several calls, with one :func:`finish` after the last.
+    """
     slot = first % STAGES
     phase = (first // STAGES) & 1
     for k in range(count):
@@ -155,7 +159,9 @@ def accumulate(acc, a_ring, b_ring, full, empty, first, count, STAGES: gl.conste
         acc = warpgroup_mma(a, b_ring.index(slot).permute((1, 0)), acc, is_async=True)
         # One product stays in flight; the one before it is over, and with it the use of its slot.
         acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=k > 0)
+        mbarrier.arrive(
+            empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=k + running > 0
+        )
         slot, phase = advance(slot, phase, STAGES)
     return acc
 

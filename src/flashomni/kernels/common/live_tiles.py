@@ -22,6 +22,8 @@ TILE_M = 128
 MAX_HEADS = 64  # heads in a word of `head_words`
 HEAD_BITS = tl.constexpr(8)  # of an entry of `live_tiles`
 OWN = tl.constexpr(32)  # query blocks a program lists
+HALVED_PAIRS = 1584  # pairs, twelve rounds of 132 multiprocessors, from which on the list is halved
+HALVED_HEADS = 16  # if there are as many heads
 SEEN = tl.constexpr(256)  # query blocks it looks at at a time to learn where its own ones go
 
 
@@ -63,6 +65,10 @@ class TileRows:
 def live_tiles(symbols: Symbols, tiles: TileRows) -> Tensor:
     """The computed (tile row, head) pairs, row by row and in the order of the heads.
 
+    Of a long call in which at least three quarters are computed, the pairs of the first half of the
+    heads come first: what a round of CTAs reads again of the weight then stays in L2. For fewer
+    pairs, to read the rows twice would cost more.
+
     Returns:
         int32 ``[1 + n]``: how many pairs there are, and the pairs as
         ``tile_row << HEAD_BITS | head``. What follows the last pair is undefined.
@@ -70,7 +76,9 @@ def live_tiles(symbols: Symbols, tiles: TileRows) -> Tensor:
     bits = symbols.q_bits
     size = 1 + tiles.count * symbols.num_heads
     work = torch.empty(size, dtype=torch.int32, device=bits.device)
-    _list_tiles[_grid(tiles)](bits, work, *_layout(symbols, tiles), **_meta(symbols, tiles))
+    heads = symbols.num_heads
+    half = -(-heads // 2) if size > HALVED_PAIRS and heads >= HALVED_HEADS else heads
+    _list_tiles[_grid(tiles)](bits, work, *_layout(symbols, tiles), half, **_meta(symbols, tiles))
     return work
 
 
@@ -131,35 +139,47 @@ def _bits(
     return (byte.to(tl.int32) >> (i % 8)[:, None]) & 1
 
 
-@triton.jit(do_not_specialize=["first", "blocks", "total", "H"])
+@triton.jit(do_not_specialize=["first", "blocks", "total", "H", "HALF"])
 def _list_tiles(
-    q_bits, work, stride_b, stride_h, stride_w, first, blocks, total, H,
+    q_bits, work, stride_b, stride_h, stride_w, first, blocks, total, H, HALF,
     HEADS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, ON_GPU: tl.constexpr,
 ):  # fmt: skip
     if ON_GPU:
         gdc_launch_dependents()
     own_start = tl.program_id(0) * OWN
-    before = 0
-    count = 0
+    head = tl.arange(0, HEADS)
+    before, count = 0, 0  # pairs of the blocks before our own ones, and of all
+    left_before, left_count = 0, 0  # those of the left half of the heads
     for start in range(0, CHUNKS * SEEN, SEEN):
         block = start + tl.arange(0, SEEN)
-        live = tl.sum(
-            _bits(q_bits, block, stride_b, stride_h, stride_w, first, blocks, total, H, HEADS), 1
-        )
-        before += tl.sum(tl.where(block < own_start, live, 0), 0)
+        bits = _bits(q_bits, block, stride_b, stride_h, stride_w, first, blocks, total, H, HEADS)
+        live = tl.sum(bits, 1)
+        left = tl.sum(tl.where((head < HALF)[None, :], bits, 0), 1)
+        is_before = block < own_start
+        before += tl.sum(tl.where(is_before, live, 0), 0)
         count += tl.sum(live, 0)
+        left_before += tl.sum(tl.where(is_before, left, 0), 0)
+        left_count += tl.sum(left, 0)
     if tl.program_id(0) == 0:
         tl.store(work, count * SPLIT)
 
+    # Where most pairs are computed, all of the left half come first.
+    is_halved = 4 * count >= 3 * total * H
+    is_left = (head < HALF) | (not is_halved)
+    left_before = tl.where(is_halved, left_before, before)
+    left_count = tl.where(is_halved, left_count, count)
     block = own_start + tl.arange(0, OWN)
     live = _bits(q_bits, block, stride_b, stride_h, stride_w, first, blocks, total, H, HEADS)
-    of_block = tl.sum(live, 1)
-    place = (before + tl.cumsum(of_block, 0) - of_block) * SPLIT
+    left = tl.sum(tl.where(is_left[None, :], live, 0), 1)
+    right = tl.sum(live, 1) - left
+    left_place = (left_before + tl.cumsum(left, 0) - left) * SPLIT
+    right_place = (left_count + before - left_before + tl.cumsum(right, 0) - right) * SPLIT
     rank = tl.cumsum(live, 1) - live
-    head = tl.arange(0, HEADS)
     for part in range(SPLIT):
         entry = ((block * SPLIT + part)[:, None] << HEAD_BITS) | head[None, :]
-        at = (place + part * of_block)[:, None] + rank
+        left_at = (left_place + part * left)[:, None] + rank
+        right_at = (right_place + part * right - left)[:, None] + rank
+        at = tl.where(is_left[None, :], left_at, right_at)
         tl.store(work + 1 + at, entry, mask=live != 0)
 
 

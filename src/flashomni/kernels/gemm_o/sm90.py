@@ -2,11 +2,15 @@
 
 An output tile is 128 tokens and 128 features. Its steps along K are those of the computed heads,
 found in a 64 bit word, and of the always-on columns. Tile rows with many heads come first and every
-other round is dealt out backwards, which evens out the work of the CTAs.
+other round is dealt out backwards, which evens out the work of the CTAs. Long calls go over the
+features in groups of about twelve tiles, all rows of one group before the next: a round of the CTAs
+is then about as many rows as features, and what it reads again of the weight stays in L2.
 
 The bias terms of a tile are copied into its output buffer while its main loop runs, and its result
-overwrites them in place: they cost no slot of the ring and no wait. They are added to the fp32
-accumulators after the products, not before; only the rounding order differs.
+overwrites them in place: they cost no slot of the ring and no wait. They are asked for a third and
+two thirds through the loop: the CTAs go in step, and all terms of a round at once, on top of the
+results of the round before, would hold up the operands. They are added to the fp32 accumulators
+after the products, not before; only the rounding order differs.
 
 An Update pass lists the cached heads first. Their sum is the first bias term; it is stored, and the
 other heads are added on top of it for the dense result: one sweep gives both. The terms of the
@@ -54,6 +58,9 @@ from flashomni.kernels.gemm_o.op import GemmOCall, GemmOUpdateCall
 
 HEAD_DIMS = (64, 128, 192, 256)
 TILE_N = 128
+GROUP = 12  # feature tiles of a group, about: the root of the number of CTAs
+GROUPED_ROUNDS = 12  # rounds of the CTAs from which on features are grouped
+SPREAD_STEPS = gl.constexpr(12)  # steps along K from which on the terms are asked for one by one
 
 
 @gluon.jit
@@ -65,15 +72,28 @@ def _tile_of(turn):
 
 
 @gluon.jit
-def _rank(turn, num_n, num_tile_rows):
-    """Place of the tile row in the lists; that of the last one where there is no tile any more."""
-    return gl.minimum(_tile_of(turn) // num_n, num_tile_rows - 1)
+def _spot(tile, tiling):
+    """Place of a tile's row in the lists, and which of its feature tiles it is."""
+    num_tile_rows, num_n, group_n = tiling
+    in_group = num_tile_rows * group_n
+    group = gl.minimum(tile // in_group, (num_n - 1) // group_n)
+    start = group * group_n
+    width = gl.minimum(group_n, num_n - start)  # the last group may be narrower
+    within = tile - group * in_group
+    return within // width, start + within % width
 
 
 @gluon.jit
-def _listed(words_ptr, turn, num_n, num_tile_rows, D: gl.constexpr):
+def _rank(turn, tiling):
+    """Place of the tile row in the lists; that of the last one where there is no tile any more."""
+    rank, _ = _spot(_tile_of(turn), tiling)
+    return gl.minimum(rank, tiling[0] - 1)
+
+
+@gluon.jit
+def _listed(words_ptr, turn, tiling, D: gl.constexpr):
     """Steps along K of the listed heads of a tile."""
-    word = gl.load(words_ptr + _rank(turn, num_n, num_tile_rows))
+    word = gl.load(words_ptr + _rank(turn, tiling))
     return libdevice.popc(word) * (D // 64)
 
 
@@ -104,30 +124,31 @@ def _load_heads(
 
 @gluon.jit
 def _producer(
-    o_desc, always_desc, w_desc, a_ring, b_ring, full, empty, rows_ptr, words_ptr, num_tile_rows,
-    num_n, tiles_per_item, first_row, rows, num_heads, always_steps, D: gl.constexpr,
+    o_desc, always_desc, w_desc, a_ring, b_ring, full, empty, rows_ptr, words_ptr, tiling,
+    tiles_per_item, first_row, rows, num_heads, always_steps, D: gl.constexpr,
     UPDATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     tile = _tile_of(turn)
-    rank = _rank(turn, num_n, num_tile_rows)
+    rank = _rank(turn, tiling)
     next_row = gl.load(rows_ptr + rank)
     next_heads = gl.load(words_ptr + rank)
-    next_others = gl.load(words_ptr + num_tile_rows + rank)
-    while tile < num_tile_rows * num_n:
+    next_others = gl.load(words_ptr + tiling[0] + rank)
+    while tile < tiling[0] * tiling[1]:
         item, row, _ = place_rows(next_row, tiles_per_item, first_row, rows)
-        column = tile % num_n * 128
+        _, feature_tile = _spot(tile, tiling)
+        column = feature_tile * 128
         heads = next_heads
         others = next_others
         turn += 1
         tile = _tile_of(turn)
         # What the next tile needs is fetched while this tile's loads are issued.
-        rank = _rank(turn, num_n, num_tile_rows)
+        rank = _rank(turn, tiling)
         next_row = gl.load(rows_ptr + rank)
         next_heads = gl.load(words_ptr + rank)
-        next_others = gl.load(words_ptr + num_tile_rows + rank)
+        next_others = gl.load(words_ptr + tiling[0] + rank)
         slot, phase = _load_heads(
             heads, o_desc, w_desc, a_ring, b_ring, full, empty, item, row, column, slot, phase, D,
             STAGES,
@@ -197,32 +218,32 @@ def _finish_half(
 def _consumer(
     out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers, full, empty, order,
     ready, bias_ptr,
-    coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n, tiles_per_item, first_row, rows,
-    num_heads, num_terms, always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr,
+    coefficients_ptr, rows_ptr, words_ptr, tiling, tiles_per_item, first_row, rows, num_heads,
+    num_terms, always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr,
     STAGES: gl.constexpr, WG: gl.constexpr,
 ):  # fmt: skip
-    num_tiles = num_tile_rows * num_n
+    num_tiles = tiling[0] * tiling[1]
     turn = gl.to_tensor(WG)
     step = gl.to_tensor(0)
     if WG == 1:
-        step += _steps(
-            _listed(words_ptr, 0, num_n, num_tile_rows, D), num_heads, always_steps, D, UPDATE
-        )
-    listed = _listed(words_ptr, turn, num_n, num_tile_rows, D)
-    tile_row = gl.load(rows_ptr + _rank(turn, num_n, num_tile_rows))
+        step += _steps(_listed(words_ptr, 0, tiling, D), num_heads, always_steps, D, UPDATE)
+    listed = _listed(words_ptr, turn, tiling, D)
+    tile_row = gl.load(rows_ptr + _rank(turn, tiling))
     tile = _tile_of(turn)
     while tile < num_tiles:
         # Fetched now, needed after the epilogue: what the other warpgroup does, and our next tile.
-        others = _listed(words_ptr, turn + 1, num_n, num_tile_rows, D)
-        next_listed = _listed(words_ptr, turn + 2, num_n, num_tile_rows, D)
-        next_row = gl.load(rows_ptr + _rank(turn + 2, num_n, num_tile_rows))
+        others = _listed(words_ptr, turn + 1, tiling, D)
+        next_listed = _listed(words_ptr, turn + 2, tiling, D)
+        next_row = gl.load(rows_ptr + _rank(turn + 2, tiling))
         steps = _steps(listed, num_heads, always_steps, D, UPDATE)
         item, row, is_cut = place_rows(tile_row, tiles_per_item, first_row, rows)
-        column = tile % num_n * 128
+        _, feature_tile = _spot(tile, tiling)
+        column = feature_tile * 128
         if coefficients_ptr is not None:
             tma.store_wait(0)  # the buffers were read out
-            _fetch_term(terms_desc, buffers.index(0), ready.index(0), 0, item, row, column)
-            _fetch_term(terms_desc, buffers.index(1), ready.index(1), 0, item, row + 64, column)
+            if steps < SPREAD_STEPS:
+                _fetch_term(terms_desc, buffers.index(0), ready.index(0), 0, item, row, column)
+                _fetch_term(terms_desc, buffers.index(1), ready.index(1), 0, item, row + 64, column)
         await_turn(order, turn >> 1, WG)
         acc = new_accumulator(128)
         done = 0
@@ -238,7 +259,21 @@ def _consumer(
             store_half(
                 x1, terms_desc, cut_terms_desc, is_cut, buffers.index(1), 0, item, row + 64, column
             )
-        acc = accumulate(acc, a_ring, b_ring, full, empty, step + done, steps - done, STAGES)
+        running = 0
+        if coefficients_ptr is not None:
+            part = gl.where(steps < SPREAD_STEPS, 0, steps // 3)
+            for half in range(2):
+                acc = accumulate(acc, a_ring, b_ring, full, empty, step + done, part, STAGES, done)
+                if part > 0:
+                    _fetch_term(
+                        terms_desc, buffers.index(half), ready.index(half), 0, item,
+                        row + half * 64, column,
+                    )  # fmt: skip
+                done += part
+            running = done
+        acc = accumulate(
+            acc, a_ring, b_ring, full, empty, step + done, steps - done, STAGES, running
+        )
         pass_turn(order, WG)
         acc = finish(acc, empty, step + done, steps - done, STAGES)
         x0, x1 = halves(acc)
@@ -262,15 +297,16 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_tile_rows", "num_n", "tiles_per_item", "first_row", "rows", "num_heads", "num_terms",
-        "always_steps",
+        "num_tile_rows", "num_n", "group_n", "tiles_per_item", "first_row", "rows", "num_heads",
+        "num_terms", "always_steps",
     ]
 )  # fmt: skip
 def gemm_o_kernel(
     o_desc, always_desc, w_desc, out_desc, cut_desc, terms_desc, cut_terms_desc, bias_ptr,
     coefficients_ptr, rows_ptr,
-    words_ptr, num_tile_rows, num_n, tiles_per_item, first_row, rows, num_heads, num_terms,
-    always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr, STAGES: gl.constexpr,
+    words_ptr, num_tile_rows, num_n, group_n, tiles_per_item, first_row, rows, num_heads,
+    num_terms, always_steps, out_features, D: gl.constexpr, UPDATE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = o_desc.dtype
     a_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 128, 64], o_desc.layout)
@@ -282,32 +318,40 @@ def gemm_o_kernel(
     order = make_barriers(2)
     ready0 = make_barriers(2)
     ready1 = make_barriers(2)
+    tiling = (num_tile_rows, num_n, group_n)
     gdc_wait()  # the lists are made by the launch before this one, which let it start early
     gl.warp_specialize(
         [
             (_consumer, (
                 out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers0, full,
                 empty, order, ready0,
-                bias_ptr, coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n,
-                tiles_per_item, first_row, rows, num_heads, num_terms, always_steps, out_features,
-                D, UPDATE, STAGES, 0,
+                bias_ptr, coefficients_ptr, rows_ptr, words_ptr, tiling, tiles_per_item,
+                first_row, rows, num_heads, num_terms, always_steps, out_features, D,
+                UPDATE, STAGES, 0,
             )),
             (_consumer, (
                 out_desc, cut_desc, terms_desc, cut_terms_desc, a_ring, b_ring, buffers1, full,
                 empty, order, ready1,
-                bias_ptr, coefficients_ptr, rows_ptr, words_ptr, num_tile_rows, num_n,
-                tiles_per_item, first_row, rows, num_heads, num_terms, always_steps, out_features,
-                D, UPDATE, STAGES, 1,
+                bias_ptr, coefficients_ptr, rows_ptr, words_ptr, tiling, tiles_per_item,
+                first_row, rows, num_heads, num_terms, always_steps, out_features, D,
+                UPDATE, STAGES, 1,
             )),
             (_producer, (
                 o_desc, always_desc, w_desc, a_ring, b_ring, full, empty, rows_ptr, words_ptr,
-                num_tile_rows, num_n, tiles_per_item, first_row, rows, num_heads, always_steps, D,
+                tiling, tiles_per_item, first_row, rows, num_heads, always_steps, D,
                 UPDATE, STAGES,
             )),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+
+
+def group_width(num_n: int, tile_rows: int, ctas: int) -> int:
+    """Feature tiles of a group: all where the tiles are few, since groups end unevenly."""
+    if num_n * tile_rows < GROUPED_ROUNDS * ctas:
+        return num_n
+    return -(-num_n // max(1, round(num_n / GROUP)))
 
 
 def _launch(
@@ -330,7 +374,8 @@ def _launch(
     out_features = out.shape[-1]
     num_n = -(-out_features // TILE_N)
     always_steps = 0 if always is None else -(-always.shape[-1] // hopper.TILE_K)
-    gemm_o_kernel[(min(num_multiprocessors(o.device.index), tiles.count * num_n),)](
+    ctas = min(num_multiprocessors(o.device.index), tiles.count * num_n)
+    gemm_o_kernel[(ctas,)](
         hopper.descriptor(o.transpose(1, 2), block),
         None if always is None else hopper.descriptor(always[:, None], block),
         hopper.descriptor(weight, [TILE_N, hopper.TILE_K]),
@@ -345,6 +390,7 @@ def _launch(
         *lists,
         tiles.count,
         num_n,
+        group_width(num_n, tiles.count, ctas),
         tiles.per_item,
         tiles.first_row,
         out.shape[1],

@@ -161,12 +161,20 @@ def _consumer(
         entry = gl.load(work_ptr + 1 + gl.minimum(tile, num_tiles - 1))  # of our next tile
         if rope_desc is not None:
             tma.store_wait(0)  # the buffers were read out
-            _fetch_table(rope_desc, buffers, ready.index(WG), row)
         await_turn(order, turn >> 1, WG)
         acc = new_accumulator(D)
-        acc = accumulate(acc, a_ring, b_ring, full, empty, turn * num_k, num_k, STAGES)
+        step = turn * num_k
+        early = 0
+        if rope_desc is not None:
+            # Not before the loop: the CTAs go in step, and what they store would come on top.
+            early = num_k // 2
+            acc = accumulate(acc, a_ring, b_ring, full, empty, step, early, STAGES)
+            _fetch_table(rope_desc, buffers, ready.index(WG), row)
+        acc = accumulate(
+            acc, a_ring, b_ring, full, empty, step + early, num_k - early, STAGES, early
+        )
         pass_turn(order, WG)
-        acc = finish(acc, empty, turn * num_k, num_k, STAGES)
+        acc = finish(acc, empty, step, num_k, STAGES)
         x0, x1 = halves(acc)
         x0 = _normalise(x0, head, bias_ptr, norm_ptr, norm_eps, NORM)
         if ROPE is not None:
