@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Triton 3.6 with Gluon")
 
-from compile_sm90 import SHARED_MEMORY, build, tensor_descriptor
+from compile_sm90 import SHARED_MEMORY, build, tensor_descriptor, writes_in_flight
 
 from flashomni.kernels.common.hopper_gemm import stages
-from flashomni.kernels.gemm_o.sm90 import gemm_o_kernel
+from flashomni.kernels.gemm_o.sm90 import gemm_o_kernel, group_width
 from flashomni.kernels.gemm_q.sm90 import gemm_q_kernel
 
 KINDS = [("bf16", 128), ("fp16", 64)]  # dtype and head_dim
@@ -18,6 +18,7 @@ def check(kernel):
     assert not kernel.warnings
     assert kernel.shared <= SHARED_MEMORY
     assert "wgmma.mma_async" in kernel.ptx
+    assert not writes_in_flight(kernel.sass())  # products go on while terms and tables are fetched
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
@@ -89,3 +90,13 @@ def test_gemm_o(dtype, head_dim, mode):
     if mode == "no bias":
         constants["bias_ptr"] = None
     check(build(gemm_o_kernel, types, constants))
+
+
+def test_groups_of_features():
+    """As many features as rows in a round; no group where there are few rounds or features."""
+    ctas = 132
+    assert group_width(24, 258, ctas) == 12
+    assert group_width(40, 591, ctas) == 14
+    assert group_width(24, 36, ctas) == 24  # seven rounds
+    assert group_width(12, 258, ctas) == 12
+    assert group_width(1, 4000, ctas) == 1

@@ -194,6 +194,30 @@ def test_replays_in_a_cuda_graph_with_other_symbols(backend):
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("features", [3080, 5000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_calls(backend, features, density):
+    """Many rounds of tiles, which sm90 groups by features, the last group narrower."""
+    if device_for(backend).type != "cuda":
+        pytest.skip(f"{backend} does not run on CUDA here")
+    layer = Layer(backend, batch=1, rows=9001, heads=9, head_dim=128, features=features)
+    symbols = layer.symbols(density)
+    history = [layer.randn(*layer.shape) for _ in range(3)]
+    y, terms = layer.update(history, symbols)
+    close(y, layer.dense(history[0]))
+    at_zero = torch.tensor([1.0, 0.0, 0.0], device=layer.device)
+    results = []
+    for _ in range(2):
+        out = torch.full_like(y, float("nan"))
+        layer.dispatch(layer.poisoned(history[0], symbols), symbols, terms, at_zero, out)
+        results.append(out)
+    close(results[0], y)
+    assert torch.equal(*results)
+
+
 @pytest.mark.slow
 def test_compiles_without_graph_breaks_and_passes_opcheck():
     """Both ops: one opaque node each; schema, fake and functionalisation are right."""

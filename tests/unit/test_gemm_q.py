@@ -169,6 +169,31 @@ def test_replays_in_a_cuda_graph_with_other_symbols(backend):
         assert torch.equal(out, expected) and expected.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("density", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_calls(backend, density):
+    """Many pairs; sm90 goes over the heads in two halves where most are computed."""
+    if device_for(backend).type != "cuda":
+        pytest.skip(f"{backend} does not run on CUDA here")
+    rows, offset, heads = 4600, 70, 49
+    problem_of = (1, rows, offset, 0, heads, 64, 200, 128, torch.float16, "cuda")
+    symbols, x, weight, bias = problem(*problem_of)
+    symbols = random_symbols(symbols.grid, 1, heads, density).to("cuda")
+    norm, rope = bias.new_ones(64), rope_of(rows, 64, "cuda")
+    check(backend, symbols, x, weight, bias, offset, None, None)
+    check(backend, symbols, x, weight, bias, offset, norm, rope)
+    outs = [
+        sparse_gemm_q(
+            x, weight, bias, symbols, row_offset=offset, norm_weight=norm, norm_eps=1e-6,
+            rope=tables, out=x.new_zeros(1, rows, heads, 64), backend=backend,
+        )
+        for tables in (rope, pack_rope(*rope))
+    ]  # fmt: skip
+    torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)
+
+
 def test_compiles_without_graph_breaks_and_passes_opcheck():
     """One opaque node in the graph; schema, fake and functionalisation are right."""
     symbols, x, weight, bias = problem(1, 90, 10, 0, 2, 16, 24, 32, torch.float32, "cpu")
