@@ -148,18 +148,20 @@ def _list_tiles(
         gdc_launch_dependents()
     own_start = tl.program_id(0) * OWN
     head = tl.arange(0, HEADS)
+    # Left and right pairs are counted in one number: at most 128 heads of 256 blocks on each side.
+    one = tl.where(head < HALF, 1 << 16, 1)[None, :].to(tl.uint32)
     before, count = 0, 0  # pairs of the blocks before our own ones, and of all
     left_before, left_count = 0, 0  # those of the left half of the heads
     for start in range(0, CHUNKS * SEEN, SEEN):
         block = start + tl.arange(0, SEEN)
         bits = _bits(q_bits, block, stride_b, stride_h, stride_w, first, blocks, total, H, HEADS)
-        live = tl.sum(bits, 1)
-        left = tl.sum(tl.where((head < HALF)[None, :], bits, 0), 1)
-        is_before = block < own_start
-        before += tl.sum(tl.where(is_before, live, 0), 0)
-        count += tl.sum(live, 0)
-        left_before += tl.sum(tl.where(is_before, left, 0), 0)
-        left_count += tl.sum(left, 0)
+        live = tl.sum(bits.to(tl.uint32) * one, 1)
+        earlier = tl.sum(tl.where(block < own_start, live, 0), 0)
+        every = tl.sum(live, 0)
+        left_before += (earlier >> 16).to(tl.int32)
+        before += ((earlier >> 16) + (earlier & 0xFFFF)).to(tl.int32)
+        left_count += (every >> 16).to(tl.int32)
+        count += ((every >> 16) + (every & 0xFFFF)).to(tl.int32)
     if tl.program_id(0) == 0:
         tl.store(work, count * SPLIT)
 
