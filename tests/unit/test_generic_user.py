@@ -365,3 +365,20 @@ def test_an_attention_backend_of_the_user_is_kept():
         engine.step(0, 2)
         torch.testing.assert_close(model(**given, return_dict=False)[0], stock, **CLOSE)
         assert engine.report().tier == "adapter"
+
+
+def test_a_backend_that_is_set_later_is_kept_from_the_next_generation_on():
+    """A model without an adapter follows; the report says whose attention ran."""
+    from tiny_models import build, output
+
+    model, given = build("SD3Transformer2DModel")
+    stock = output(model, given)
+    with flashomni.accelerate(model, FORA) as engine:
+        for backend in (None, "_native_math"):
+            if backend is not None:
+                model.set_attention_backend(backend)
+            for step in range(5):
+                engine.step(step, 6)
+                torch.testing.assert_close(output(model, given), stock, **CLOSE)
+            kept = [note for note in engine.report().notes if "is the user's: kept" in note]
+            assert bool(kept) == (backend is not None)

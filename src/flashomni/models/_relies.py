@@ -81,7 +81,7 @@ def _verify_processor(each: Reliance) -> None:
         raise NotImplementedError(
             f"{block}: attention backend {getattr(backend, 'value', backend)!r} is set, but an "
             "accelerated model uses its own attention; call "
-            "transformer.reset_attention_backend() first"
+            "transformer.reset_attention_backend(), or accelerate anew: set before, it is kept"
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise NotImplementedError(

@@ -59,6 +59,7 @@ class Generic(Adapter):
             self.latents = self._names[0]  # type: ignore[misc]
         self._known: dict[Hashable, Learned] = {}
         self._index: dict[int, int] = {}  # number of a block -> its place among the layers
+        self._kept: set[int] = set()  # blocks whose attention is the user's choice
         self._sort: Hashable = None
         self._watch: Watch | None = None
         self._inputs: dict[str, Any] = {}
@@ -70,7 +71,7 @@ class Generic(Adapter):
         return [Site(path, block, _nothing, ()) for path, block in self.blocks]
 
     def check(self, model: nn.Module) -> None:
-        """Whether the model can be accelerated.
+        """Whether the model can be accelerated; and whose attention its blocks have by now.
 
         Raises:
             NotImplementedError: its attention is spread over devices.
@@ -81,6 +82,8 @@ class Generic(Adapter):
                 raise NotImplementedError(
                     f"{name}: context parallelism is not supported; call accelerate without it"
                 )
+        blocks = (block for _, block in self.blocks)
+        self._kept = {number for number, block in enumerate(blocks) if kept_backend(block)}
 
     def stand_ins(self, runtime: Runtime) -> Iterator[InsteadOfForward]:
         """Put what is needed on the model, one by one."""
@@ -177,7 +180,7 @@ class Generic(Adapter):
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
             versions = [_version(x) for x in streams]
-            ours = None if kept_by_user(self.blocks[number][1]) else learned.attention.get(number)
+            ours = None if number in self._kept else learned.attention.get(number)
             text = partial(self._text, named)
             output = run_block(run, forward, args, kwargs, streams, ours, text, self._guide)
             reason = mismatch(site, named, output)
@@ -258,11 +261,6 @@ class WatchedForward(InsteadOfForward):
 def kept_backend(model: nn.Module) -> str | None:
     """The attention backend that the user has set on a model, which is kept; or ``None``."""
     return next(filter(None, map(_set_backend, model.modules())), None)
-
-
-def kept_by_user(block: nn.Module) -> bool:
-    """Whether a block's attention is the user's choice."""
-    return kept_backend(block) is not None
 
 
 def _set_backend(module: nn.Module) -> str | None:
