@@ -101,7 +101,7 @@ def _visit(
         if v.dtype.element_ty == tl.bfloat16:
             # Cut down to bf16, so that they are summed as they are used: what is cut off cancels in
             # the division, as a whole where one key has nearly all the weight. Cutting is one
-            # instruction, and NaN stays NaN; summing what was rounded costs a fifth of the speed.
+            # instruction, and NaN stays NaN; ptxas rounds one by one, as slowly as it takes powers.
             prob = (prob.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
         row_sum += tl.sum(prob, 1)
     else:
