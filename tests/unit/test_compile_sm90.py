@@ -20,7 +20,7 @@ from flashomni.kernels.attention.sm90 import (  # noqa: E402
 from flashomni.kernels.common.hopper import MOVES_OPERANDS  # noqa: E402
 
 POINTERS = {"lse_ptr": "*fp32", "q_bits": "*u8", "kv_bits": "*i32", "kv_len_ptr": "*i32",
-            "order": "*i32"}  # fmt: skip
+            "order": "*i32", "redo": "*i32", "redone": "*i32"}  # fmt: skip
 FULL = {"IS_SPARSE": True, "IS_RAGGED": True, "HAS_KV_LEN": True, "HAS_LSE": True}
 # (dtype, head_dim, block_n, what the call has)
 CASES = {
@@ -46,11 +46,12 @@ def compiled(dtype, head_dim, block_n, flags):
         "PER_BLOCK": block_n // config.tile_n,
         "MAX_WORDS": 32,
         "LISTED": LISTED,
+        "Q_STAGES": config.q_stages,
         "K_STAGES": config.k_stages,
         "V_STAGES": config.v_stages,
-        "Q_IN_REGISTERS": config.q_in_registers,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
+        "ANCHORED": dtype == "bf16",
         **dict.fromkeys(FULL, False),
         **flags,
     }
@@ -59,6 +60,8 @@ def compiled(dtype, head_dim, block_n, flags):
         "q_bits": "IS_SPARSE", "kv_bits": "IS_SPARSE", "order": "IS_SPARSE",
     }  # fmt: skip
     constants |= {name: None for name, flag in absent.items() if not constants[flag]}
+    if not constants["ANCHORED"]:
+        constants |= {"redo": None, "redone": None}
     types = {
         "q_desc": tensor_descriptor(dtype, block),
         "k_desc": tensor_descriptor(dtype, kv_block),

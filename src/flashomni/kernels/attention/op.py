@@ -51,7 +51,8 @@ class AttentionCall:
     """What a backend gets. It writes ``out`` (and ``lse``) in place and returns nothing.
 
     ``symbols`` is ``None`` for dense attention; then block sizes are of no meaning. With a
-    ``forecast`` there are symbols, and the cached rows that it covers are written as well.
+    ``forecast`` there are symbols, and the cached rows that it covers are written as well. A
+    backend that has an online softmax only may ignore ``online`` and ``redone``.
     """
 
     q: Tensor
@@ -63,6 +64,8 @@ class AttentionCall:
     kv_len: Tensor | None
     softmax_scale: float
     forecast: ForecastTerms | None = None
+    online: bool = False
+    redone: Tensor | None = None
 
 
 def sparse_attention(
@@ -76,6 +79,8 @@ def sparse_attention(
     kv_len: Tensor | None = None,
     lse: Tensor | None = None,
     forecast: ForecastTerms | None = None,
+    online: bool = False,
+    redone: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over the blocks that ``symbols`` marks as computed (arXiv 2509.25401, 3.3).
@@ -103,6 +108,9 @@ def sparse_attention(
         lse: optional fp32 ``[B, H, M]``, gets the natural log of each row's softmax sum.
         forecast: what cached rows of ``out`` get, where they are read as they are (by an output
             projection that has to be called as a module); needs ``symbols``.
+        online: keep to the online softmax. Some backends have a faster one, whose results differ
+            in the last bits and which does tiles again whose scores rise far along the keys.
+        redone: optional int32 ``[1]``: the number of tiles that were done again is added to it.
         backend: take exactly this one; by default the best that accepts the call.
 
     Returns:
@@ -161,6 +169,12 @@ def sparse_attention(
         check_shape("lse", lse, (batch, num_heads, seqlen_q))
         check_dtype("lse", lse, (torch.float32,))
         check_device("lse", lse, q.device)
+    if redone is not None:
+        check_shape("redone", redone, (1,))
+        check_dtype("redone", redone, (torch.int32,))
+        check_device("redone", redone, q.device)
+    if not isinstance(online, bool):
+        raise ValueError(f"online must be a bool, got {type(online).__name__}")
     if forecast is not None:
         _check_forecast(forecast, q, symbols)
     check_no_grad(q=q, k=k, v=v, out=out, lse=lse)
@@ -178,7 +192,9 @@ def sparse_attention(
         check_number("softmax_scale", softmax_scale)
         softmax_scale = float(softmax_scale)
     if batch:
-        call = AttentionCall(q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast)
+        call = AttentionCall(
+            q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast, online, redone
+        )
         execute("attention", call, backend)
     return out
 
@@ -216,7 +232,7 @@ def _check_forecast(forecast: ForecastTerms, q: Tensor, symbols: Symbols | None)
     check_device("forecast.coefficients", coefficients, q.device)
 
 
-declare("attention", AttentionCall, public="sparse_attention", writes=("out", "lse"))
+declare("attention", AttentionCall, public="sparse_attention", writes=("out", "lse", "redone"))
 
 
 def write_forecast_rows(call: AttentionCall) -> None:

@@ -1,0 +1,304 @@
+"""A consumer warpgroup: 64 query rows of each tile, from scores to the stored output.
+
+Scores of visit j + 1 are issued before the values of visit j, also across the border of two tiles,
+so that the tensor cores have work during the softmax and the epilogue. What happens at a border is
+code of its own: the loop over visits does nothing but multiply and weigh.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashomni.kernels.attention._hopper.messages import (
+    BAD,
+    BATCH,
+    HEAD,
+    ROW,
+    VALID,
+    get,
+    give_back,
+    put,
+    receive,
+)
+from flashomni.kernels.attention._hopper.softmax import (
+    anchored,
+    first,
+    is_bad,
+    online,
+    pack,
+    packed_row_sums,
+    row_sums,
+    unpack,
+)
+from flashomni.kernels.common.hopper import tma_store
+
+ROWS: gl.constexpr = gl.constexpr(64)  # of a tile, per warpgroup
+LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _release(empty, count, STAGES: gl.constexpr):
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def _queries(q_smem, q_full, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Wait for queries number ``number``; the rows of this warpgroup."""
+    mbarrier.wait(q_full.index(number % STAGES), (number // STAGES) & 1)
+    return _rows_of(q_smem, number, STAGES, WARPGROUP)
+
+
+@gluon.jit
+def _rows_of(q_smem, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+    tile = q_smem.index(number % STAGES)
+    return tile.reshape([tile.shape[2], tile.shape[3]]).slice(WARPGROUP * ROWS, ROWS, dim=0)
+
+
+@gluon.jit
+def _issue_scores(
+    q, k_ring, k_full, count, layout: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    slot = count % STAGES
+    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
+    k = k_ring.index(slot).reshape([TILE_N, HEAD_DIM]).permute((1, 0))
+    s = gl.zeros([ROWS, TILE_N], gl.float32, layout=layout)
+    return warpgroup_mma(q, k, s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_values(
+    words, acc, use_acc, v_ring, v_full, count, dtype: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    slot = count % STAGES
+    mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
+    v = v_ring.index(slot).reshape([TILE_N, HEAD_DIM])
+    return warpgroup_mma(unpack(words, dtype), v, acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def _mask(s, inbox, number, IS_RAGGED: gl.constexpr):
+    """Keys of a tile's first visit that do not exist weigh nothing."""
+    if IS_RAGGED:
+        valid = get(inbox, number, VALID)
+        column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where((column < valid)[None, :], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def _first_weights(s, scale_log2, ANCHORED: gl.constexpr):
+    """Of a tile's first visit: weights, references of its rows, partial sums so far."""
+    weights, m = first(s, scale_log2)
+    sums = row_sums(weights)
+    if ANCHORED:
+        sums = gl.full_like(sums, 0.0)  # see _with_issued
+    return weights, m, sums
+
+
+@gluon.jit
+def _with_issued(row_sum, words, layout: gl.constexpr, ANCHORED: gl.constexpr):
+    """Anchored weights are added as rounded, once the tensor cores have been given them."""
+    if ANCHORED:
+        row_sum += packed_row_sums(words, layout)
+    return row_sum
+
+
+@gluon.jit
+def _scaled(acc, factor):
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def _store_part(x, o_desc, o_smem, batch, head, row, column: gl.constexpr):
+    tma.store_wait(0)  # what was stored before has left the buffer
+    o_smem.reshape([x.shape[0], x.shape[1]]).store(x.to(o_desc.dtype))
+    fence_async_shared()
+    tma_store(o_desc, [batch, head, row, column], o_smem)
+
+
+@gluon.jit
+def _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP: gl.constexpr):
+    """Store the normalised rows of the tile that message ``number`` is about."""
+    batch = get(inbox, number, BATCH)
+    head = get(inbox, number, HEAD)
+    row = get(inbox, number, ROW) + WARPGROUP * ROWS
+    if out.shape[1] == o_desc.block_type.shape[3]:
+        _store_part(out, o_desc, o_smem, batch, head, row, 0)
+    else:  # the buffer holds half of the columns
+        half: gl.constexpr = out.shape[1] // 2
+        parts = gl.permute(gl.reshape(out, [out.shape[0], 2, half]), (0, 2, 1))
+        low, high = gl.split(parts)
+        _store_part(low, o_desc, o_smem, batch, head, row, 0)
+        _store_part(high, o_desc, o_smem, batch, head, row, half)
+
+
+@gluon.jit
+def _store_lse(lse, lse_ptr, lse_strides, batch, head, first_row, seqlen_q):
+    row = first_row + gl.arange(0, lse.shape[0], layout=lse.type.layout)
+    stride_b, stride_h, stride_m = lse_strides
+    base = lse_ptr + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
+    gl.store(base + row.to(gl.int64) * stride_m, lse, mask=row < seqlen_q)
+
+
+@gluon.jit
+def _close(
+    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number,
+    HAS_LSE: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """All visits of a tile have been weighed: sums of its rows; its LSE is stored."""
+    total = gl.convert_layout(gl.sum(row_sum, axis=1), m.type.layout, assert_trivial=True)
+    if HAS_LSE:
+        lse = (m + gl.log2(total)) * LN_2
+        batch = get(inbox, number, BATCH)
+        head = get(inbox, number, HEAD)
+        row = get(inbox, number, ROW) + WARPGROUP * ROWS
+        _store_lse(lse, lse_ptr, lse_strides, batch, head, row, seqlen_q)
+    return total
+
+
+@gluon.jit
+def _finish(
+    acc, total, o_desc, o_smem, inbox, inbox_empty, number,
+    ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """Divide by the sums, store, and report a tile that has to be done again."""
+    out = _scaled(acc, 1.0 / total)
+    if ANCHORED:
+        put(inbox, number, BAD + WARPGROUP, is_bad(total, out), NUM_WARPS=4)
+    _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP)
+    give_back(inbox_empty, number)
+
+
+@gluon.jit
+def _tiles(
+    number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
+    lse_strides, seqlen_q,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr,
+    ANCHORED: gl.constexpr, PASS: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """Compute tiles until the stream ends; the numbers of the next message and visit.
+
+    Message ``number`` has the queries of number ``number - PASS``: one ended each earlier pass.
+    """
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty = barriers
+    dtype: gl.constexpr = o_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+
+    visits = receive(inbox, inbox_full, number)
+    if visits != 0:
+        q = _queries(q_smem, q_full, number - PASS, Q_STAGES, WARPGROUP)
+        s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        _release(k_empty, count, K_STAGES)
+        s = _mask(s, inbox, number, IS_RAGGED)
+        weights, m, row_sum = _first_weights(s, scale_log2, ANCHORED)
+        p = pack(weights, dtype, p_layout)
+        count += 1
+        while visits != 0:
+            acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=acc_layout)
+            for j in range(1, visits):
+                q = _rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
+                s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+                acc = _issue_values(
+                    p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES
+                )
+                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                _release(k_empty, count, K_STAGES)
+                if ANCHORED:
+                    weights = anchored(s, scale_log2, m)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    _release(v_empty, count - 1, V_STAGES)
+                else:
+                    weights, m, row_sum, alpha = online(s, scale_log2, m, row_sum)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    _release(v_empty, count - 1, V_STAGES)
+                    acc = _scaled(acc, alpha)
+                # The old weights are no longer read: their registers may be written.
+                p = pack(weights, dtype, p_layout)
+                count += 1
+            # The last values of this tile, the first scores of the next one.
+            mbarrier.arrive(q_empty.index((number - PASS) % Q_STAGES), count=1)
+            visits_after = receive(inbox, inbox_full, number + 1)
+            if visits_after != 0:
+                q = _queries(q_smem, q_full, number - PASS + 1, Q_STAGES, WARPGROUP)
+                s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+                acc = _issue_values(
+                    p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
+                    V_STAGES,
+                )  # fmt: skip
+                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
+                total = _close(
+                    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, HAS_LSE, WARPGROUP
+                )
+                s = warpgroup_mma_wait(1, deps=(s,))
+                _release(k_empty, count, K_STAGES)
+                s = _mask(s, inbox, number + 1, IS_RAGGED)
+                weights, m, row_sum = _first_weights(s, scale_log2, ANCHORED)
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                _release(v_empty, count - 1, V_STAGES)
+                p = pack(weights, dtype, p_layout)
+                _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
+                count += 1
+            else:
+                acc = _issue_values(
+                    p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
+                    V_STAGES,
+                )  # fmt: skip
+                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
+                total = _close(
+                    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, HAS_LSE, WARPGROUP
+                )
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+                _release(v_empty, count - 1, V_STAGES)
+                _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
+            number += 1
+            visits = visits_after
+    give_back(inbox_empty, number)
+    return number + 1, count
+
+
+@gluon.jit
+def _await_stores():
+    """What this thread stored through TMA has arrived in global memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def consumer(
+    o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr, lse_strides,
+    seqlen_q,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr,
+    ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    zero = gl.to_tensor(0)
+    number, count = _tiles(
+        zero, zero, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
+        lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES, V_STAGES, IS_RAGGED, HAS_LSE,
+        ANCHORED, 0, WARPGROUP,
+    )  # fmt: skip
+    if ANCHORED:
+        _await_stores()  # of rows that may now be written a second time
+        _tiles(
+            number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2,
+            lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES, V_STAGES,
+            IS_RAGGED, HAS_LSE, False, 1, WARPGROUP,
+        )  # fmt: skip
+    tma.store_wait(0)

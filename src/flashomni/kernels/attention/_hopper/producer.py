@@ -1,0 +1,283 @@
+"""The producer warp: reads symbols, loads tiles through TMA, and says what there is to compute.
+
+It alone decodes symbols, and runs ahead of the consumers. It goes through the tiles in the order
+of ``_tile_order``, or in their natural order where all of them cost the same. After that, where
+the softmax is anchored, it goes through those that the consumers have reported as bad: a list of
+its own, linked through one word a tile, so that nothing has to be counted or cleared before.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.extra import libdevice
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashomni.kernels.attention._hopper.messages import (
+    BAD,
+    BATCH,
+    DEPTH,
+    HEAD,
+    ROW,
+    await_slot,
+    get,
+    send,
+)
+from flashomni.kernels.common.hopper import (
+    thread_barrier,
+    tma_load,
+    wait_for_previous_kernel,
+)
+
+
+@gluon.jit
+def _load(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
+    """Load the tile of number ``count`` into its slot of a ring."""
+    slot = count % STAGES
+    mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, coordinates, full.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _load_visit(
+    k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+    count, TILE_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the keys of visit ``count``, then the values of the one before it in this tile."""
+    _load(k_desc, [batch, kv_head, n * TILE_N, 0], k_ring, k_full, k_empty, count, K_STAGES)
+    if held >= 0:
+        _load(
+            v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty, count - 1,
+            V_STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN: gl.constexpr):
+    if HAS_KV_LEN:
+        return gl.maximum(gl.minimum(gl.load(kv_len_ptr + batch), seqlen_kv), 0)
+    else:
+        return seqlen_kv
+
+
+@gluon.jit
+def _read_symbols(tile, symbols, num_heads, tiles_m, MAX_WORDS: gl.constexpr):
+    """The S_c byte of a tile and its row of S_s, a word a lane."""
+    q_bits, kv_bits, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m, row_words = (
+        symbols
+    )
+    # Offsets of 32 bits are enough: the backend's refusals see to it.
+    m = tile % tiles_m
+    head = tile // tiles_m % num_heads
+    batch = tile // tiles_m // num_heads
+    q_byte = gl.load(q_bits + (batch * q_stride_b + head * q_stride_h + m // 8))
+    row = kv_bits + (batch * kv_stride_b + head * kv_stride_h + m * kv_stride_m)
+    word = gl.arange(0, MAX_WORDS, layout=gl.BlockedLayout([MAX_WORDS // 32], [32], [1], [0]))
+    return q_byte.to(gl.int32), gl.load(row + word, mask=word < row_words, other=0)
+
+
+@gluon.jit
+def _keep_valid(words, num_blocks):
+    """Clear the bits of blocks from ``num_blocks`` on."""
+    word = gl.arange(0, words.shape[0], layout=words.type.layout)
+    left = num_blocks - word * 32
+    some = words & ((1 << gl.minimum(gl.maximum(left, 0), 31)) - 1)
+    return gl.where(left >= 32, words, some)
+
+
+@gluon.jit
+def _count_blocks(words, num_blocks):
+    """How many blocks a row visits, and whether the last one is among them."""
+    word = gl.arange(0, words.shape[0], layout=words.type.layout)
+    last = gl.maximum(num_blocks - 1, 0)
+    is_last = gl.where(word == last // 32, (words >> (last % 32)) & 1, 0)
+    # One sum for both: no row has 2 ** 20 blocks.
+    total = gl.sum(libdevice.popc(words) + (is_last << 20), axis=0)
+    return total & 0xFFFFF, total >> 20
+
+
+@gluon.jit
+def _pick(words, i):
+    word = gl.arange(0, words.shape[0], layout=words.type.layout)
+    return gl.sum(gl.where(word == i, words, 0), axis=0)
+
+
+@gluon.jit
+def _retire(number, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M: gl.constexpr):
+    """Free the slot of message ``number``: a tile there that has to be done again heads the list.
+
+    ``bad_tile`` is the head of the list, -1 where it is empty.
+    """
+    num_tiles, tiles_m, num_heads, group, seqlen_kv = sizes
+    await_slot(inbox_empty, number)
+    if number >= DEPTH:
+        # 0 or 1 from each of the two warpgroups.
+        bad = get(inbox, number, BAD, NUM_WARPS=1) | get(inbox, number, BAD + 1, NUM_WARPS=1)
+        if bad != 0:
+            batch = get(inbox, number, BATCH, NUM_WARPS=1)
+            head = get(inbox, number, HEAD, NUM_WARPS=1)
+            row = get(inbox, number, ROW, NUM_WARPS=1)
+            tile = (batch * num_heads + head) * tiles_m + row // TILE_M
+            gl.store(redo + tile, bad_tile)
+            bad_tile = tile
+    return bad_tile
+
+
+@gluon.jit
+def _stream(
+    sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers,
+    inbox, symbols, sizes, kv_len_ptr, order, redo,
+    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+    ANCHORED: gl.constexpr, IS_REDO: gl.constexpr,
+):  # fmt: skip
+    """All tiles of this program, or those of its list of bad ones.
+
+    Gives back the numbers of the next message, visit and tile of queries, and the list's head.
+    """
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty = barriers
+    num_tiles, tiles_m, num_heads, group, seqlen_kv = sizes
+    TILE_M: gl.constexpr = q_desc.block_type.shape[2]
+    TILE_N: gl.constexpr = k_desc.block_type.shape[2]
+    TAKES_TURNS: gl.constexpr = IS_SPARSE and not IS_REDO  # tiles come from the grid's counter
+    first_listed = gl.maximum(num_tiles - LISTED, 0)
+    position = gl.program_id(0)
+    tile = position
+    if IS_REDO:
+        tile = bad_tile
+        position = gl.where(tile < 0, num_tiles, 0)
+    if IS_SPARSE:
+        if TAKES_TURNS:
+            wait_for_previous_kernel()
+            if position >= first_listed:
+                tile = gl.load(order + 1 + position - first_listed)
+        q_byte, words = _read_symbols(gl.maximum(tile, 0), symbols, num_heads, tiles_m, MAX_WORDS)
+    while position < num_tiles:
+        is_live = tile >= 0
+        tile = gl.maximum(tile, 0)
+        this = tile
+        m = tile % tiles_m
+        head = tile // tiles_m % num_heads
+        batch = tile // tiles_m // num_heads
+        kv_head = head // group
+        valid = _valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN)
+        num_visits = (valid + TILE_N - 1) // TILE_N
+        visits = num_visits
+        first_valid = TILE_N
+        if IS_RAGGED:
+            first_valid = valid - (num_visits - 1) * TILE_N
+        if IS_SPARSE:
+            is_live = is_live & (((q_byte >> (m % 8)) & 1) != 0)
+            num_blocks = (num_visits + PER_BLOCK - 1) // PER_BLOCK
+            words = _keep_valid(words, num_blocks)
+            if IS_RAGGED or PER_BLOCK > 1:
+                blocks, has_last = _count_blocks(words, num_blocks)
+                visits = blocks * PER_BLOCK - has_last * (num_blocks * PER_BLOCK - num_visits)
+                if IS_RAGGED:
+                    first_valid = gl.where(has_last != 0, first_valid, TILE_N)
+            else:
+                visits = gl.sum(libdevice.popc(words), axis=0)
+        held = gl.to_tensor(-1)  # the key tile that was loaded, its values not yet
+        if is_live & (visits > 0):  # empty tiles are written already
+            _load(q_desc, [batch, head, m * TILE_M, 0], q_smem, q_full, q_empty, loaded, Q_STAGES)
+            loaded += 1
+            if ANCHORED and not IS_REDO:
+                bad_tile = _retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+            else:
+                await_slot(inbox_empty, sent)
+            send(inbox, inbox_full, sent, batch, head, m * TILE_M, visits, first_valid)
+            sent += 1
+            if IS_SPARSE:
+                i = (num_blocks - 1) // 32
+                while i >= 0:
+                    word = _pick(words, i)
+                    while word != 0:
+                        highest = 31 - libdevice.clz(word)
+                        word = word ^ (1 << highest)
+                        for u in gl.static_range(PER_BLOCK - 1, -1, -1):
+                            n = (i * 32 + highest) * PER_BLOCK + u
+                            if (PER_BLOCK == 1) or (n < num_visits):
+                                _load_visit(
+                                    k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring,
+                                    k_full, k_empty, v_full, v_empty, count, TILE_N,
+                                    K_STAGES, V_STAGES,
+                                )  # fmt: skip
+                                if TAKES_TURNS:
+                                    if held < 0:  # the consumers have enough to do meanwhile
+                                        position = gl.atomic_add(order, 1, sem="relaxed")
+                                count += 1
+                                held = n
+                    i -= 1
+            else:
+                for j in range(visits):
+                    n = visits - 1 - j
+                    _load_visit(
+                        k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring, k_full,
+                        k_empty, v_full, v_empty, count, TILE_N, K_STAGES, V_STAGES,
+                    )  # fmt: skip
+                    count += 1
+                    held = n
+        # The next tile's symbols are on their way while the last load waits for its slot.
+        if IS_REDO:
+            tile = gl.load(redo + this)
+            position = gl.where(tile < 0, num_tiles, 0)
+        elif IS_SPARSE:
+            if held < 0:
+                position = gl.atomic_add(order, 1, sem="relaxed")
+            tile = gl.minimum(position, num_tiles - 1)
+            if tile >= first_listed:
+                tile = gl.load(order + 1 + tile - first_listed)
+        else:
+            position += gl.num_programs(0)
+            tile = position
+        if IS_SPARSE:
+            q_byte, words = _read_symbols(
+                gl.maximum(tile, 0), symbols, num_heads, tiles_m, MAX_WORDS
+            )
+        if held >= 0:
+            _load(
+                v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty, count - 1,
+                V_STAGES,
+            )  # fmt: skip
+    if ANCHORED and not IS_REDO:
+        bad_tile = _retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+    else:
+        await_slot(inbox_empty, sent)
+    send(inbox, inbox_full, sent, 0, 0, 0, 0, 0)
+    return sent + 1, count, loaded, bad_tile
+
+
+@gluon.jit
+def producer(
+    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
+    order, redo, redone,
+    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+    ANCHORED: gl.constexpr,
+):  # fmt: skip
+    zero = gl.to_tensor(0)
+    sent, count, loaded, bad_tile = _stream(
+        zero, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
+        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED, False,
+    )  # fmt: skip
+    if ANCHORED:
+        inbox_empty = barriers[7]
+        TILE_M: gl.constexpr = q_desc.block_type.shape[2]
+        # The message before ``sent`` ended the stream; behind it up to DEPTH - 1 tiles are open.
+        for i in range(DEPTH - 1):
+            bad_tile = _retire(sent + i, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+        thread_barrier()  # the list was written by one thread
+        started = loaded
+        sent, count, loaded, bad_tile = _stream(
+            sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+            barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
+            Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED,
+            True,
+        )  # fmt: skip
+        if redone is not None:
+            if loaded > started:
+                gl.atomic_add(redone, loaded - started, sem="relaxed")
