@@ -10,9 +10,9 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
 
 from compile_sm90 import SHARED_MEMORY, TOOLS, build, tensor_descriptor, writes_in_flight  # noqa: E402
 
+from flashomni.kernels.attention._hopper.consumer import ROWS  # noqa: E402
 from flashomni.kernels.attention.sm90 import (  # noqa: E402
     LISTED,
-    ROWS,
     TILE_M,
     attention_kernel,
     choose_config,
@@ -32,6 +32,8 @@ CASES = {
     "more than 131k keys": ("bf16", 128, 128, {**FULL, "MAX_WORDS": 64}),
     "fp16": ("fp16", 128, 128, {"IS_SPARSE": True}),
     "head_dim 64": ("bf16", 64, 128, FULL),
+    "head_dim 96": ("bf16", 96, 128, FULL),
+    "head_dim 80": ("bf16", 80, 128, FULL),
     "head_dim 256": ("bf16", 256, 128, FULL),
     "block_n 64": ("bf16", 128, 64, FULL),
 }
@@ -46,6 +48,7 @@ def compiled(dtype, head_dim, block_n, flags):
         "PER_BLOCK": block_n // config.tile_n,
         "MAX_WORDS": 32,
         "LISTED": LISTED,
+        "COLUMNS": config.columns(head_dim),
         "Q_STAGES": config.q_stages,
         "K_STAGES": config.k_stages,
         "V_STAGES": config.v_stages,

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from flashomni.dispatch import register
 from flashomni.kernels.attention._empty_tiles import empty_batch_items
 from flashomni.kernels.attention._forecast_tiles import write_forecast_tiles
-from flashomni.kernels.attention._hopper.consumer import ROWS, consumer
+from flashomni.kernels.attention._hopper.consumer import consumer
 from flashomni.kernels.attention._hopper.messages import DEPTH, WORDS
 from flashomni.kernels.attention._hopper.producer import producer
 from flashomni.kernels.attention._tile_order import LISTED, tile_order
@@ -64,10 +64,11 @@ def attention_kernel(
     scale_log2, num_tiles, tiles_m, num_heads, group, seqlen_q, seqlen_kv, row_words,
     q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m,
     lse_stride_b, lse_stride_h, lse_stride_m,
-    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, LISTED: gl.constexpr,
+    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     IS_SPARSE: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr,
-    HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     TILE_M: gl.constexpr = q_desc.block_type.shape[2]
@@ -116,7 +117,7 @@ def attention_kernel(
                 consumer,
                 (
                     o_desc, q_smem, k_ring, v_ring, o_smem0, barriers, inbox, scale_log2,
-                    lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES,
+                    lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES,
                     V_STAGES, IS_RAGGED, HAS_LSE, ANCHORED, 0,
                 ),
             ),
@@ -124,7 +125,7 @@ def attention_kernel(
                 consumer,
                 (
                     o_desc, q_smem, k_ring, v_ring, o_smem1, barriers, inbox, scale_log2,
-                    lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES,
+                    lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES,
                     V_STAGES, IS_RAGGED, HAS_LSE, ANCHORED, 1,
                 ),
             ),
@@ -166,6 +167,12 @@ class Config:
     v_stages: int
     registers: tuple[int, int] = (240, 24)
     overlapped: bool = True
+
+    def columns(self, head_dim: int) -> int:
+        """Columns that scores are made of: a multiple of 16, half of the tile plus 16, 32 ..."""
+        half = self.head_dim // 2
+        rest = next((n for n in (16, 32, 64) if head_dim <= half + n), half)
+        return half + rest if rest < half else self.head_dim
 
 
 @functools.cache
@@ -242,7 +249,7 @@ def launch(call: AttentionCall, config: Config) -> None:
     """Compute ``call`` with a given configuration, on the current device."""
     write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
-    batch, seqlen_q, num_heads, _ = q.shape
+    batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_kv = k.shape[1]
     tiles_m = -(-seqlen_q // TILE_M)
     num_tiles = batch * num_heads * tiles_m
@@ -287,6 +294,7 @@ def launch(call: AttentionCall, config: Config) -> None:
         PER_BLOCK=per_block,
         MAX_WORDS=max_words,
         LISTED=LISTED,
+        COLUMNS=config.columns(head_dim),
         Q_STAGES=config.q_stages,
         K_STAGES=config.k_stages,
         V_STAGES=config.v_stages,

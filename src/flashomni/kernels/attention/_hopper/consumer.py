@@ -28,13 +28,14 @@ from flashomni.kernels.attention._hopper.messages import (
     put,
     receive,
 )
+from flashomni.kernels.attention._hopper.rings import parity, slot
 from flashomni.kernels.attention._hopper.softmax import (
     anchored,
+    as_rounded,
     first,
     is_bad,
     online,
     pack,
-    packed_row_sums,
     row_sums,
     unpack,
 )
@@ -46,32 +47,42 @@ LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _release(empty, count, STAGES: gl.constexpr):
-    mbarrier.arrive(empty.index(count % STAGES), count=1)
+    mbarrier.arrive(empty.index(slot(count, STAGES)), count=1)
 
 
 @gluon.jit
 def _queries(q_smem, q_full, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
     """Wait for queries number ``number``; the rows of this warpgroup."""
-    mbarrier.wait(q_full.index(number % STAGES), (number // STAGES) & 1)
+    mbarrier.wait(q_full.index(slot(number, STAGES)), parity(number, STAGES))
     return _rows_of(q_smem, number, STAGES, WARPGROUP)
 
 
 @gluon.jit
 def _rows_of(q_smem, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
-    tile = q_smem.index(number % STAGES)
+    tile = q_smem.index(slot(number, STAGES))
     return tile.reshape([tile.shape[2], tile.shape[3]]).slice(WARPGROUP * ROWS, ROWS, dim=0)
 
 
 @gluon.jit
 def _issue_scores(
     q, k_ring, k_full, count, layout: gl.constexpr,
-    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    slot = count % STAGES
-    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
-    k = k_ring.index(slot).reshape([TILE_N, HEAD_DIM]).permute((1, 0))
+    at = slot(count, STAGES)
+    mbarrier.wait(k_full.index(at), parity(count, STAGES))
+    k = k_ring.index(at).reshape([TILE_N, HEAD_DIM]).permute((1, 0))
     s = gl.zeros([ROWS, TILE_N], gl.float32, layout=layout)
-    return warpgroup_mma(q, k, s, use_acc=False, is_async=True)
+    if COLUMNS == HEAD_DIM:
+        return warpgroup_mma(q, k, s, use_acc=False, is_async=True)
+    # Columns behind those that the tensors have read as zero: the tensor cores need not.
+    half: gl.constexpr = HEAD_DIM // 2
+    rest: gl.constexpr = COLUMNS - half
+    s = warpgroup_mma(
+        q.slice(0, half, dim=1), k.slice(0, half, dim=0), s, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(
+        q.slice(half, rest, dim=1), k.slice(half, rest, dim=0), s, use_acc=True, is_async=True
+    )
 
 
 @gluon.jit
@@ -79,9 +90,9 @@ def _issue_values(
     words, acc, use_acc, v_ring, v_full, count, dtype: gl.constexpr,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    slot = count % STAGES
-    mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
-    v = v_ring.index(slot).reshape([TILE_N, HEAD_DIM])
+    at = slot(count, STAGES)
+    mbarrier.wait(v_full.index(at), parity(count, STAGES))
+    v = v_ring.index(at).reshape([TILE_N, HEAD_DIM])
     return warpgroup_mma(unpack(words, dtype), v, acc, use_acc=use_acc, is_async=True)
 
 
@@ -93,24 +104,6 @@ def _mask(s, inbox, number, IS_RAGGED: gl.constexpr):
         column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where((column < valid)[None, :], s, -float("inf"))
     return s
-
-
-@gluon.jit
-def _first_weights(s, scale_log2, ANCHORED: gl.constexpr):
-    """Of a tile's first visit: weights, references of its rows, partial sums so far."""
-    weights, m = first(s, scale_log2)
-    sums = row_sums(weights)
-    if ANCHORED:
-        sums = gl.full_like(sums, 0.0)  # see _with_issued
-    return weights, m, sums
-
-
-@gluon.jit
-def _with_issued(row_sum, words, layout: gl.constexpr, ANCHORED: gl.constexpr):
-    """Anchored weights are added as rounded, once the tensor cores have been given them."""
-    if ANCHORED:
-        row_sum += packed_row_sums(words, layout)
-    return row_sum
 
 
 @gluon.jit
@@ -143,27 +136,31 @@ def _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP: gl.constexpr):
 
 
 @gluon.jit
-def _store_lse(lse, lse_ptr, lse_strides, batch, head, first_row, seqlen_q):
-    row = first_row + gl.arange(0, lse.shape[0], layout=lse.type.layout)
-    stride_b, stride_h, stride_m = lse_strides
-    base = lse_ptr + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-    gl.store(base + row.to(gl.int64) * stride_m, lse, mask=row < seqlen_q)
+def _total(row_sum, m):
+    """Sums of rows from those of the parts that threads hold."""
+    return gl.convert_layout(gl.sum(row_sum, axis=1), m.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _close(
-    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number,
-    HAS_LSE: gl.constexpr, WARPGROUP: gl.constexpr,
+def _store_lse(
+    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP: gl.constexpr
 ):  # fmt: skip
-    """All visits of a tile have been weighed: sums of its rows; its LSE is stored."""
-    total = gl.convert_layout(gl.sum(row_sum, axis=1), m.type.layout, assert_trivial=True)
+    lse = (m + gl.log2(_total(row_sum, m))) * LN_2
+    stride_b, stride_h, stride_m = lse_strides
+    batch = get(inbox, number, BATCH).to(gl.int64)
+    head = get(inbox, number, HEAD).to(gl.int64)
+    row = get(inbox, number, ROW) + WARPGROUP * ROWS
+    row += gl.arange(0, lse.shape[0], layout=lse.type.layout)
+    at = batch * stride_b + head * stride_h + row.to(gl.int64) * stride_m
+    gl.store(lse_ptr + at, lse, mask=row < seqlen_q)
+
+
+@gluon.jit
+def _add(sums, words, row_sum, exact_sum, layout: gl.constexpr, HAS_LSE: gl.constexpr):
+    """Add what the weights under way weigh: rounded for the output, exact for the LSE."""
     if HAS_LSE:
-        lse = (m + gl.log2(total)) * LN_2
-        batch = get(inbox, number, BATCH)
-        head = get(inbox, number, HEAD)
-        row = get(inbox, number, ROW) + WARPGROUP * ROWS
-        _store_lse(lse, lse_ptr, lse_strides, batch, head, row, seqlen_q)
-    return total
+        exact_sum += sums
+    return row_sum + as_rounded(sums, words, row_sum, layout), exact_sum
 
 
 @gluon.jit
@@ -183,9 +180,10 @@ def _finish(
 def _tiles(
     number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
     lse_strides, seqlen_q,
-    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr,
-    ANCHORED: gl.constexpr, PASS: gl.constexpr, WARPGROUP: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, PASS: gl.constexpr,
+    WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles until the stream ends; the numbers of the next message and visit.
 
@@ -200,26 +198,32 @@ def _tiles(
     visits = receive(inbox, inbox_full, number)
     if visits != 0:
         q = _queries(q_smem, q_full, number - PASS, Q_STAGES, WARPGROUP)
-        s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+        s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
         s = warpgroup_mma_wait(0, deps=(s,))
         _release(k_empty, count, K_STAGES)
         s = _mask(s, inbox, number, IS_RAGGED)
-        weights, m, row_sum = _first_weights(s, scale_log2, ANCHORED)
+        weights, m, row_sum = first(s, scale_log2)
+        sums = gl.full_like(row_sum, 0.0)  # of the visit before, where they are not added yet
+        exact_sum = row_sum
         p = pack(weights, dtype, p_layout)
         count += 1
         while visits != 0:
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=acc_layout)
             for j in range(1, visits):
                 q = _rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
-                s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+                s = _issue_scores(
+                    q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES
+                )
                 acc = _issue_values(
                     p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES
                 )
-                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
+                if ANCHORED:
+                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 _release(k_empty, count, K_STAGES)
                 if ANCHORED:
                     weights = anchored(s, scale_log2, m)
+                    sums = row_sums(weights)
                     acc = warpgroup_mma_wait(0, deps=(acc,))
                     _release(v_empty, count - 1, V_STAGES)
                 else:
@@ -231,23 +235,31 @@ def _tiles(
                 p = pack(weights, dtype, p_layout)
                 count += 1
             # The last values of this tile, the first scores of the next one.
-            mbarrier.arrive(q_empty.index((number - PASS) % Q_STAGES), count=1)
+            mbarrier.arrive(q_empty.index(slot(number - PASS, Q_STAGES)), count=1)
             visits_after = receive(inbox, inbox_full, number + 1)
             if visits_after != 0:
                 q = _queries(q_smem, q_full, number - PASS + 1, Q_STAGES, WARPGROUP)
-                s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, K_STAGES)
+                s = _issue_scores(
+                    q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES
+                )
                 acc = _issue_values(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
-                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
-                total = _close(
-                    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, HAS_LSE, WARPGROUP
-                )
+                if ANCHORED:
+                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
+                if HAS_LSE:
+                    exact_sum = exact_sum if ANCHORED else row_sum
+                    _store_lse(
+                        m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP
+                    )
+                total = _total(row_sum, m)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 _release(k_empty, count, K_STAGES)
                 s = _mask(s, inbox, number + 1, IS_RAGGED)
-                weights, m, row_sum = _first_weights(s, scale_log2, ANCHORED)
+                weights, m, row_sum = first(s, scale_log2)
+                sums = gl.full_like(row_sum, 0.0)
+                exact_sum = row_sum
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(v_empty, count - 1, V_STAGES)
                 p = pack(weights, dtype, p_layout)
@@ -258,10 +270,14 @@ def _tiles(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
-                row_sum = _with_issued(row_sum, p, s_layout, ANCHORED)
-                total = _close(
-                    m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, HAS_LSE, WARPGROUP
-                )
+                if ANCHORED:
+                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
+                if HAS_LSE:
+                    exact_sum = exact_sum if ANCHORED else row_sum
+                    _store_lse(
+                        m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP
+                    )
+                total = _total(row_sum, m)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(v_empty, count - 1, V_STAGES)
                 _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
@@ -284,21 +300,21 @@ def _await_stores():
 def consumer(
     o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr, lse_strides,
     seqlen_q,
-    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr,
-    ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     zero = gl.to_tensor(0)
     number, count = _tiles(
         zero, zero, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
-        lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES, V_STAGES, IS_RAGGED, HAS_LSE,
-        ANCHORED, 0, WARPGROUP,
+        lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, IS_RAGGED,
+        HAS_LSE, ANCHORED, 0, WARPGROUP,
     )  # fmt: skip
     if ANCHORED:
         _await_stores()  # of rows that may now be written a second time
         _tiles(
             number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2,
-            lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, Q_STAGES, K_STAGES, V_STAGES,
+            lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES,
             IS_RAGGED, HAS_LSE, False, 1, WARPGROUP,
         )  # fmt: skip
     tma.store_wait(0)

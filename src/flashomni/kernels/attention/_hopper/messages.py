@@ -6,9 +6,11 @@ and return the slot when the tile is stored: registers are dear.
 
 from __future__ import annotations
 
-from triton.experimental.gluon import language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from flashomni.kernels.attention._hopper.rings import parity, slot
 
 BATCH: gl.constexpr = gl.constexpr(0)
 HEAD: gl.constexpr = gl.constexpr(1)
@@ -23,20 +25,20 @@ DEPTH: gl.constexpr = gl.constexpr(4)  # messages under way
 @gluon.jit
 def put(inbox, number, field: gl.constexpr, value, NUM_WARPS: gl.constexpr = 1):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    at = inbox.index(number % DEPTH * WORDS + field)
+    at = inbox.index(slot(number, DEPTH) * WORDS + field)
     at.store(gl.full([1], value, gl.int32, layout=one))
 
 
 @gluon.jit
 def get(inbox, number, field: gl.constexpr, NUM_WARPS: gl.constexpr = 4):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    return gl.max(inbox.index(number % DEPTH * WORDS + field).load(one), axis=0)
+    return gl.max(inbox.index(slot(number, DEPTH) * WORDS + field).load(one), axis=0)
 
 
 @gluon.jit
 def await_slot(inbox_empty, number):
     """Wait until the slot of message ``number`` is free: what it held before is stored."""
-    mbarrier.wait(inbox_empty.index(number % DEPTH), ((number // DEPTH) & 1) ^ 1)
+    mbarrier.wait(inbox_empty.index(slot(number, DEPTH)), parity(number, DEPTH) ^ 1)
 
 
 @gluon.jit
@@ -47,17 +49,17 @@ def send(inbox, inbox_full, number, batch, head, row, visits, valid):
     put(inbox, number, ROW, row)
     put(inbox, number, VISITS, visits)
     put(inbox, number, VALID, valid)
-    mbarrier.arrive(inbox_full.index(number % DEPTH), count=1)
+    mbarrier.arrive(inbox_full.index(slot(number, DEPTH)), count=1)
 
 
 @gluon.jit
 def receive(inbox, inbox_full, number):
     """Wait for a message; how many visits it announces."""
-    mbarrier.wait(inbox_full.index(number % DEPTH), (number // DEPTH) & 1)
+    mbarrier.wait(inbox_full.index(slot(number, DEPTH)), parity(number, DEPTH))
     return get(inbox, number, VISITS)
 
 
 @gluon.jit
 def give_back(inbox_empty, number):
     """The consumers need message ``number`` no more."""
-    mbarrier.arrive(inbox_empty.index(number % DEPTH), count=1)
+    mbarrier.arrive(inbox_empty.index(slot(number, DEPTH)), count=1)

@@ -23,6 +23,7 @@ from flashomni.kernels.attention._hopper.messages import (
     get,
     send,
 )
+from flashomni.kernels.attention._hopper.rings import parity, slot
 from flashomni.kernels.common.hopper import (
     thread_barrier,
     tma_load,
@@ -33,10 +34,10 @@ from flashomni.kernels.common.hopper import (
 @gluon.jit
 def _load(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
     """Load the tile of number ``count`` into its slot of a ring."""
-    slot = count % STAGES
-    mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma_load(desc, coordinates, full.index(slot), ring.index(slot))
+    at = slot(count, STAGES)
+    mbarrier.wait(empty.index(at), parity(count, STAGES) ^ 1)
+    mbarrier.expect(full.index(at), desc.block_type.nbytes)
+    tma_load(desc, coordinates, full.index(at), ring.index(at))
 
 
 @gluon.jit
@@ -109,7 +110,7 @@ def _retire(number, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M: gl.conste
 
     ``bad_tile`` is the head of the list, -1 where it is empty.
     """
-    num_tiles, tiles_m, num_heads, group, seqlen_kv = sizes
+    _, tiles_m, num_heads, _, _ = sizes
     await_slot(inbox_empty, number)
     if number >= DEPTH:
         # 0 or 1 from each of the two warpgroups.
@@ -204,7 +205,7 @@ def _stream(
                                     k_full, k_empty, v_full, v_empty, count, TILE_N,
                                     K_STAGES, V_STAGES,
                                 )  # fmt: skip
-                                if TAKES_TURNS:
+                                if TAKES_TURNS:  # noqa: SIM102 - a constant, the other is not
                                     if held < 0:  # the consumers have enough to do meanwhile
                                         position = gl.atomic_add(order, 1, sem="relaxed")
                                 count += 1
@@ -278,6 +279,6 @@ def producer(
             Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED,
             True,
         )  # fmt: skip
-        if redone is not None:
+        if redone is not None:  # noqa: SIM102 - a constant, the other is not
             if loaded > started:
                 gl.atomic_add(redone, loaded - started, sem="relaxed")

@@ -6,10 +6,12 @@ them. bf16 has the exponents of fp32, so weights may exceed 1 without losing pre
 reference cancels when the output is divided by the sum. No maximum, no rescaling, and nothing to
 wait for between a score and its weight; but rows whose scores rise too far above the first visit
 overflow. ``is_bad`` finds them, and their tiles are done again online. (FlashDecoding++,
-arXiv 2311.01282, has a maximum for all rows and recomputes likewise.)
+arXiv 2311.01282, has a maximum for all rows and recomputes likewise.) Weights are never smaller
+than online, so nothing is lost at the lower end.
 
-Anchored weights are summed as rounded: where one key has nearly all the weight, the rounding of it
-cancels in the division as it does online, where the largest weight is exactly 1.
+The online softmax gives the largest weight as 1, which bf16 has exactly. An anchored weight that
+rises far above the others is rounded, and the output with it, unless it is summed as rounded:
+then the error cancels in the division. ``as_rounded`` does that where it matters.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ SUM_LIMIT: gl.constexpr = gl.constexpr(2.0**96)
 
 
 @gluon.jit
-def row_max(s):
+def _row_max(s):
     layout: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     # ``[rows, n]`` as ``[rows, n / 8, 8]``: the middle dimension lies within a thread.
     eights = gl.reshape(s, [s.shape[0], s.shape[1] // 8, 8])
@@ -35,6 +37,34 @@ def row_sums(p):
     """Sums over the columns that a thread holds of a row: ``[rows, 4]``."""
     parts = gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2])
     return gl.sum(gl.sum(parts, axis=1), axis=2)
+
+
+@gluon.jit
+def first(s, scale_log2):
+    """Weights of a tile's first visit, the references of its rows, partial sums."""
+    m = _row_max(s) * scale_log2
+    weights = anchored(s, scale_log2, m)
+    return weights, m, row_sums(weights)
+
+
+@gluon.jit
+def anchored(s, scale_log2, m):
+    return gl.exp2(s * scale_log2 - m[:, None])
+
+
+@gluon.jit
+def online(s, scale_log2, m, row_sum):
+    """Weights, maxima and partial sums after one more visit; and what rescales earlier ones."""
+    m_new = gl.maximum(m, _row_max(s) * scale_log2)
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(s * scale_log2 - m_new[:, None])
+    alpha_sum = gl.convert_layout(
+        alpha, gl.SliceLayout(1, row_sum.type.layout), assert_trivial=True
+    )
+    return p, m_new, row_sum * alpha_sum[:, None] + row_sums(p), alpha
+
+
+# ---------------------------------------------------------------- weights as operands
 
 
 @gluon.jit
@@ -58,16 +88,6 @@ def pack(weights, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def packed_row_sums(words, layout: gl.constexpr):
-    """Partial sums of rows of bf16 weights, as rounded."""
-    rounded = gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r,r", [words], dtype=gl.float32,
-        is_pure=True, pack=2,
-    )  # fmt: skip
-    return row_sums(gl.convert_layout(rounded, layout, assert_trivial=True))
-
-
-@gluon.jit
 def unpack(words, dtype: gl.constexpr):
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -79,28 +99,86 @@ def unpack(words, dtype: gl.constexpr):
         )
 
 
-@gluon.jit
-def first(s, scale_log2):
-    """Weights of a tile's first visit, and the references of its rows."""
-    m = row_max(s) * scale_log2
-    return anchored(s, scale_log2, m), m
+# ---------------------------------------------------------------- sums of rounded weights
+
+
+def _as_rounded(columns: int) -> str:
+    """PTX of ``as_rounded`` for a thread's two rows of ``columns`` / 4 weights each.
+
+    Its tensors have one element for each weight, in the order of an accumulator: two of the first
+    row, two of the second, and so on. Of what it gives only elements 0 and 2 are of meaning.
+    """
+    n = columns // 2
+    words, sums, so_far = n, 2 * n, 3 * n
+    lines = [
+        "{ .reg .pred a, b; .reg .f32 x, y;",
+        f"mov.f32 $0, ${sums}; mov.f32 $2, ${sums + 2};",
+        *(f"mov.b32 ${i}, 0;" for i in range(n) if i not in (0, 2)),
+        f"sub.f32 x, ${sums}, ${so_far}; sub.f32 y, ${sums + 2}, ${so_far + 2};",
+        "max.f32 x, x, y; setp.gt.f32 a, x, 0f00000000;",
+        "vote.sync.any.pred b, a, 0xffffffff; @!b bra DONE;",
+    ]
+    for row in (0, 2):
+        lines.append(f"mov.f32 ${row}, 0f00000000;")
+        for i in range(words + row, words + n, 4):
+            lines.append(f"shl.b32 x, ${i}, 16; and.b32 y, ${i}, 0xffff0000;")
+            lines.append(f"add.f32 x, x, y; add.f32 ${row}, ${row}, x;")
+    return " ".join(lines) + " DONE: }"
+
+
+def _as_rounded_types(columns: int) -> str:
+    n = columns // 2
+    return ",".join(["=&f"] * n + ["r"] * n + ["f"] * 2 * n)
+
+
+ROUND_64 = gl.constexpr(_as_rounded(64))
+ROUND_128 = gl.constexpr(_as_rounded(128))
+ROUND_64_TYPES = gl.constexpr(_as_rounded_types(64))
+ROUND_128_TYPES = gl.constexpr(_as_rounded_types(128))
 
 
 @gluon.jit
-def anchored(s, scale_log2, m):
-    return gl.exp2(s * scale_log2 - m[:, None])
+def as_rounded(sums, words, row_sum, layout: gl.constexpr):
+    """What a visit adds to the sums of its rows: ``sums``, or those of its weights as rounded.
+
+    A warp takes the trouble if a visit adds more to a thread's part of a row than all before it.
+    A single weight that is summed unrounded is then less than half of its row: it moves the output
+    by less than half a unit in the last place of bf16. Meant for when the tensor cores have been
+    given the weights: what is rare may wait for them, and the test costs nothing.
+    """
+    words = gl.convert_layout(words, layout, assert_trivial=True)
+    arguments = [words, _every_column(sums, words), _every_column(row_sum, words)]
+    if words.shape[1] == 128:
+        out = gl.inline_asm_elementwise(
+            ROUND_128, ROUND_128_TYPES, arguments, dtype=gl.float32, is_pure=False, pack=64
+        )
+    else:
+        out = gl.inline_asm_elementwise(
+            ROUND_64, ROUND_64_TYPES, arguments, dtype=gl.float32, is_pure=False, pack=32
+        )
+    return gl.convert_layout(_one_column(out), row_sum.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def online(s, scale_log2, m, row_sum):
-    """Weights, maxima and partial sums after one more visit; and what rescales earlier ones."""
-    m_new = gl.maximum(m, row_max(s) * scale_log2)
-    alpha = gl.exp2(m - m_new)
-    p = gl.exp2(s * scale_log2 - m_new[:, None])
-    alpha_sum = gl.convert_layout(
-        alpha, gl.SliceLayout(1, row_sum.type.layout), assert_trivial=True
-    )
-    return p, m_new, row_sum * alpha_sum[:, None] + row_sums(p), alpha
+def _every_column(x, words):
+    """``[rows, 4]`` of partial sums, repeated for each column that they are of."""
+    parts = gl.reshape(words, [words.shape[0], words.shape[1] // 8, 4, 2])
+    every, parts = gl.broadcast(gl.expand_dims(gl.expand_dims(x, 2), 1), parts)
+    every = gl.reshape(every, [words.shape[0], words.shape[1]])
+    return gl.convert_layout(every, words.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _one_column(x):
+    """What ``_every_column`` would repeat, from the first of its columns."""
+    x, _ = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]))
+    for _ in gl.static_range(4 if x.shape[1] == 16 else 3):
+        x = gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, 4]), (0, 2, 3, 1))
+        x, _ = gl.split(x)
+    return gl.reshape(x, [x.shape[0], 4])
+
+
+# ---------------------------------------------------------------- what has to be done again
 
 
 @gluon.jit
