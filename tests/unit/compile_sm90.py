@@ -46,6 +46,23 @@ class Build:
 
     def sass(self):
         """Instructions in order, one string each, without addresses and encodings."""
+        return [line for _, line in self._listing()]
+
+    def loops(self):
+        """Innermost loops: the instructions from each backward branch's target to the branch."""
+        listing, found = self._listing(), []
+        for address, line in listing:
+            target = re.match(r"(?:@!?U?P\w+ )?BRA.*?(0x[0-9a-f]+)", line)
+            if target and int(target[1], 16) < address:
+                found.append((int(target[1], 16), address))
+        inner = [
+            (start, end)
+            for start, end in found
+            if not any(start <= s and e < end and e - s > 256 for s, e in found)
+        ]
+        return [[line for at, line in listing if start <= at <= end] for start, end in inner]
+
+    def _listing(self):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
@@ -54,7 +71,8 @@ class Build:
                 capture_output=True, text=True, check=True,
             ).stdout  # fmt: skip
         return [
-            line.strip() for line in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+([^;]*);", text, re.M)
+            (int(address, 16), line.strip())
+            for address, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", text, re.M)
         ]
 
 

@@ -129,3 +129,19 @@ def test_the_scan_sees_a_write():
         assert writes_in_flight([wgmma, write, wait]) == [write]
         assert not writes_in_flight([wgmma, wait, write])
     assert not writes_in_flight([wgmma, "FADD R156, R24, R25", "STS [R24], R153", wait])
+
+
+def test_the_loop_over_visits_does_nothing_but_multiply_and_weigh():
+    """No repacking (PRMT), no maxima, and few enough instructions for two warpgroups to overlap."""
+    if not (TOOLS / "cuobjdump").exists():
+        pytest.skip("this Triton ships no cuobjdump")
+    loops = compiled(*CASES["sparse ragged"]).loops()
+    visits = [loop for loop in loops if sum("HGMMA" in line for line in loop) == 16]
+    assert len(visits) == 4  # two warpgroups, anchored and online
+    assert not any("PRMT" in line for loop in visits for line in loop)
+    anchored = [loop for loop in visits if sum("FMNMX" in line for line in loop) <= 1]
+    assert len(anchored) == 2
+    for loop in anchored:
+        assert sum("MUFU.EX2" in line for line in loop) == 64
+        # The rare sums of rounded weights are 128 of them.
+        assert len(loop) <= 460

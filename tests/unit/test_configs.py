@@ -81,22 +81,30 @@ def test_files_are_read_once():
 @pytest.mark.parametrize(
     ("head_dim", "block_n", "expected"),
     [
-        (64, 128, (64, 128, 4, 4, True, (232, 40))),
-        (40, 64, (64, 64, 4, 4, True, (232, 40))),
-        (128, 128, (128, 128, 2, 2, None, (240, 24))),
-        (72, 256, (128, 128, 2, 2, None, (240, 24))),
-        (128, 192, (128, 64, 4, 4, True, (232, 40))),
-        (256, 64, (256, 64, 2, 2, False, (240, 24))),
-        (136, 128, (256, 64, 2, 2, False, (240, 24))),
+        (64, 128, (64, 128, 2, 3, 3, (232, 40))),
+        (40, 64, (64, 64, 2, 4, 4, (232, 40))),
+        (128, 128, (128, 128, 2, 2, 2, (232, 40))),
+        (72, 256, (128, 128, 2, 2, 2, (232, 40))),
+        (128, 192, (128, 64, 2, 4, 4, (232, 40))),
+        (256, 64, (256, 64, 1, 2, 2, (232, 40))),
+        (136, 128, (256, 64, 1, 2, 2, (232, 40))),
     ],
 )
 def test_the_hopper_kernel_runs_as_it_was_measured(head_dim, block_n, expected):
-    """On every card of compute capability 9.0; queries move with the release of Triton."""
+    """On every card of compute capability 9.0."""
     sm90 = pytest.importorskip("flashomni.kernels.attention.sm90", reason="needs Triton 3.6")
-    names = ("head_dim", "tile_n", "k_stages", "v_stages", "q_in_registers", "registers")
+    names = ("head_dim", "tile_n", "q_stages", "k_stages", "v_stages", "registers")
     want = dict(zip(names, expected, strict=True))
-    if want["q_in_registers"] is None:
-        want["q_in_registers"] = not sm90.MOVES_OPERANDS.value
     for where in (HOPPER, ("nvidia-h100-80gb-hbm3", *HOPPER[1:])):
         found = asdict(sm90.choose_config(head_dim, block_n, where))
         assert {name: found[name] for name in names} == want
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "columns"),
+    [(8, 48), (48, 48), (64, 64), (72, 80), (80, 80), (96, 96), (104, 128), (128, 128), (192, 192)],
+)
+def test_scores_are_made_of_the_columns_that_there_are(head_dim, columns):
+    """And of few zeros behind them: the tensor cores take multiples of 16 of the upper half."""
+    sm90 = pytest.importorskip("flashomni.kernels.attention.sm90", reason="needs Triton 3.6")
+    assert sm90.choose_config(head_dim, 128, HOPPER).columns(head_dim) == columns
