@@ -5,7 +5,6 @@ vector of results leaves the device: a campaign on a GPU waits once a case.
 """
 
 import functools
-import inspect
 import math
 import random
 from dataclasses import dataclass
@@ -172,16 +171,11 @@ def _forecast(case, device):
 
 
 @functools.cache
-def _counts_redone() -> bool:
-    return "redone" in inspect.signature(sparse_attention).parameters
-
-
 def attend(case, x, backend, out, lse=None, redone=None):
-    """Our call; ``redone`` gets the number of tiles done again, where the op can tell."""
-    count = {"redone": redone} if redone is not None and _counts_redone() else {}
+    """Our call; ``redone`` gets the number of tiles done again."""
     sparse_attention(
         x.q, x.k, x.v, x.symbols, out=out, lse=lse, kv_len=x.kv_len, softmax_scale=case.scale,
-        forecast=x.forecast, backend=backend, **count,
+        forecast=x.forecast, redone=redone, backend=backend,
     )  # fmt: skip
     return out
 
@@ -240,7 +234,7 @@ def verdict(case: Case, backend: str | None, device: torch.device, repeats: int)
     """Run a case and compare."""
     x = make(case, device)
     rows, pairs = token_masks(case, x)
-    redone = torch.zeros(1, dtype=torch.int32, device=device)
+    redone = torch.zeros(4, dtype=torch.int32, device=device)
     results = []
     for index in range(repeats):
         out = torch.full_like(x.q, POISON)

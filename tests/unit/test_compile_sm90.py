@@ -78,7 +78,13 @@ def compiled(dtype, head_dim, block_n, flags):
 
 # Bytes that Triton 3.6 stores and loads again, outside of the loops over visits: one register
 # before the first visit of a program, and what 256 columns of output leave no room for.
-MAY_SPILL = {"dense ragged": 8, "sparse ragged": 8, "head_dim 256": 72}
+MAY_SPILL = {
+    **dict.fromkeys(
+        ["sparse ragged", "sparse with everything", "more than 131k keys", "head_dim 96",
+         "head_dim 80"], 8,
+    ),
+    "head_dim 256": 188,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
@@ -138,7 +144,8 @@ def test_the_loop_over_visits_does_nothing_but_multiply_and_weigh():
     loops = compiled(*CASES["sparse ragged"]).loops()
     visits = [loop for loop in loops if sum("HGMMA" in line for line in loop) == 16]
     assert len(visits) == 4  # two warpgroups, anchored and online
-    assert not any("PRMT" in line for loop in visits for line in loop)
+    for loop in visits:
+        assert not any(re.search("PRMT|LDL|STL", line) for line in loop)
     anchored = [loop for loop in visits if sum("FMNMX" in line for line in loop) <= 1]
     assert len(anchored) == 2
     for loop in anchored:

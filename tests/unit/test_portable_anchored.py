@@ -36,10 +36,10 @@ def run(q, k, v, symbols=None, kv_len=None, *, anchored=True, scale=HEAD_DIM**-0
     """``(out, lse, tiles done again)``; outputs are poisoned with 7."""
     out = torch.full_like(q, 7.0)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), 7.0, device=q.device)
-    redone = torch.zeros(1, dtype=torch.int32, device=q.device)
-    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, scale)
-    attention.launch(call, TILE._replace(anchored=anchored), redone)
-    return out, lse, int(redone)
+    redone = torch.zeros(4, dtype=torch.int32, device=q.device)
+    call = AttentionCall(q, k, v, out, lse, symbols, kv_len, scale, None, not anchored, redone)
+    attention.launch(call, TILE._replace(anchored=True))
+    return out, lse, int(redone[0])
 
 
 def defined(q, k, v, symbols=None, kv_len=None):

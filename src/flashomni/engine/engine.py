@@ -39,7 +39,7 @@ class Engine:
             found = runtime.trace.of_groups(runtime.division, runtime.layers)
             summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
-        notes = [*summary.notes, *learned, *runtime.graphs.notes()]
+        notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
         if self._replaced():
             note = (
                 "the pipeline has another transformer by now, which is not accelerated: these are "

@@ -21,6 +21,7 @@ from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
+from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import signature
 from flashomni.engine.state.generation import Generation
@@ -70,6 +71,7 @@ class Runtime:
         self.model, self.recipe, self.clock, self.backend = model, recipe, clock, backend
         self.layers, self._check, self._latents = layers, check, latents
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
+        self.redone = Redone(len(layers))
         self.generations: dict[Hashable, Generation] = {}
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -93,6 +95,7 @@ class Runtime:
         self.generations.clear()
         self.clock.forget()
         self.graphs.clear()
+        self.redone.reset()
 
     def begin(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> None:
         """A call of the model starts.
@@ -165,15 +168,12 @@ class Runtime:
             kinds = kinds_now(generation, branch, tick, inputs, self._latents)
         kind = overall(tuple(kinds))
         record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
-        shared: dict[str, Any] = {
-            "storage": self._storage(device),
-            "backend": self.backend,
-            "device": device,
-            "num_layers": len(self.layers),
-            "geometry": generation.geometry,
-        }
+        shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
+        shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
         plans = [
-            StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
+            StepPlan.of(
+                *each, tick.step, tick.num_steps, tick.branch, geometry=generation.geometry, **shared
+            )
             for each in zip(self.division.recipes, generation.plans, kinds, strict=True)
         ]
         for plan, group in zip(plans, branch.groups, strict=True):

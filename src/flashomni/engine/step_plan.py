@@ -34,6 +34,7 @@ class StepPlan:
         backend: take exactly this one in every op; ``None`` takes the best that accepts.
         device: where the model computes.
         num_layers: of the model.
+        redone: memory of what attention did again, of each layer; empty where nothing anchors.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
         numbers: the coefficients that were asked for so far, by their anchors.
     """
@@ -51,6 +52,7 @@ class StepPlan:
     backend: str | None
     device: torch.device
     num_layers: int
+    redone: tuple[Tensor, ...] = ()
     geometry: Geometry | None = None
     numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 

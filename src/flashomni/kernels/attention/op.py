@@ -30,6 +30,9 @@ from flashomni.kernels.elementwise.op import sum_of_terms
 from flashomni.symbols import Symbols
 
 
+REDONE = 4  # words of the memory of what was done again
+
+
 @dataclass(frozen=True)
 class ForecastTerms:
     """What cached rows get instead of keeping their value: ``sum_t coefficients[t] * terms[t]``.
@@ -110,7 +113,10 @@ def sparse_attention(
             projection that has to be called as a module); needs ``symbols``.
         online: keep to the online softmax. Some backends have a faster one, whose results differ
             in the last bits and which does tiles again whose scores rise far along the keys.
-        redone: optional int32 ``[1]``: the number of tiles that were done again is added to it.
+        redone: optional int32 ``[4]``, zeros at first. Element 0 counts the tiles that were done
+            again. The others are a backend's memory: given the same tensor in call after call (on
+            one stream), it keeps to the online softmax once three calls in a row did more than a
+            tenth of their tiles again. Decided on the device, without the host.
         backend: take exactly this one; by default the best that accepts the call.
 
     Returns:
@@ -170,7 +176,7 @@ def sparse_attention(
         check_dtype("lse", lse, (torch.float32,))
         check_device("lse", lse, q.device)
     if redone is not None:
-        check_shape("redone", redone, (1,))
+        check_shape("redone", redone, (REDONE,))
         check_dtype("redone", redone, (torch.int32,))
         check_device("redone", redone, q.device)
     if not isinstance(online, bool):

@@ -243,13 +243,12 @@ def key_block_lists(symbols: Symbols, kv_len: Tensor | None) -> tuple[Tensor, Te
     return blocks, counts
 
 
-def launch(call: AttentionCall, config: Config, redone: Tensor | None = None) -> None:
+def launch(call: AttentionCall, config: Config) -> None:
     """Run with this configuration; tiles are cut down to divide the blocks.
 
     Args:
         call: what to compute.
         config: how to tile. An anchored softmax needs the exponents of fp32: fp16 goes without.
-        redone: int32 ``[1]``, counts the tiles that the online softmax did again; for tests.
     """
     write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
@@ -261,13 +260,13 @@ def launch(call: AttentionCall, config: Config, redone: Tensor | None = None) ->
         blocks, counts = key_block_lists(symbols, call.kv_len)
     tile_m = portable.dividing(config.tile_m, block_m)
     attention_kernel[(triton.cdiv(seqlen_q, tile_m), num_heads, batch)](
-        q, k, v, out, lse, blocks, counts, call.kv_len, redone, *q.stride()[:3], *k.stride()[:3],
+        q, k, v, out, lse, blocks, counts, call.kv_len, call.redone, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *out.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()),
         seqlen_q, k.shape[1], triton.cdiv(seqlen_q, block_m), triton.cdiv(k.shape[1], block_n),
         call.softmax_scale * math.log2(math.e), GROUPS=num_heads // k.shape[2], HEAD_DIM=head_dim,
         PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
         TILE_N=portable.dividing(config.tile_n, block_n), PRECISION=portable.precision(q.dtype),
-        ANCHORED=config.anchored and q.dtype != torch.float16,
+        ANCHORED=config.anchored and q.dtype != torch.float16 and not call.online,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

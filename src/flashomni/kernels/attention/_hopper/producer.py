@@ -31,6 +31,14 @@ from flashomni.kernels.common.hopper import (
 )
 
 
+# Words of ``redone`` behind the count: tiles of the call under way, programs of it that are done,
+# and calls in a row that did more than a tenth of their tiles again.
+NOW: gl.constexpr = gl.constexpr(1)
+PROGRAMS: gl.constexpr = gl.constexpr(2)
+CALLS: gl.constexpr = gl.constexpr(3)
+PATIENCE: gl.constexpr = gl.constexpr(3)  # after so many the online softmax is cheaper
+
+
 @gluon.jit
 def _load(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
     """Load the tile of number ``count`` into its slot of a ring."""
@@ -251,6 +259,21 @@ def _stream(
 
 
 @gluon.jit
+def _count(redone, again, num_tiles):
+    """Add the tiles that this program did again; the last program judges the whole call."""
+    if again > 0:
+        gl.atomic_add(redone, again, sem="relaxed")
+        gl.atomic_add(redone + NOW, again, sem="relaxed")
+    done = gl.atomic_add(redone + PROGRAMS, 1, sem="acq_rel")
+    if done == gl.num_programs(0) - 1:
+        now = gl.atomic_add(redone + NOW, 0, sem="relaxed")
+        calls = gl.load(redone + CALLS)
+        gl.store(redone + CALLS, gl.where(now * 10 > num_tiles, calls + 1, 0))
+        gl.store(redone + NOW, 0)
+        gl.store(redone + PROGRAMS, 0)
+
+
+@gluon.jit
 def producer(
     q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
     order, redo, redone,
@@ -260,8 +283,22 @@ def producer(
     ANCHORED: gl.constexpr,
 ):  # fmt: skip
     zero = gl.to_tensor(0)
+    nothing = gl.to_tensor(-1)
+    keeps_online = zero
+    if ANCHORED:
+        if redone is not None:
+            keeps_online = (gl.load(redone + CALLS) >= PATIENCE).to(gl.int32)
+    if keeps_online != 0:  # the anchored pass is over before it begins, the other has all tiles
+        await_slot(barriers[7], zero)
+        send(inbox, barriers[6], zero, 0, 0, 0, 0, 0)
+        _stream(
+            zero + 1, zero, zero, nothing, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+            barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
+            Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, False, False,
+        )  # fmt: skip
+        return
     sent, count, loaded, bad_tile = _stream(
-        zero, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+        zero, zero, zero, nothing, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
         barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
         K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED, False,
     )  # fmt: skip
@@ -279,6 +316,5 @@ def producer(
             Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED,
             True,
         )  # fmt: skip
-        if redone is not None:  # noqa: SIM102 - a constant, the other is not
-            if loaded > started:
-                gl.atomic_add(redone, loaded - started, sem="relaxed")
+        if redone is not None:
+            _count(redone, loaded - started, sizes[0])
