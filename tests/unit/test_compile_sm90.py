@@ -142,7 +142,11 @@ def test_the_loop_over_visits_does_nothing_but_multiply_and_weigh():
     if not (TOOLS / "cuobjdump").exists():
         pytest.skip("this Triton ships no cuobjdump")
     loops = compiled(*CASES["sparse ragged"]).loops()
-    visits = [loop for loop in loops if sum("HGMMA" in line for line in loop) == 16]
+    visits = [
+        loop
+        for loop in loops
+        if [sum(name in line for line in loop) for name in ("HGMMA", "DEPBAR")] == [16, 2]
+    ]
     assert len(visits) == 4  # two warpgroups, anchored and online
     for loop in visits:
         assert not any(re.search("PRMT|LDL|STL", line) for line in loop)

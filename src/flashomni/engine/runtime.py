@@ -170,10 +170,9 @@ class Runtime:
         record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
+        shared["geometry"] = generation.geometry
         plans = [
-            StepPlan.of(
-                *each, tick.step, tick.num_steps, tick.branch, geometry=generation.geometry, **shared
-            )
+            StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
             for each in zip(self.division.recipes, generation.plans, kinds, strict=True)
         ]
         for plan, group in zip(plans, branch.groups, strict=True):

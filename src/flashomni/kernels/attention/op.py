@@ -29,7 +29,6 @@ from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
 from flashomni.kernels.elementwise.op import sum_of_terms
 from flashomni.symbols import Symbols
 
-
 REDONE = 4  # words of the memory of what was done again
 
 

@@ -260,8 +260,9 @@ def launch(call: AttentionCall, config: Config) -> None:
         blocks, counts = key_block_lists(symbols, call.kv_len)
     tile_m = portable.dividing(config.tile_m, block_m)
     attention_kernel[(triton.cdiv(seqlen_q, tile_m), num_heads, batch)](
-        q, k, v, out, lse, blocks, counts, call.kv_len, call.redone, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *out.stride()[:3], *((0, 0, 0) if lse is None else lse.stride()),
+        q, k, v, out, lse, blocks, counts, call.kv_len, call.redone, *q.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *((0, 0, 0) if lse is None else lse.stride()),
         seqlen_q, k.shape[1], triton.cdiv(seqlen_q, block_m), triton.cdiv(k.shape[1], block_n),
         call.softmax_scale * math.log2(math.e), GROUPS=num_heads // k.shape[2], HEAD_DIM=head_dim,
         PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,

@@ -30,7 +30,6 @@ from flashomni.kernels.common.hopper import (
     wait_for_previous_kernel,
 )
 
-
 # Words of ``redone`` behind the count: tiles of the call under way, programs of it that are done,
 # and calls in a row that did more than a tenth of their tiles again.
 NOW: gl.constexpr = gl.constexpr(1)
@@ -274,6 +273,54 @@ def _count(redone, again, num_tiles):
 
 
 @gluon.jit
+def _anchored(
+    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
+    order, redo, redone,
+    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """All tiles, then the bad ones."""
+    TILE_M: gl.constexpr = q_desc.block_type.shape[2]
+    inbox_empty = barriers[7]
+    zero = gl.to_tensor(0)
+    sent, count, loaded, bad_tile = _stream(
+        zero, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
+        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, True, False,
+    )  # fmt: skip
+    # The message before ``sent`` ended the stream; behind it up to DEPTH - 1 tiles are open.
+    for i in range(DEPTH - 1):
+        bad_tile = _retire(sent + i, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+    thread_barrier()  # the list was written by one thread
+    started = loaded
+    sent, count, loaded, bad_tile = _stream(
+        sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers,
+        inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES,
+        V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, True, True,
+    )  # fmt: skip
+    if redone is not None:
+        _count(redone, loaded - started, sizes[0])
+
+
+@gluon.jit
+def _online(
+    sent, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
+    kv_len_ptr, order, redo,
+    PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """All tiles, in the only pass or in that which is online."""
+    zero = gl.to_tensor(0)
+    _stream(
+        sent, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
+        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
+        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, False, False,
+    )  # fmt: skip
+
+
+@gluon.jit
 def producer(
     q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
     order, redo, redone,
@@ -283,38 +330,23 @@ def producer(
     ANCHORED: gl.constexpr,
 ):  # fmt: skip
     zero = gl.to_tensor(0)
-    nothing = gl.to_tensor(-1)
-    keeps_online = zero
-    if ANCHORED:
-        if redone is not None:
-            keeps_online = (gl.load(redone + CALLS) >= PATIENCE).to(gl.int32)
-    if keeps_online != 0:  # the anchored pass is over before it begins, the other has all tiles
+    if not ANCHORED:
+        _online(
+            zero, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
+            kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
+            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+        )  # fmt: skip
+    elif redone is None or gl.load(redone + CALLS) < PATIENCE:
+        _anchored(
+            q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
+            kv_len_ptr, order, redo, redone, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
+            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+        )  # fmt: skip
+    else:  # the first pass is over before it begins
         await_slot(barriers[7], zero)
         send(inbox, barriers[6], zero, 0, 0, 0, 0, 0)
-        _stream(
-            zero + 1, zero, zero, nothing, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
-            barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
-            Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, False, False,
+        _online(
+            zero + 1, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols,
+            sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
+            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
         )  # fmt: skip
-        return
-    sent, count, loaded, bad_tile = _stream(
-        zero, zero, zero, nothing, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
-        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
-        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED, False,
-    )  # fmt: skip
-    if ANCHORED:
-        inbox_empty = barriers[7]
-        TILE_M: gl.constexpr = q_desc.block_type.shape[2]
-        # The message before ``sent`` ended the stream; behind it up to DEPTH - 1 tiles are open.
-        for i in range(DEPTH - 1):
-            bad_tile = _retire(sent + i, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
-        thread_barrier()  # the list was written by one thread
-        started = loaded
-        sent, count, loaded, bad_tile = _stream(
-            sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
-            barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
-            Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED,
-            True,
-        )  # fmt: skip
-        if redone is not None:
-            _count(redone, loaded - started, sizes[0])
