@@ -82,9 +82,9 @@ def _load_keys(x, start, stride_n, keys, TILE_N: tl.constexpr, HEAD_DIM: tl.cons
 
 @triton.jit
 def _visit(
-    acc, row_sum, row_max, is_first, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
+    acc, row_sum, exact_sum, row_max, is_first, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
     TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, ANCHORED: tl.constexpr, IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, ANCHORED: tl.constexpr, HAS_LSE: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Softmax over one tile of keys; ``scale`` and ``row_max`` are in powers of two.
 
@@ -102,6 +102,8 @@ def _visit(
             # Cut down to bf16, so that they are summed as they are used: what is cut off cancels in
             # the division, as a whole where one key has nearly all the weight. Cutting is one
             # instruction, and NaN stays NaN; ptxas rounds one by one, as slowly as it takes powers.
+            if HAS_LSE:
+                exact_sum += tl.sum(prob, 1)
             prob = (prob.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
         row_sum += tl.sum(prob, 1)
     else:
@@ -113,7 +115,7 @@ def _visit(
         row_max = new_max
     value = _load_keys(v, start, v_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
     acc = tl.dot(prob.to(value.dtype), value, acc, input_precision=PRECISION)
-    return acc, row_sum, row_max
+    return acc, row_sum, exact_sum, row_max
 
 
 @triton.jit
@@ -121,12 +123,17 @@ def _walk(
     query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
     BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """All visits of a query tile: ``(sum of weights times v, sum of weights, reference)``."""
+    """All visits of a query tile: ``(sum of weights times v, sums of weights, reference)``.
+
+    The second sum, for the LSE, is of weights that were not cut down to bf16.
+    """
     SPLIT: tl.constexpr = BLOCK_N // TILE_N
     full_tiles = tl.where(count > 0, (count - 1) * SPLIT + in_last // TILE_N, 0)
     acc = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
     row_sum = tl.zeros([TILE_M], tl.float32)
+    exact_sum = tl.zeros([TILE_M], tl.float32)
     row_max = tl.full([TILE_M], -float("inf"), tl.float32)
     block = 0
     if blocks is not None:
@@ -136,17 +143,19 @@ def _walk(
         if blocks is not None:
             start = block * BLOCK_N + t % SPLIT * TILE_N
             block = tl.load(blocks + tl.minimum((t + 1) // SPLIT, count - 1)).to(tl.int32)
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, t == 0, query, k, v, start, k_stride_n, v_stride_n, keys, scale,
-            TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, False,
+        acc, row_sum, exact_sum, row_max = _visit(
+            acc, row_sum, exact_sum, row_max, t == 0, query, k, v, start, k_stride_n, v_stride_n,
+            keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, HAS_LSE, False,
         )  # fmt: skip
     if (count > 0) & (in_last % TILE_N > 0):
         start = last * BLOCK_N + in_last // TILE_N * TILE_N
-        acc, row_sum, row_max = _visit(
-            acc, row_sum, row_max, full_tiles == 0, query, k, v, start, k_stride_n, v_stride_n,
-            keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, True,
+        acc, row_sum, exact_sum, row_max = _visit(
+            acc, row_sum, exact_sum, row_max, full_tiles == 0, query, k, v, start, k_stride_n,
+            v_stride_n, keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, HAS_LSE, True,
         )  # fmt: skip
-    return acc, row_sum, row_max
+    if not (ANCHORED and HAS_LSE and v.dtype.element_ty == tl.bfloat16):
+        exact_sum = row_sum
+    return acc, row_sum, exact_sum, row_max
 
 
 @triton.jit
@@ -193,9 +202,9 @@ def attention_kernel(
     if counts is not None:
         last = tl.load(blocks + last, mask=count > 0, other=0).to(tl.int32)
     in_last = tl.minimum(keys - last * BLOCK_N, BLOCK_N)
-    acc, row_sum, row_max = _walk(
+    acc, row_sum, exact_sum, row_max = _walk(
         query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
-        BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED,
+        BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, lse is not None,
     )  # fmt: skip
     is_lost = False
     if ANCHORED:
@@ -203,9 +212,9 @@ def attention_kernel(
     if is_lost:
         if redone is not None:
             tl.atomic_add(redone, 1)
-        acc, row_sum, row_max = _walk(
+        acc, row_sum, exact_sum, row_max = _walk(
             query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
-            BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False,
+            BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False, lse is not None,
         )  # fmt: skip
 
     is_empty = row_sum == 0
@@ -215,7 +224,7 @@ def attention_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
         ln_2: tl.constexpr = 0.6931471805599453
-        value = (row_max + tl.log2(tl.where(is_empty, 1.0, row_sum))) * ln_2
+        value = (row_max + tl.log2(tl.where(is_empty, 1.0, exact_sum))) * ln_2
         at = b * lse_stride_b + h.to(tl.int64) * lse_stride_h + token.to(tl.int64) * lse_stride_m
         tl.store(lse + at, value, mask=token < seqlen_q)
 

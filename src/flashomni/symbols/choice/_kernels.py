@@ -18,6 +18,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _running_count(flags):
+    """How many are set up to each, along dim 0: int32.
+
+    Turned, so that the scan runs along the last dim: along the first of a tile of one column, whose
+    elements several warps hold, Triton 3.6 gives other numbers on a card.
+    """
+    return tl.trans(tl.cumsum(tl.trans(flags.to(tl.int32)), 1))
+
+
+@triton.jit
 def heavy(mass, tau):
     """All but ``low_mass(mass, tau)`` of each column of fp32 ``[N, rows]``; padding must be 0."""
     code = mass.to(tl.int32, bitcast=True)
@@ -31,7 +41,7 @@ def heavy(mass, tau):
         edge = tl.where(below <= limit, trial, edge)
     below = tl.sum(tl.where(code < edge[None, :], wide, 0.0), 0)
     tied = code == edge[None, :]
-    rank = tl.cumsum(tied.to(tl.int32), 0).to(tl.float64)
+    rank = _running_count(tied).to(tl.float64)
     light = (code < edge[None, :]) | (tied & (below[None, :] + rank * wide <= limit[None, :]))
     return light == 0
 
@@ -49,7 +59,7 @@ def most(mass, exists, count):
     above = exists & (code > edge[None, :])
     tied = exists & (code == edge[None, :])
     room = count - tl.sum(above.to(tl.int32), 0)
-    return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room[None, :]))
+    return above | (tied & (_running_count(tied) <= room[None, :]))
 
 
 @triton.jit
@@ -204,7 +214,7 @@ def visit_kernel(
         takes = real_row
         if GIVEN == "text":
             takes = is_text_row
-            to = (head * texts + tl.cumsum(is_text.to(tl.int32), 0) - 1) * rows + row
+            to = (head * texts + _running_count(is_text) - 1) * rows + row
             tl.store(guide + to, mass, mask=is_text & real_row & (is_text_row == 0))
         sums = tl.sum(tl.where(takes, mass, 0.0), 1)[:, None]
         place = part - part_first
@@ -244,7 +254,7 @@ def _received(
     """Column sums of the map by query block ``[ROWS, 1]``; MAP says which columns are a row's."""
     first, end = row, row + 1
     if MAP == "area":  # as adaptive average pooling of the vision blocks has it
-        rank = tl.cumsum(vision.to(tl.int32), 0) - 1
+        rank = _running_count(vision) - 1
         first = rank * vision_columns // vision_rows
         end = ((rank + 1) * vision_columns + vision_rows - 1) // vision_rows
     if MAP == "nearest":
