@@ -151,7 +151,8 @@ def _walk(
         start = last * BLOCK_N + in_last // TILE_N * TILE_N
         acc, row_sum, exact_sum, row_max = _visit(
             acc, row_sum, exact_sum, row_max, full_tiles == 0, query, k, v, start, k_stride_n,
-            v_stride_n, keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, HAS_LSE, True,
+            v_stride_n, keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, HAS_LSE,
+            True,
         )  # fmt: skip
     if not (ANCHORED and HAS_LSE and v.dtype.element_ty == tl.bfloat16):
         exact_sum = row_sum
