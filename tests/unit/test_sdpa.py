@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import flashomni
 from conftest import random_symbols
 from flashomni import dispatch
 from flashomni.kernels import ForecastTerms, sparse_attention
@@ -115,6 +116,17 @@ def test_tensors_elsewhere_are_refused():
     """The backend as it is registered is for CUDA devices."""
     why = sdpa._refuses(call_of(20, 20))
     assert why == ["tensors are on cpu, this backend is for cuda"]
+
+
+def test_versions_need_no_installed_package(monkeypatch):
+    """Also those of a source tree on the path are known."""
+
+    def version(name):
+        raise _measured.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_measured, "version", version)
+    made = _measured.made_with()
+    assert made["flashomni"] == flashomni.__version__ and made["triton"] == "none"
 
 
 def test_rows_are_remembered_until_something_changes(cache):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import flashomni
 from flashomni.kernels.common.configs import places, read, slug
 
 TABLE = "attention/sdpa"
@@ -49,7 +50,7 @@ def made_with() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "driver": str(driver),
-        "flashomni": version("flashomni"),
+        "flashomni": flashomni.__version__,
     }
 
 
