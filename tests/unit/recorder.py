@@ -4,6 +4,8 @@ What a CUDA graph would get wrong goes wrong here too: numbers of the host are t
 recording, tensors are found where they were then, and nothing happens before the first replay.
 """
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +53,13 @@ class Tape:
                     old.copy_(value)
 
 
+class Pool:
+    """Given up with the last recording in it, as that of CUDA graphs is."""
+
+    def __init__(self):
+        self.used, self.tapes = False, weakref.WeakSet()
+
+
 class TapeRecorder:
     """Records tapes."""
 
@@ -61,9 +70,11 @@ class TapeRecorder:
         return None
 
     def make_pool(self):
-        return object()
+        return Pool()
 
     def record(self, run, pool):
+        assert len(pool.tapes) or not pool.used, "the pool is gone"
+        pool.used = True
         log, watch = Log(), Watch(torch.device("cpu"))
         try:
             with watch, log:
@@ -78,4 +89,6 @@ class TapeRecorder:
             for tensor in results if is_new else ():
                 # Nothing has been computed before the first replay.
                 tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
-        return out, Tape(log.ops, list(watch.held.values()))
+        tape = Tape(log.ops, list(watch.held.values()))
+        pool.tapes.add(tape)
+        return out, tape

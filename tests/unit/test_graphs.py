@@ -218,6 +218,25 @@ def test_what_cannot_repeat_is_refused_before_it_happens(does, why):
         does(torch.ones(3))
 
 
+def test_a_model_that_reads_a_value_goes_on_without(flux):
+    """Whichever call is tried next: what is left of an attempt is no use to it."""
+    model, inputs = flux
+    stock = type(model.proj_out).forward
+
+    class Reads(type(model.proj_out)):
+        def forward(self, x):
+            float(x.sum())
+            return stock(self, x)
+
+    model.proj_out.__class__ = Reads
+    expected, _ = plain_run(model, inputs, SPARSE)
+    with accelerate(model, SPARSE) as engine:
+        for _ in range(2):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        assert any("reads a value back" in note for note in engine.report().notes)
+        assert not replays(engine)
+
+
 def test_what_is_read_is_held():
     ours = torch.ones(3)
     with Watch(torch.device("cpu")) as watch:

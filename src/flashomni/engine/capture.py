@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -38,7 +39,8 @@ class Recorder(Protocol):
             pool: recordings with one pool share the memory that they use in passing.
 
         Raises:
-            Uncapturable: it does what cannot be repeated. Nothing has happened then.
+            Uncapturable: it does what cannot be repeated. Nothing has happened then, but a pool
+                without any other recording is used up.
         """
 
     def make_pool(self) -> Any:
@@ -144,29 +146,27 @@ class CudaRecorder:
         before = torch.cuda.memory_reserved(self._device)
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
-        failure: BaseException | None = None
-        out: Any = None
         collects = gc.isenabled()
         gc.disable()  # a graph that is destroyed meanwhile would spoil this one
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                with watch:
-                    out = run()
-            except Exception as error:
-                failure = error
-            try:
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    with watch:
+                        out = run()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # which says less than the first
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
-            except RuntimeError as error:
-                failure = failure or error
-            finally:
-                if collects:
-                    gc.enable()
-        caller.wait_stream(self._stream)
-        if failure is not None:
-            if isinstance(failure, Uncapturable):
-                raise failure
-            what = str(failure).strip().splitlines() or [""]
-            raise Uncapturable(f"{type(failure).__name__}: {what[0]}") from failure
+        except Uncapturable:
+            raise
+        except Exception as error:
+            what = str(error).strip().splitlines() or [""]
+            raise Uncapturable(f"{type(error).__name__}: {what[0]}") from error
+        finally:
+            if collects:
+                gc.enable()
+            caller.wait_stream(self._stream)
         grown = max(torch.cuda.memory_reserved(self._device) - before, 0)
         return out, CudaReplay(graph, list(watch.held.values()), grown)

@@ -277,6 +277,8 @@ class Graphs:
         except Uncapturable as error:
             entry.refused, entry.inputs = str(error), []
             self._why[entry.refused] = None
+            if not slot.count:  # torch gives up a pool with the last recording in it
+                slot.pool = recorder.make_pool()
             call.rewind()
             _put_back(branch, was)
             return
