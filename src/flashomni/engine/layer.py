@@ -99,11 +99,11 @@ class LayerRun:
         Returns:
             The grid of the sequence.
         """
-        key = ("grid", seqlen, text, id(kv_len), shape, spans)
+        blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
+        sizes = (seqlen, text, blocks, shape, spans)
+        key = ("grid", sizes, id(kv_len))
         if key not in self._shared:
-            blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
-            grid = Grid(seqlen, seqlen, text, *blocks, kv_len, shape=shape, spans=spans)
-            self._shared[key] = grid
+            self._shared[key] = self._plan.grids(*sizes, kv_len)
         self.grid = self._shared[key]
         self._policy = self._recipe.policy_for(self.grid)
         self._known = self._policy.known_fraction(self.grid)

@@ -17,6 +17,7 @@ from flashomni.engine.call import Call, Place, by_name, first_tensor, kinds_now,
 from flashomni.engine.clock import Clock
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs, why_none
+from flashomni.engine.grids import Grids
 from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
@@ -71,7 +72,7 @@ class Runtime:
         self.model, self.recipe, self.clock, self.backend = model, recipe, clock, backend
         self.layers, self._check, self._latents = layers, check, latents
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
-        self.redone = Redone(len(layers))
+        self.redone, self.grids = Redone(len(layers)), Grids()
         self.generations: dict[Hashable, Generation] = {}
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -170,7 +171,7 @@ class Runtime:
         record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
-        shared["geometry"] = generation.geometry
+        shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}
         plans = [
             StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
             for each in zip(self.division.recipes, generation.plans, kinds, strict=True)

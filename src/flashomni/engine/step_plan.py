@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.storage import Storage
+from flashomni.symbols import Grid
 
 
 @dataclass
@@ -34,6 +35,7 @@ class StepPlan:
         backend: take exactly this one in every op; ``None`` takes the best that accepts.
         device: where the model computes.
         num_layers: of the model.
+        grids: makes the grid of a sequence, or finds it (see :class:`Grids`).
         redone: memory of what attention did again, of each layer; empty where nothing anchors.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
         numbers: the coefficients that were asked for so far, by their anchors.
@@ -52,6 +54,7 @@ class StepPlan:
     backend: str | None
     device: torch.device
     num_layers: int
+    grids: Callable[..., Grid]
     redone: tuple[Tensor, ...] = ()
     geometry: Geometry | None = None
     numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)

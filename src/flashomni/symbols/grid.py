@@ -266,9 +266,18 @@ class Grid:
             self._constants[key] = make()
         return self._constants[key]
 
-    def with_kv_len(self, kv_len: Tensor | None) -> Grid:
-        """This grid with other valid key counts (``[B]`` int32)."""
-        return replace(self, kv_len=kv_len)
+    def with_kv_len(self, kv_len: Tensor | None, *, apart: bool = False) -> Grid:
+        """This grid with other valid key counts; what is made once is made once for both.
+
+        Args:
+            kv_len: ``[B]`` int32, or ``None``.
+            apart: what the new grid makes from now on it keeps for itself, as in the capture of a
+                graph, where nothing is computed yet.
+        """
+        grid = replace(self, kv_len=kv_len)
+        constants = dict(self._constants) if apart else self._constants
+        object.__setattr__(grid, "_constants", constants)
+        return grid
 
     def __str__(self) -> str:
         return (
