@@ -48,9 +48,12 @@ def test_torchao_weights(no_grad, tiny, quantise, device, config):
         torch.testing.assert_close(call(model, inputs), stock, atol=tolerance, rtol=tolerance)
     latents, summary = run(model, inputs, SPARSE)
     assert latents.isfinite().all()
-    layers = {note.partition(":")[0] for note in summary.notes}
-    assert layers == set(summary.layers)
-    assert all("not a dense tensor" in note for note in summary.notes)
+    of_layers = [note for note in summary.notes if note.partition(":")[0] in summary.layers]
+    assert {note.partition(":")[0] for note in of_layers} == set(summary.layers)
+    assert all("not a dense tensor" in note for note in of_layers)
+    no_graphs = [note for note in summary.notes if note.startswith("no CUDA graphs")]
+    assert len(no_graphs) == (device == "cuda")  # where such weights lie is not known
+    assert all(" holds a " in note for note in no_graphs)
     assert summary.flops_executed["attention"] < 0.8 * summary.flops_dense["attention"]
     for op in ("gemm_q", "gemm_o"):
         assert summary.flops_executed[op] == summary.flops_dense[op]
