@@ -4,7 +4,6 @@ A case is drawn from its number alone, so that any of a campaign can be run agai
 vector of results leaves the device: a campaign on a GPU waits once a case.
 """
 
-import functools
 import math
 import random
 from dataclasses import dataclass
@@ -170,7 +169,6 @@ def _forecast(case, device):
     return ForecastTerms(terms, torch.randn(case.terms + 1, device=device), start)
 
 
-@functools.cache
 def attend(case, x, backend, out, lse=None, redone=None):
     """Our call; ``redone`` gets the number of tiles done again."""
     sparse_attention(
