@@ -51,7 +51,7 @@ CLI = {
         "--csv", "--steps", "--device", "--dtype", "--backend",
     },
     "show": {"TOPIC", "NAME"},
-    "tune": {"--head-dim", "--device", "--dtype"},
+    "tune-kernels": {"--head-dim", "--device", "--dtype"},
     "doctor": set(),
     "bench op": {
         "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",

@@ -349,7 +349,7 @@ def _show_models(name: str | None) -> None:
 
 
 @app.command()
-def tune(
+def tune_kernels(
     head_dim: Annotated[
         list[int] | None, typer.Option(help="May be repeated; those of the models if none.")
     ] = None,

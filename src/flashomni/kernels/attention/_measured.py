@@ -1,8 +1,8 @@
 """Which dense calls torch's own attention was measured to be faster at, by card; only read here.
 
 Shipped measurements are entries ``attention/sdpa`` of ``kernels/configs/<card>.json``. Those of a
-user are in a file of the user's cache folder, which ``flashomni tune`` writes, and count only with
-the torch, Triton and driver that they were made with.
+user are in a file of the user's cache folder, which ``flashomni tune-kernels`` writes, and count
+only with the torch, Triton and driver that they were made with.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ def of_user(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logging.getLogger("flashomni").warning(
-            "%s cannot be used, `flashomni tune` writes it anew: %s", path, error
+            "%s cannot be used, `flashomni tune-kernels` writes it anew: %s", path, error
         )
         return {}

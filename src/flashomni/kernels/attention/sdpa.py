@@ -1,7 +1,7 @@
 """torch's own attention, for dense calls of shapes at which it was measured to be faster.
 
-Nothing is measured on the way: ``flashomni tune`` does, once for a card. Asked for by name it takes
-every dense call; otherwise only those of which the table says so (:mod:`._measured`).
+Nothing is measured on the way: ``flashomni tune-kernels`` does, once for a card. Asked for by name
+it takes every dense call; otherwise only those of which the table says so (:mod:`._measured`).
 """
 
 from __future__ import annotations
