@@ -149,6 +149,7 @@ print(weights_digest(small().pipe))
 """
 
 
+@pytest.mark.slow
 def test_the_weights_have_one_digest_in_every_program(loaded):
     """Whatever the order of sets, before and after a generation; else nothing is ever found."""
     digests = [weights_digest(loaded.pipe)]

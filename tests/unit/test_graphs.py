@@ -40,7 +40,9 @@ def replays(engine):
     return engine._runtime.graphs.replays
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(ONES, marks=pytest.mark.slow), *RECIPES[1:]], ids=IDS
+)
 def test_every_generation_is_the_same_bits(tiny, recipe):
     """Counted, recorded, replayed; and with another picture."""
     model, inputs = tiny
@@ -64,6 +66,7 @@ def test_every_generation_is_the_same_bits(tiny, recipe):
     assert residue(model) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES[1:], ids=IDS[1:])
 def test_two_generations_in_turn_have_recordings_of_their_own(flux, recipe):
     model, inputs = flux
@@ -82,6 +85,7 @@ def test_two_generations_in_turn_have_recordings_of_their_own(flux, recipe):
         assert len(engine._runtime.graphs._slots) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [SPARSE, "balanced"], ids=["tiles", "balanced"])
 def test_branches_have_recordings_of_their_own(flux, recipe):
     model, inputs = flux
@@ -100,6 +104,7 @@ def test_branches_have_recordings_of_their_own(flux, recipe):
         assert replays(engine) >= 2 * STEPS
 
 
+@pytest.mark.slow
 def test_a_generation_that_was_given_up_leaves_its_slot(flux):
     model, inputs = flux
     expected, _ = plain_run(model, inputs, SPARSE)
@@ -114,6 +119,7 @@ def test_a_generation_that_was_given_up_leaves_its_slot(flux):
         assert len(engine._runtime.graphs._slots) == 1 and replays(engine)
 
 
+@pytest.mark.slow
 def test_another_shape_and_number_of_steps(flux):
     """Come and go; none sees what was recorded for another."""
     model, inputs = flux
@@ -128,6 +134,7 @@ def test_another_shape_and_number_of_steps(flux):
         assert replays(engine)
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_in_between(flux):
     """The branch starts afresh; recordings of the generation are not used for what follows."""
     model, inputs = flux
@@ -145,6 +152,7 @@ def test_a_model_that_fails_in_between(flux):
         assert torch.equal(generation(engine, model, inputs), expected)
 
 
+@pytest.mark.slow
 def test_weights_that_changed_in_place_are_read(flux):
     """And those that were replaced, hooked or put into training mode are noticed."""
     model, inputs = flux

@@ -76,7 +76,13 @@ EXERCISES = {
 }
 
 
-@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "learned" else name
+        for name in EXERCISES
+    ],
+)
 def test_an_example_runs_as_it_stands(name, tmp_path):
     """Imported from a file of its own, in a process of its own; then used."""
     (tmp_path / "example.py").write_text(examples()[name], encoding="utf-8")
