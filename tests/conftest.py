@@ -225,3 +225,9 @@ def pytest_collection_modifyitems(config, items):
         kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+def pytest_runtest_setup(item):
+    """What the marker says: no test has to ask for the device itself."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
