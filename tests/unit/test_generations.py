@@ -234,6 +234,7 @@ def test_sixty_direct_calls_keep_nothing(flux, caplog):
     assert sum("outside of any denoising loop" in r.message for r in caplog.records) == 1
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_of_one_step_keep_nothing(flux):
     """engine.step(0, 1) for each picture, unnamed or with a name of its own."""
     model, inputs = flux

@@ -41,7 +41,9 @@ def replays(engine):
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(ONES, marks=pytest.mark.slow), *RECIPES[1:]], ids=IDS
+    "recipe",
+    [*(pytest.param(each, marks=pytest.mark.slow) for each in (ONES, SPARSE)), *RECIPES[2:]],
+    ids=IDS,
 )
 def test_every_generation_is_the_same_bits(tiny, recipe):
     """Counted, recorded, replayed; and with another picture."""
@@ -178,6 +180,7 @@ def test_weights_that_changed_in_place_are_read(flux):
     assert torch.equal(changed, expected)
 
 
+@pytest.mark.slow
 def test_reset_and_remove_drop_all(flux):
     model, inputs = flux
     engine = accelerate(model, SPARSE)
@@ -226,6 +229,7 @@ def test_what_cannot_repeat_is_refused_before_it_happens(does, why):
         does(torch.ones(3))
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_a_value_goes_on_without(flux):
     """Whichever call is tried next: what is left of an attempt is no use to it."""
     model, inputs = flux
@@ -269,6 +273,7 @@ def test_a_mirror_shares_tensors_and_nothing_else(flux):
             assert one.history.times[-1] < STEPS
 
 
+@pytest.mark.slow
 def test_auto_leaves_large_blocks_alone(flux, monkeypatch):
     """Where the device is busy anyway, memory is worth more."""
     monkeypatch.setattr(graphs, "LARGE", 1e6)
