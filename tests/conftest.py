@@ -14,7 +14,7 @@ from flashomni.dispatch import OPS, find, registered
 from flashomni.engine import Recipe
 from flashomni.kernels.gemm_o.op import GemmOCall
 from flashomni.kernels.gemm_q.op import GemmQCall
-from flashomni.models import adapters
+from flashomni.models import adapters, find_adapter
 from flashomni.policies import make_policy
 from flashomni.symbols import Grid, Symbols
 
@@ -168,6 +168,17 @@ def tiny(request):
         if "norm_q" in name or "norm_k" in name:
             parameter.mul_(2.0)
     return model.eval(), dict(inputs)
+
+
+def self_attention(block):
+    """The attention that an adapter takes apart: Wan's blocks have another one behind it."""
+    return block.attn1 if hasattr(block, "attn1") else block.attn
+
+
+def has_sparse_queries(model):
+    """Whether a head of q is known without the others; not where one norm spans them all."""
+    attention = self_attention(find_adapter(model).sites(model)[0].block)
+    return attention.norm_q.weight.numel() < attention.inner_dim
 
 
 def call(model, inputs):

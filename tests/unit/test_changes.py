@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashomni
-from conftest import SPARSE, STEPS, call, generation, residue, run
+from conftest import SPARSE, STEPS, call, generation, residue, run, self_attention
 from flashomni.models import find_adapter
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -25,19 +25,19 @@ def step(engine, model, inputs, index=0):
 
 
 def foreign_processor(model):
-    attention = blocks(model)[-1].attn
+    attention = self_attention(blocks(model)[-1])
     stock = type(attention.processor)
     attention.processor = type("Other", (stock,), {})()
     return "attention processor Other"
 
 
 def attention_backend(model):
-    blocks(model)[0].attn.processor._attention_backend = "sage"
+    self_attention(blocks(model)[0]).processor._attention_backend = "sage"
     return "attention backend 'sage'"
 
 
 def context_parallelism(model):
-    blocks(model)[0].attn.processor._parallel_config = object()
+    self_attention(blocks(model)[0]).processor._parallel_config = object()
     return "context parallelism"
 
 
@@ -59,7 +59,7 @@ def taylorseer_cache(model):
     from diffusers import TaylorSeerCacheConfig
 
     model.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2))
-    return "taylorseer_cache"
+    return "taylorseer_cache|TaylorSeerCacheConfig"
 
 
 def pyramid_cache(model):

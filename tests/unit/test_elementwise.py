@@ -56,11 +56,12 @@ def both(run, *args):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["one dtype", "modulation in fp32"])
 @pytest.mark.parametrize("batch, rows, width", [(1, 7, 48), (2, 130, 192), (3, 1, 3072)])
-def test_norm_modulation_gate_and_residual(kernels, dtype, batch, rows, width):
+def test_norm_modulation_gate_and_residual(kernels, dtype, wide, batch, rows, width):
     """LayerNorm with modulation; gate and residual; both in one pass. Rows of more than x."""
     x, y = (rows_of_more(batch, rows, width, dtype) for _ in range(2))
-    modulation = randn(batch, 6 * width, dtype=dtype)
+    modulation = randn(batch, 6 * width, dtype=torch.float32 if wide else dtype)
     shift, scale, gate = modulation.chunk(6, dim=1)[:3]
     exact, rounded = both(elementwise.modulated_norm, x, scale, shift, 1e-6)
     check(kernels.modulated_norm(x, scale, shift, 1e-6).cpu(), exact, rounded)

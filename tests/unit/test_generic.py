@@ -87,7 +87,7 @@ def test_any_set_of_cached_layers_is_exact(name, cache_whole):
             check_constant(engine, model, inputs, stock, steps=5)
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize("name", ["SkyReelsV2Transformer3DModel", "SD3Transformer2DModel"])
 def test_the_contract_sees_one_wrong_value(name):
     """The guard of the tests above: a cached value off by 1e-3, and they fail."""
     model, inputs = build(name)
@@ -126,7 +126,7 @@ BY_HAND = {
     "PixArtTransformer2DModel": {"transformer_blocks": X},
     "SD3Transformer2DModel": {"transformer_blocks": (C, X)},
     "SanaTransformer2DModel": {"transformer_blocks": X},
-    "WanTransformer3DModel": {"blocks": X},
+    "SkyReelsV2Transformer3DModel": {"blocks": X},
     "ZImageTransformer2DModel": {"noise_refiner": "x", "context_refiner": "x", "layers": "x"},
 }  # fmt: skip
 
@@ -273,8 +273,8 @@ def test_skip_connections_are_seen_without_a_declaration(cache_whole):
 
 
 def test_the_policy_sees_cross_attention(monkeypatch):
-    """Wan's text is not in its sequence: blocks behind a cross-attention are guided by its map."""
-    model, inputs = build("WanTransformer3DModel")
+    """Text that is not in the sequence: blocks behind a cross-attention are guided by its map."""
+    model, inputs = build("SkyReelsV2Transformer3DModel")
     sites = []
     choose = FlashOmni.__call__
     monkeypatch.setattr(

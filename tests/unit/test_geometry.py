@@ -18,6 +18,7 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "LongCatImageTransformer2DModel": (1, 18, 19),
     "QwenImageTransformer2DModel": (1, 18, 19),
     "HunyuanVideoTransformer3DModel": (5, 9, 7),
+    "WanTransformer3DModel": (5, 9, 7),
 }
 WANTS = ("window", {"reach": 0.2})
 

@@ -48,7 +48,7 @@ class Front(Schedule):
         return StepKind.UPDATE if step == 0 else StepKind.DISPATCH
 
     def decide(self, layer, signals):
-        assert layer == self.front and len(signals.streams) == 2
+        assert layer == self.front and {stream.ndim for stream in signals.streams} == {3}
         return signals.step % self.every == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashomni
-from conftest import call
+from conftest import call, self_attention
 from flashomni.engine import Recipe, StepKind
 from flashomni.engine.schedules import Signals, make_schedule, schedules
 from flashomni.models import adapters
@@ -429,7 +429,9 @@ def test_the_modulated_input_is_what_the_first_block_works_on(transformer):
     model, inputs = adapter.tiny()
     site, seen = adapter.sites(model)[0], []
     block = site.block
-    own = [block.attn.to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    own = [
+        self_attention(block).to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ]
     own.append(
         block.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(site.modulated(block, *args, **kwargs)),

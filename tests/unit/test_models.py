@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import flashomni
-from conftest import ONES, SPARSE, STEPS, call, generation, residue, run
+from conftest import ONES, SPARSE, STEPS, call, generation, has_sparse_queries, residue, run
 from flashomni.engine import Recipe
+from flashomni.models import find_adapter
 from flashomni.policies import make_policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -72,7 +73,8 @@ def test_sparse_steps_really_differ_and_really_skip(tiny):
     dispatch = [i for i, step in enumerate(summary.steps) if step["kind"] == "dispatch"]
     assert dispatch and not torch.allclose(stock[dispatch[0]], sparse[dispatch[0]], atol=1e-4)
     assert summary.flops_executed["attention"] < 0.8 * summary.flops_dense["attention"]
-    assert summary.flops_executed["gemm_q"] < 0.9 * summary.flops_dense["gemm_q"]
+    gemm_q = summary.flops_executed["gemm_q"] / summary.flops_dense["gemm_q"]
+    assert gemm_q < 0.9 if has_sparse_queries(model) else gemm_q == 1
 
 
 def test_cpu_backend_agrees_with_the_definition(tiny):
@@ -307,7 +309,8 @@ def test_whole_layer_caching_keeps_no_heads(tiny):
         branch = engine._runtime.last.branches["call"]
         assert all(not layer.history and layer.bias_terms is None for layer in branch.layers)
         kept = sorted(tuple(t.shape) for t in branch.groups[0].spans.tensors())
-        assert len(kept) == 2 and kept[0][0] == 2  # one term of either stream, for all layers
+        streams = len(find_adapter(model).sites(model)[0].streams)
+        assert len(kept) == streams and kept[0][0] == 2  # one term of a stream, for all layers
 
 
 def test_histories_in_bfloat16_take_half_the_memory(tiny):

@@ -515,7 +515,6 @@ CASES = {
             "rotary_embedding": (rand(36, 8).cos(), rand(36, 8).sin()),
         },
     ),
-    "WanTransformer3DModel": (WAN, wan),
     "WanVACETransformer3DModel": (
         {**WAN, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 6},
         lambda: wan(

@@ -56,6 +56,7 @@ class LayerRun:
     Attributes:
         grid: blocks of the sequence, after :meth:`begin`.
         kind: what the step does in this layer.
+        recipe: what is run.
         geometry: of the vision tokens; what its ``place(start, count)`` gives is for :meth:`begin`.
     """
 
@@ -72,7 +73,7 @@ class LayerRun:
     ) -> None:
         self.index, self._cacheable, self.geometry = index, cacheable, plan.geometry
         self.kind = plan.kind if cacheable else StepKind.FULL
-        self._cache, self._plan, self._recipe = cache, plan, plan.recipe
+        self._cache, self._plan, self.recipe = cache, plan, plan.recipe
         self._record, self._shared, self.backend = record, shared, plan.backend
         record.kind = self.kind.value
         cache.ops = record.ops  # filled while the block runs
@@ -99,13 +100,13 @@ class LayerRun:
         Returns:
             The grid of the sequence.
         """
-        blocks = self._recipe.sparse.block_m, self._recipe.sparse.block_n
+        blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n
         sizes = (seqlen, text, blocks, shape, spans)
         key = ("grid", sizes, id(kv_len))
         if key not in self._shared:
             self._shared[key] = self._plan.grids(*sizes, kv_len)
         self.grid = self._shared[key]
-        self._policy = self._recipe.policy_for(self.grid)
+        self._policy = self.recipe.policy_for(self.grid)
         self._known = self._policy.known_fraction(self.grid)
         if self._stores:
             self._decide_degradation(self._known)
@@ -135,7 +136,7 @@ class LayerRun:
 
     def _decide_degradation(self, known: float | None) -> None:
         """S_q: cache the layer whole if little of it is computed; look again at each Update."""
-        plan, threshold = self._plan, self._recipe.sparse.degrade_below
+        plan, threshold = self._plan, self.recipe.sparse.degrade_below
         self._cache.degrade(known, plan.step, threshold, plan.hopeful)
 
     @property
@@ -270,9 +271,8 @@ class LayerRun:
             assert cache.history is not None
             scales = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
             forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
-        symbols = self._symbols()
         return sparse_attention(
-            q, k, v, symbols, **options, forecast=forecast, backend=self.backend
+            q, k, v, self._symbols(), **options, forecast=forecast, backend=self.backend
         )
 
     def _site(
@@ -288,7 +288,7 @@ class LayerRun:
         )  # fmt: skip
 
     def _choose_symbols(self, site: AttentionSite) -> None:
-        cache, min_skip = self._cache, self._recipe.sparse.min_skip
+        cache, min_skip = self._cache, self.recipe.sparse.min_skip
         symbols, q_density, kv_density = measure(self._policy(site), min_skip, backend=self.backend)
         self._send(q_density)
         cache.live_shares.clear()
@@ -299,7 +299,7 @@ class LayerRun:
 
     def _send(self, q_density: Tensor) -> None:
         """Keep the computed fraction for the host, where S_q depends on it."""
-        if self._recipe.sparse.degrade_below > 0 and self._known is None:
+        if self.recipe.sparse.degrade_below > 0 and self._known is None:
             self._cache.fraction = Fraction(q_density)
             self._cache.measured = self._plan.step
 
@@ -387,7 +387,7 @@ class LayerRun:
 
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""
-        cache, order = self._cache, self._recipe.forecast.order
+        cache, order = self._cache, self.recipe.forecast.order
         # Projected terms are made now; only what the next differences need has to be kept.
         keep = order if cache.projected else order + 1
         if cache.history is None or cache.history.keep != keep:

@@ -98,6 +98,12 @@ def accelerate(
     hook = _attach.call_hook(model)
     assert hook is not None
     hook.engine = engine
+    second = getattr(pipe, "transformer_2", None)
+    if second is not None and second is not model and engine_of(second) is None:
+        log.warning(
+            "the pipeline has a transformer_2, which runs some of its steps and stays as it is; "
+            "call accelerate(pipe.transformer_2, ...) too"
+        )
     log.info(
         "%s accelerated with recipe %s: %d blocks, schedule %s, backend %s",
         type(model).__name__,

@@ -3,6 +3,7 @@
 Norm and modulation, gate and residual, norm and RoPE, the terms of a forecast and their sum: an op
 each. ``reference`` and ``cpu`` are the definitions; they round after every operation, as the stock
 models do. The kernels of ``portable`` compute in fp32 and round once; they serve ``sm90`` too.
+Modulation may be of a wider dtype than the tokens, whose dtype the result has.
 Every function takes ``backend``, as the big ops do, and raises ``ValueError`` for an argument of a
 wrong type, shape, dtype or device, by its name.
 
@@ -245,17 +246,17 @@ def _device(call: Any) -> str:
 @_definition("modulated_norm")
 def _modulated_norm(call: ModulatedNormCall) -> Tensor:
     normed = torch.nn.functional.layer_norm(call.x, call.x.shape[-1:], eps=call.eps)
-    return normed * (1 + call.scale[:, None]) + call.shift[:, None]
+    return (normed * (1 + call.scale[:, None]) + call.shift[:, None]).to(call.x.dtype)
 
 
 @_definition("gated_residual")
 def _gated_residual(call: GatedResidualCall) -> Tensor:
-    return call.x + call.gate[:, None] * call.y
+    return (call.x + call.gate[:, None] * call.y).to(call.x.dtype)
 
 
 @_definition("gated_residual_norm")
 def _gated_residual_norm(call: GatedResidualNormCall) -> tuple[Tensor, Tensor]:
-    x = call.x + call.gate[:, None] * call.y
+    x = _gated_residual(GatedResidualCall(call.x, call.y, call.gate))
     return x, _modulated_norm(ModulatedNormCall(x, call.scale, call.shift, call.eps))
 
 

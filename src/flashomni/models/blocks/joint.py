@@ -59,9 +59,22 @@ def added_stream(
 
 
 def joint_attention(
-    run: LayerRun, attn: Any, streams: list[Stream], out_projection: nn.Module
+    run: LayerRun,
+    attn: Any,
+    streams: list[Stream],
+    out_projection: nn.Module,
+    *,
+    guide: Tensor | None = None,
 ) -> Tensor:
-    """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans."""
+    """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans.
+
+    Args:
+        run: of the block.
+        attn: whose ``heads`` and ``inner_dim`` count.
+        streams: the parts of the sequence; one for a model with self-attention alone.
+        out_projection: see :meth:`LayerRun.attend`, like ``guide``.
+        guide: map of cross-attention, for the policy.
+    """
     num_heads, batch, seqlen = attn.heads, streams[0].x.shape[0], run.grid.seqlen_q
     q, k, v = (
         streams[0].x.new_empty(batch, seqlen, num_heads, attn.inner_dim // num_heads)
@@ -79,7 +92,7 @@ def joint_attention(
         )
         _project_keys(run, stream, k[:, rows], v[:, rows])
         run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
-    return run.attend(q, k, v, out_projection)
+    return run.attend(q, k, v, out_projection, guide=guide)
 
 
 def _project_keys(run: LayerRun, stream: Stream, k: Tensor, v: Tensor) -> None:
