@@ -88,6 +88,19 @@ MAY_SPILL = {
 MAY_SPILL_LATER = {"head_dim 256": 116}  # Triton 3.9
 
 
+def spills(sass):
+    return [line for line in sass if re.match(r"(@!?U?P\w+ )?(LDL|STL)", line)]
+
+
+def loops_over_visits(kernel):
+    """Each multiplies twice, and waits for both."""
+    return [
+        loop
+        for loop in kernel.loops()
+        if any("HGMMA" in line for line in loop) and sum("DEPBAR" in line for line in loop) == 2
+    ]
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def kernel(request):
     return compiled(*CASES[request.param])
@@ -107,11 +120,17 @@ def test_fits_and_does_not_spill(kernel, may_spill):
 
 
 def test_what_runs_does_not_spill(kernel, may_spill):
-    """Triton calls ptxas with options of its own: the machine code itself is free of spills."""
+    """Triton calls ptxas with options of its own: the machine code itself is free of spills.
+
+    That of Triton 3.9 has some where tiles begin and end; nothing has any in a loop over visits.
+    """
     if not (TOOLS / "cuobjdump").exists():
         pytest.skip("this Triton ships no cuobjdump")
-    if may_spill == 0:
-        assert not [line for line in kernel.sass() if re.match(r"(@!?U?P\w+ )?(LDL|STL)", line)]
+    if may_spill == 0 and not MOVES_OPERANDS.value:
+        assert not spills(kernel.sass())
+    assert loops_over_visits(kernel)
+    for loop in loops_over_visits(kernel):
+        assert not spills(loop)
 
 
 def test_no_register_of_a_running_wgmma_is_written(kernel):
@@ -142,15 +161,10 @@ def test_the_loop_over_visits_does_nothing_but_multiply_and_weigh():
     """No repacking (PRMT), no maxima, and few enough instructions for two warpgroups to overlap."""
     if not (TOOLS / "cuobjdump").exists():
         pytest.skip("this Triton ships no cuobjdump")
-    loops = compiled(*CASES["sparse ragged"]).loops()
-    visits = [
-        loop
-        for loop in loops
-        if [sum(name in line for line in loop) for name in ("HGMMA", "DEPBAR")] == [16, 2]
-    ]
+    visits = loops_over_visits(compiled(*CASES["sparse ragged"]))
     assert len(visits) == 4  # two warpgroups, anchored and online
     for loop in visits:
-        assert not any(re.search("PRMT|LDL|STL", line) for line in loop)
+        assert not any("PRMT" in line for line in loop)
     anchored = [loop for loop in visits if sum("FMNMX" in line for line in loop) <= 1]
     assert len(anchored) == 2
     for loop in anchored:
