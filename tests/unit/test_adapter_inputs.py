@@ -23,6 +23,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.slow
 def test_any_text_mask_of_qwen_image(kind):
     """Left padding and holes too: all bits one equals the stock model on every kind of step."""
     torch.manual_seed(0)

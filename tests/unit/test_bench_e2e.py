@@ -102,6 +102,7 @@ def stock_size(size, config):
     return type(size)(size.family, config, size.text, size.valid, 64, 64, 5)
 
 
+@pytest.mark.slow
 def test_structure_makes_attention_uneven_layer_by_layer(model):
     """The first layer is as built; the last caches more tiles at the same threshold."""
     recipe = "flashomni:tau_q=.5,tau_kv=0,power=0,warmup=0,degrade_below=0,block_m=16,block_n=16"
@@ -172,6 +173,7 @@ def test_the_short_run_has_every_kind(name):
     assert brief.policy == recipe.policy and brief.forecast == recipe.forecast
 
 
+@pytest.mark.slow
 def test_density_and_kinds_come_from_the_engine(model):
     """A share that was asked for is the share in the table; kinds are the schedule's."""
     recipe = Recipe.of("topk:q_density=1,kv_density=.5,interval=3,warmup=.1")

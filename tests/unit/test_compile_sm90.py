@@ -157,6 +157,7 @@ def test_the_scan_sees_a_write():
     assert not writes_in_flight([wgmma, "FADD R156, R24, R25", "STS [R24], R153", wait])
 
 
+@pytest.mark.slow
 def test_the_loop_over_visits_does_nothing_but_multiply_and_weigh():
     """No repacking (PRMT), no maxima, and few enough instructions for two warpgroups to overlap."""
     if not (TOOLS / "cuobjdump").exists():

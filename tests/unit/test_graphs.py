@@ -194,6 +194,7 @@ def test_reset_and_remove_drop_all(flux):
     assert not engine._runtime.graphs._slots and residue(model) == []
 
 
+@pytest.mark.slow
 def test_recipes_without_graphs_say_why(flux):
     """Histories on the host travel on a stream of their own."""
     model, inputs = flux

@@ -66,6 +66,7 @@ def test_apart():
 
 
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.slow
 def test_every_step_finds_what_the_first_has_made(monkeypatch):
     """In all layers, branches and generations of one geometry."""
     model, inputs = adapters()["FluxTransformer2DModel"].tiny()

@@ -79,7 +79,7 @@ EXERCISES = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name == "learned" else name
+        pytest.param(name, marks=pytest.mark.slow) if name in ("adapter", "learned") else name
         for name in EXERCISES
     ],
 )
