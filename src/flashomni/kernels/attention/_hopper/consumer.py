@@ -164,6 +164,20 @@ def _add(sums, words, row_sum, exact_sum, layout: gl.constexpr, HAS_LSE: gl.cons
 
 
 @gluon.jit
+def _close(
+    m, sums, words, row_sum, exact_sum, layout: gl.constexpr, lse_ptr, lse_strides, seqlen_q,
+    inbox, number, HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """All visits of a tile have been weighed: sums of its rows; its LSE is stored."""
+    if ANCHORED:
+        row_sum, exact_sum = _add(sums, words, row_sum, exact_sum, layout, HAS_LSE)
+    if HAS_LSE:
+        exact_sum = exact_sum if ANCHORED else row_sum
+        _store_lse(m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP)
+    return _total(row_sum, m)
+
+
+@gluon.jit
 def _finish(
     acc, total, o_desc, o_smem, inbox, inbox_empty, number,
     ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
@@ -246,14 +260,10 @@ def _tiles(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
-                if ANCHORED:
-                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
-                if HAS_LSE:
-                    exact_sum = exact_sum if ANCHORED else row_sum
-                    _store_lse(
-                        m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP
-                    )
-                total = _total(row_sum, m)
+                total = _close(
+                    m, sums, p, row_sum, exact_sum, s_layout, lse_ptr, lse_strides, seqlen_q, inbox,
+                    number, HAS_LSE, ANCHORED, WARPGROUP,
+                )  # fmt: skip
                 s = warpgroup_mma_wait(1, deps=(s,))
                 _release(k_empty, count, K_STAGES)
                 s = _mask(s, inbox, number + 1, IS_RAGGED)
@@ -270,14 +280,10 @@ def _tiles(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
-                if ANCHORED:
-                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
-                if HAS_LSE:
-                    exact_sum = exact_sum if ANCHORED else row_sum
-                    _store_lse(
-                        m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP
-                    )
-                total = _total(row_sum, m)
+                total = _close(
+                    m, sums, p, row_sum, exact_sum, s_layout, lse_ptr, lse_strides, seqlen_q, inbox,
+                    number, HAS_LSE, ANCHORED, WARPGROUP,
+                )  # fmt: skip
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(v_empty, count - 1, V_STAGES)
                 _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
