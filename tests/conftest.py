@@ -13,6 +13,7 @@ import torch
 import flashomni
 from flashomni.dispatch import OPS, find, registered
 from flashomni.engine import Recipe
+from flashomni.engine.layer import LayerRun
 from flashomni.kernels.gemm_o.op import GemmOCall
 from flashomni.kernels.gemm_q.op import GemmQCall
 from flashomni.models import adapters, find_adapter
@@ -237,6 +238,21 @@ def pytest_collection_modifyitems(config, items):
         kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+
+@pytest.fixture
+def cache_whole(monkeypatch):
+    """Choose the layers that are cached whole; the others cache tiles."""
+
+    def choose(layers):
+        def decide(run, known):
+            run._cache.degraded = run.index in layers
+            if run._cache.degraded:
+                run._cache.forget_heads()
+
+        monkeypatch.setattr(LayerRun, "_decide_degradation", decide)
+
+    return choose
 
 
 def pytest_runtest_setup(item):

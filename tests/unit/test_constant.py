@@ -18,7 +18,6 @@ from torch import nn
 import flashomni
 from conftest import STEPS, call, run
 from flashomni.engine import Recipe
-from flashomni.engine.layer import LayerRun
 from flashomni.models import Adapter, Site, _accelerate, find_adapter
 from flashomni.policies import make_policy
 
@@ -33,21 +32,6 @@ def recipe(order):
     """Updates at steps 0, 3 and 6; Dispatch in between."""
     settings = {"interval": 3, "warmup": 0.0, "order": order, "layer_order": order}
     return Recipe.of(TILES, degrade_below=0.5, **settings)
-
-
-@pytest.fixture
-def cache_whole(monkeypatch):
-    """Choose the layers that are cached whole; the others cache tiles."""
-
-    def choose(layers):
-        def decide(run, known):
-            run._cache.degraded = run.index in layers
-            if run._cache.degraded:
-                run._cache.forget_heads()
-
-        monkeypatch.setattr(LayerRun, "_decide_degradation", decide)
-
-    return choose
 
 
 def fill_gates(model):

@@ -15,7 +15,6 @@ from tiny_models import TINY, build, fill_gates, output
 import flashomni
 from conftest import ADAPTERS, residue
 from flashomni.engine import Recipe
-from flashomni.engine.layer import LayerRun
 from flashomni.models import Blocks, adapters
 from flashomni.policies import make_policy
 from flashomni.policies.flashomni import FlashOmni
@@ -29,21 +28,6 @@ FORA = Recipe.of("fora", interval=3, warmup=0.3)  # learns at step 0, Updates at
 CLASSES = sorted(TINY)
 # Lists that are refused, and a word of the reason. (What VACE's side blocks return is no stream.)
 REFUSED = {"WanVACETransformer3DModel": {"vace_blocks": "could carry on"}}
-
-
-@pytest.fixture
-def cache_whole(monkeypatch):
-    """Choose the layers that are cached whole; the others cache tiles."""
-
-    def choose(layers):
-        def decide(run, known):
-            run._cache.degraded = run.index in layers
-            if run._cache.degraded:
-                run._cache.forget_heads()
-
-        monkeypatch.setattr(LayerRun, "_decide_degradation", decide)
-
-    return choose
 
 
 def kinds_of(engine):
