@@ -155,8 +155,7 @@ class Runtime:
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
-        decides_late = None in generation.plans or self.recipe.schedule.decides
-        inputs = by_name(self.model, args, kwargs) if decides_late else kwargs
+        inputs = by_name(self.model, args, kwargs)
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
         ends = [None if plan is None else plan.kinds[-1] for plan in generation.plans]
@@ -172,6 +171,7 @@ class Runtime:
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
         shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}
+        shared |= {"inputs": inputs}
         plans = [
             StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
             for each in zip(self.division.recipes, generation.plans, kinds, strict=True)

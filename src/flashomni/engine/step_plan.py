@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class StepPlan:
         grids: makes the grid of a sequence, or finds it (see :class:`Grids`).
         redone: memory of what attention did again, of each layer; empty where nothing anchors.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
+        inputs: the model's arguments by name.
         numbers: the coefficients that were asked for so far, by their anchors.
     """
 
@@ -57,6 +58,7 @@ class StepPlan:
     grids: Callable[..., Grid]
     redone: tuple[Tensor, ...] = ()
     geometry: Geometry | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod

@@ -1,0 +1,176 @@
+"""What a layer knows and chooses in one step, beside its projections and its attention.
+
+Its grid, whether it caches tiles or is cached whole, its symbols, and the record of its FLOPs.
+
+Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flashomni.engine.linear import linear_flops
+from flashomni.engine.schedules import StepKind
+from flashomni.engine.state.cache import Fraction, LayerCache
+from flashomni.engine.step_plan import StepPlan
+from flashomni.engine.trace import LayerRecord
+from flashomni.policies import AttentionSite
+from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice.op import live_share, measure
+
+T = TypeVar("T")
+
+
+class LayerStep:
+    """One layer in one step, without the engine's three calls (see :class:`LayerRun`).
+
+    Attributes:
+        grid: blocks of the sequence, after :meth:`begin`.
+        kind: what the step does in this layer.
+        recipe: what is run.
+        geometry: of the vision tokens; what its ``place(start, count)`` gives is for :meth:`begin`.
+        inputs: the model's arguments by name, for their sizes: what a block is not told.
+    """
+
+    grid: Grid
+
+    def __init__(
+        self,
+        index: int,
+        cache: LayerCache,
+        plan: StepPlan,
+        record: LayerRecord,
+        shared: dict[Any, Any],
+        cacheable: bool = True,
+    ) -> None:
+        self.index, self._cacheable, self.geometry = index, cacheable, plan.geometry
+        self.kind = plan.kind if cacheable else StepKind.FULL
+        self._cache, self._plan, self.recipe = cache, plan, plan.recipe
+        self._record, self._shared, self.backend = record, shared, plan.backend
+        self.inputs: Mapping[str, Any] = plan.inputs
+        record.kind = self.kind.value
+        cache.ops = record.ops  # filled while the block runs
+
+    def begin(
+        self,
+        seqlen: int,
+        *,
+        text: tuple[int, int] = (0, 0),
+        kv_len: Tensor | None = None,
+        shape: tuple[int, int, int] | None = None,
+        spans: tuple[tuple[str, int, int], ...] = (),
+    ) -> Grid:
+        """Say what the layer's sequence is, before anything else; also without attention of ours.
+
+        Args:
+            seqlen: tokens of the sequence.
+            text: token range of the text, at the start or at the end.
+            kv_len: int32 ``[B]``, valid keys of each batch item where padding sits at the end; one
+                tensor for all layers of a call (see :meth:`shared`).
+            shape: frames, height and width of the vision tokens, where the model knows them.
+            spans: further spans of text or reference tokens.
+
+        Returns:
+            The grid of the sequence.
+        """
+        blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n
+        sizes = (seqlen, text, blocks, shape, spans)
+        key = ("grid", sizes, id(kv_len))
+        if key not in self._shared:
+            self._shared[key] = self._plan.grids(*sizes, kv_len)
+        self.grid = self._shared[key]
+        self._policy = self.recipe.policy_for(self.grid)
+        self._known = self._policy.known_fraction(self.grid)
+        if self._stores:
+            self._decide_degradation(self._known)
+        if self.kind is StepKind.DISPATCH:
+            cache, record = self._cache, self._record
+            record.q_density, record.kv_density = cache.q_density, cache.kv_density
+        return self.grid
+
+    def shared(self, make: Callable[..., T], *inputs: Any) -> T:
+        """``make(*inputs)``, once in each call of the model: for what all layers share.
+
+        Args:
+            make: a function of the inputs alone.
+            inputs: what tells two uses of ``make`` apart: numbers by value, tensors by identity.
+        """
+        if torch.compiler.is_compiling():
+            return make(*inputs)
+        key = (make, *map(_identity, inputs))
+        if key not in self._shared:
+            # The inputs are held, so that their ids stay theirs.
+            self._shared[key] = make(*inputs), inputs
+        return self._shared[key][0]
+
+    @property
+    def _stores(self) -> bool:
+        return self._cacheable and self._plan.stores
+
+    def _decide_degradation(self, known: float | None) -> None:
+        """S_q: cache the layer whole if little of it is computed; look again at each Update."""
+        plan, threshold = self._plan, self.recipe.sparse.degrade_below
+        self._cache.degrade(known, plan.step, threshold, plan.hopeful)
+
+    @property
+    def _caches_heads(self) -> bool:
+        """Whether this layer has cached tiles of its own (not a whole cached layer)."""
+        return self._cacheable and self._policy.caches and not self._cache.degraded
+
+    def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
+        """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
+        self.add(op, sum(linear_flops(module, rows) for module in modules))
+
+    def add(self, op: str, flops: int) -> None:
+        """Record FLOPs that were executed."""
+        self._record.add(op, flops)
+
+    def _site(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, guide: Tensor | None
+    ) -> AttentionSite:
+        """What the policy is shown."""
+        plan = self._plan
+        return AttentionSite(
+            q=q, k=k, v=v, grid=self.grid, layer=self.index, num_layers=plan.num_layers,
+            heads=range(q.shape[2]), step=plan.step, num_steps=plan.num_steps,
+            progress=plan.progress, branch=plan.branch, softmax_scale=scale, guide=guide,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def _choose_symbols(self, site: AttentionSite) -> None:
+        cache, min_skip = self._cache, self.recipe.sparse.min_skip
+        symbols, q_density, kv_density = measure(self._policy(site), min_skip, backend=self.backend)
+        self._send(q_density)
+        cache.live_shares.clear()
+        if cache.degraded:  # no tile of it will be asked for
+            cache.symbols = None
+            return
+        cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
+
+    def _send(self, q_density: Tensor) -> None:
+        """Keep the computed fraction for the host, where S_q depends on it."""
+        if self.recipe.sparse.degrade_below > 0 and self._known is None:
+            self._cache.fraction = Fraction(q_density)
+            self._cache.measured = self._plan.step
+
+    def _symbols(self) -> Symbols:
+        symbols = self._cache.symbols
+        assert symbols is not None, "a Dispatch step without an Update"
+        return symbols
+
+    def _live_share(self, row_offset: int, rows: int) -> Tensor:
+        """Share of a stream's (token, head) pairs that are computed: fp32 scalar on the device."""
+        shares = self._cache.live_shares
+        if (row_offset, rows) not in shares:
+            shares[row_offset, rows] = live_share(
+                self._symbols(), rows, row_offset, backend=self.backend
+            )
+        return shares[row_offset, rows]
+
+
+def _identity(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
