@@ -14,6 +14,7 @@ from flashomni.policies import make_policy
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 SHAPES = {  # of the models' tiny inputs, no two sizes equal
+    "Flux2Transformer2DModel": (1, 18, 19),
     "FluxTransformer2DModel": (1, 18, 19),
     "LongCatImageTransformer2DModel": (1, 18, 19),
     "QwenImageTransformer2DModel": (1, 18, 19),
@@ -50,6 +51,11 @@ def ids(height, width, kind=0.0, start=(0, 0)):
     return torch.cartesian_prod(torch.tensor([kind]), rows.float(), columns.float())
 
 
+def four(*parts):
+    """FLUX.2's positions: a fourth axis, which images do not use."""
+    return torch.nn.functional.pad(torch.cat(parts), (0, 1))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("policy", ["window", "radial"])
 def test_every_adapter_tells_its_shape(name, policy, monkeypatch):
@@ -60,11 +66,12 @@ def test_every_adapter_tells_its_shape(name, policy, monkeypatch):
         assert grid.shape == SHAPES[name] and grid.order == "raster" and not grid.spans
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "LongCatImageTransformer2DModel"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith(("Flux", "LongCat"))])
 def test_a_reference_image_is_not_generated(name, monkeypatch):
-    """FLUX Kontext and LongCat-Image-Edit: its tokens follow, of another kind and size."""
+    """FLUX Kontext, FLUX.2 and LongCat-Image-Edit: its tokens follow, of another kind and size."""
     model, inputs = tiny_of(name)
-    inputs["img_ids"] = torch.cat([ids(11, 13, 1.0, (512, 512)), ids(4, 7, 2.0, (512, 512))])
+    places = ids(11, 13, 1.0, (512, 512)), ids(4, 7, 2.0, (512, 512))
+    inputs["img_ids"] = four(*places) if name.startswith("Flux2") else torch.cat(places)
     inputs["hidden_states"] = torch.randn(2, 11 * 13 + 4 * 7, 16)
     for grid in grids(model, inputs, "window", monkeypatch):
         assert grid.shape == (1, 11, 13)
@@ -139,6 +146,10 @@ def test_a_model_that_does_not_tell_is_named(monkeypatch, caplog):
         (of_position_ids(ids(3, 400).bfloat16()), None, 0),  # rounds its columns
         (of_position_ids(None), None, 0),
         (of_position_ids(torch.zeros(6, 4)), None, 0),
+        (of_position_ids(torch.zeros(6, 5)), None, 0),
+        (of_position_ids(four(ids(3, 5))), (1, 3, 5), 0),
+        (of_position_ids(four(ids(3, 5), ids(2, 2, 10.0))), (1, 3, 5), 4),
+        (of_position_ids(torch.cat([ids(3, 5), ids(1, 15)[:, 2:]], 1)), None, 0),
         (of_image_shapes([(1, 4, 6)] * 2), (1, 4, 6), 0),
         (of_image_shapes([[(1, 4, 6)], [(1, 6, 4)]]), None, 0),
         (of_image_shapes(None), None, 0),

@@ -1,5 +1,7 @@
 """Small random instances of diffusers' transformer classes, for tests of models without an adapter.
 
+Some have one by now: the definition of whole-layer caching holds for them as well.
+
 ``TINY`` says how to make each: its configuration, and the arguments of one call. Sequences are
 ragged where the class allows it. Nothing is built before it is asked for.
 """

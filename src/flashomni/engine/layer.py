@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flashomni.engine.layer_step import LayerStep
 from flashomni.engine.linear import (
+    Projection,
     is_rms_norm,
     norm_eps,
     norm_heads,
@@ -49,7 +50,7 @@ class LayerRun(LayerStep):
     def project_q(
         self,
         x: Tensor,
-        linear: nn.Module,
+        linear: Projection,
         out: Tensor,
         *,
         norm: nn.Module | None,
@@ -95,7 +96,7 @@ class LayerRun(LayerStep):
     def project(
         self,
         x: Tensor,
-        linear: nn.Module,
+        linear: Projection,
         out: Tensor,
         *,
         norm: nn.Module | None = None,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashomni.engine.linear import linear_flops
+from flashomni.engine.linear import Projection, linear_flops
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, LayerCache
 from flashomni.engine.step_plan import StepPlan
@@ -121,7 +121,7 @@ class LayerStep:
         """Whether this layer has cached tiles of its own (not a whole cached layer)."""
         return self._cacheable and self._policy.caches and not self._cache.degraded
 
-    def count(self, op: str, modules: Iterable[nn.Module], rows: int) -> None:
+    def count(self, op: str, modules: Iterable[Projection], rows: int) -> None:
         """Record the FLOPs of Linears that the adapter runs itself, for ``rows`` tokens."""
         self.add(op, sum(linear_flops(module, rows) for module in modules))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +18,76 @@ class Weights(NamedTuple):
     bias: Tensor | None
 
 
-def why_not_plain(module: nn.Module, x: Tensor) -> str | None:
+@dataclass(frozen=True)
+class Part:
+    """Some output features of a Linear that holds several projections side by side.
+
+    Made by :func:`split_linear`, for one input; it stands wherever a Linear may.
+
+    Args:
+        whole: the Linear.
+        start: its first feature.
+        stop: the one behind its last.
+        value: what it gives for that input, where the whole had to be called.
+    """
+
+    whole: nn.Module
+    start: int
+    stop: int
+    value: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return int(self.whole.in_features)  # type: ignore[arg-type]  # all Linears have it
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[B, R, stop - start]`` of ``x [B, R, K]``."""
+        if self.value is not None:
+            return self.value
+        weights = plain_weights(self, x)
+        assert weights is not None, "split for another input"
+        return nn.functional.linear(x, *weights)
+
+
+Projection = nn.Module | Part
+
+
+def split_linear(linear: nn.Module, x: Tensor, sizes: Sequence[int]) -> list[Part]:
+    """The projections that a Linear holds side by side: slices of its weight where that is read.
+
+    A Linear that has to be called is called here, once, for all of them.
+
+    Args:
+        linear: ``[N, K]``.
+        x: ``[B, R, K]``, what they will be asked for.
+        sizes: features of each, N together.
+
+    Raises:
+        ValueError: ``sizes`` are not N together.
+    """
+    if sum(sizes) != linear.out_features:
+        raise ValueError(f"sizes must sum to {linear.out_features}, got {list(sizes)}")
+    plain = why_not_plain(linear, x) is None
+    values = [None] * len(sizes) if plain else linear(x).split(list(sizes), dim=-1)
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [
+        Part(linear, stop - size, stop, value)
+        for size, stop, value in zip(sizes, stops, values, strict=True)
+    ]
+
+
+def why_not_plain(module: Projection, x: Tensor) -> str | None:
     """Why ``module(x)`` may differ from a product with ``module.weight``; ``None`` if it may not.
 
     A live LoRA, a quantised or fp8-at-rest weight, offloading and hooks all give a reason: reading
     the weight would lose or break them. Such a module is called, never taken apart.
     """
+    if isinstance(module, Part):
+        return why_not_plain(module.whole, x)
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, not a plain Linear"
     if is_hooked(module):
@@ -104,22 +170,26 @@ def _normed_shape(norm: Any) -> tuple[int, ...] | None:
     return None if weight is None else tuple(weight.shape)
 
 
-def plain_weights(module: nn.Module, x: Tensor) -> Weights | None:
-    """The weights of a plain, unhooked Linear; ``None`` for everything else."""
+def plain_weights(module: Projection, x: Tensor) -> Weights | None:
+    """The weights of a plain, unhooked Linear or of a part of it; ``None`` for everything else."""
     if why_not_plain(module, x) is not None:
         return None
+    if isinstance(module, Part):
+        rows = slice(module.start, module.stop)
+        weight, bias = module.whole.weight, module.whole.bias
+        return Weights(weight[rows], None if bias is None else bias[rows])  # type: ignore[index]
     return Weights(module.weight, module.bias)  # type: ignore[arg-type]  # checked above
 
 
-def linear_flops(module: nn.Module, rows: int) -> int:
+def linear_flops(module: Projection, rows: int) -> int:
     """Multiply-adds times 2 of every Linear below ``module``, for ``rows`` tokens each."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Part)):
         return 2 * rows * module.in_features * module.out_features
     layers = (m for m in module.modules() if isinstance(m, nn.Linear))
     return sum(2 * rows * layer.in_features * layer.out_features for layer in layers)
 
 
-def project_into(linear: nn.Module, x: Tensor, out: Tensor) -> None:
+def project_into(linear: Projection, x: Tensor, out: Tensor) -> None:
     """``out[:] = linear(x)``, without a copy where the weight may be read directly.
 
     Args:

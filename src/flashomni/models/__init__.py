@@ -124,6 +124,13 @@ class Adapter:
         """What to put on a model that is not run site by site; ``None`` for one that is."""
         return None
 
+    def variant(self, model: nn.Module) -> str:
+        """What the model has that the adapter does not run, in words; empty if it runs the model.
+
+        Such a model is learned, as one without an adapter is.
+        """
+        return ""
+
     def check(self, model: nn.Module) -> None:
         """Whether the model is, or still is, what the adapter understands. Costs microseconds.
 

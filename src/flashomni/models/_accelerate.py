@@ -118,8 +118,8 @@ def accelerate(
 def _find(model: nn.Module, blocks: Blocks | None) -> Adapter:
     """The adapter of a model, or what learns it.
 
-    A model is learned where there is no adapter, and where the attention that the user has chosen
-    is to be kept: an adapter brings its own.
+    A model is learned where there is no adapter, where it is a variant that its adapter does not
+    run, and where the attention that the user has chosen is to be kept: an adapter brings its own.
     """
     from flashomni.models.generic.tier import Generic, kept_backend
 
@@ -132,7 +132,10 @@ def _find(model: nn.Module, blocks: Blocks | None) -> Adapter:
             return Generic(model)
         except ValueError as nothing:
             raise ValueError(f"{unknown}; {nothing}") from None
-    return adapter if kept_backend(model) is None else Generic(model)
+    if kept_backend(model) is not None:
+        return Generic(model)
+    variant = adapter.variant(model)
+    return Generic(model, why=variant) if variant else adapter
 
 
 def engine_of(pipe: Any) -> Engine | None:

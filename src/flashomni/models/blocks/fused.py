@@ -37,6 +37,21 @@ def adaptive_norm(norm: Any, x: Tensor, emb: Tensor, *, backend: str | None) -> 
     return x, *parts[2:]
 
 
+def modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``.
+
+    Args:
+        norm: a LayerNorm without weights; any other module is called.
+        x: ``[B, R, K]``.
+        scale: ``[B, K]``.
+        shift: ``[B, K]``.
+        backend: take exactly this one; ``None`` takes the best that accepts.
+    """
+    if _is_bare(norm):
+        return modulated_norm(x, scale, shift, norm.eps, backend=backend)
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
 def residual_norm(
     x: Tensor,
     y: Tensor,
@@ -61,7 +76,7 @@ def residual_norm(
     if _is_bare(norm):
         return gated_residual_norm(x, y, gate, scale, shift, norm.eps, backend=backend)
     x = gated_residual(x, y, gate, backend=backend)
-    return x, norm(x) * (1 + scale[:, None]) + shift[:, None]
+    return x, modulate(norm, x, scale, shift, backend=backend)
 
 
 def _is_bare(norm: Any) -> bool:

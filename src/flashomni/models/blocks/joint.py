@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
-from flashomni.engine.linear import is_hooked
+from flashomni.engine.linear import Projection, is_hooked
 from flashomni.kernels.common.rope import Rope
 from flashomni.models.blocks.fused import gelu_linear, mlp
 
@@ -35,9 +35,9 @@ class Stream:
 
     x: Tensor
     span: tuple[int, int]
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
+    to_q: Projection
+    to_k: Projection
+    to_v: Projection
     norm_q: nn.Module | None
     norm_k: nn.Module | None
     rope: Rope | None

@@ -64,6 +64,8 @@ class MMDiT:
         dual_class: class of the blocks in ``transformer_blocks``.
         single_class: class of those in ``single_transformer_blocks``; ``None`` if there are none.
         attention: classes of their attention and of its processor.
+        single_attention: likewise in the single blocks, where they are others.
+        joined: whether a single block gets text and vision as one sequence, and returns that alone.
         text: whether the text comes ``first`` or ``last`` in the sequence.
         returns: the streams in the order in which a block returns them.
         rope: the block's arguments that may hold RoPE tables, ``(cos, sin)`` ``[S, D]``.
@@ -77,6 +79,8 @@ class MMDiT:
     dual_class: str
     attention: tuple[str, str]
     single_class: str | None = None
+    single_attention: tuple[str, str] | None = None
+    joined: bool = False
     text: str = "first"
     returns: tuple[str, str] = (TEXT, VISION)
     rope: tuple[str, ...] = ("image_rotary_emb",)
@@ -95,23 +99,35 @@ class MMDiT:
             for i, block in enumerate(getattr(model, group)):
                 named = _Named(run, block)
                 probe = None if modulated is None else partial(named.apply, modulated)
-                site = Site(f"{group}.{i}", block, named, self.returns, modulated=probe)
-                found.append(site)
+                name = f"{group}.{i}"
+                if self.joined and group.startswith("single"):
+                    found.append(Site(name, block, named, (VISION,), VISION))
+                else:
+                    found.append(Site(name, block, named, self.returns, modulated=probe))
         return found
 
     def relies_on(self, model: Any) -> list[Reliance]:
         """Blocks and attention modules, which are never called; what is in them mostly is."""
-        attention, processor = self.attention
-        groups = [("transformer_blocks", self.dual_class)]
+        groups = [("transformer_blocks", self.dual_class, self.attention)]
         if self.single_class is not None:
-            groups.append(("single_transformer_blocks", self.single_class))
+            single = self.single_attention or self.attention
+            groups.append(("single_transformer_blocks", self.single_class, single))
         found = []
-        for group, block_class in groups:
+        for group, block_class, (attention, processor) in groups:
             for i, block in enumerate(getattr(model, group)):
                 name = f"{group}.{i}"
                 found += rely_on_attention(f"{name}.attn", block.attn, (attention,), processor)
                 found.append(Reliance(name, block, (block_class,), BLOCK))
         return found
+
+    def refuse_extra(self, inputs: Inputs) -> None:
+        """Raise ``NotImplementedError`` where there are extra attention inputs."""
+        extra = inputs.rest.get(self.refused)
+        if extra:
+            raise NotImplementedError(
+                f"{self.refused} {sorted(extra)} are not supported by an accelerated model; leave "
+                "them out, or call engine.remove()"
+            )
 
     def begin(self, run: LayerRun, inputs: Inputs) -> tuple[Span, Span]:
         """Tell the run its sequence; return the spans of vision and text.
@@ -119,12 +135,7 @@ class MMDiT:
         Raises:
             NotImplementedError: there are extra attention inputs, which would be lost.
         """
-        extra = inputs.rest.get(self.refused)
-        if extra:
-            raise NotImplementedError(
-                f"{self.refused} {sorted(extra)} are not supported by an accelerated model; leave "
-                "them out, or call engine.remove()"
-            )
+        self.refuse_extra(inputs)
         num_vision, num_text = inputs.x.shape[1], inputs.c.shape[1]
         seqlen, first = num_vision + num_text, self.text == "first"
         text = (0, num_text) if first else (num_vision, seqlen)

@@ -2,7 +2,8 @@
 
 ``text``: where the text is in the sequence of the largest self-attention. ``text_from``: the
 argument that has one entry for each text token. ``chain=False``: blocks whose outputs are read
-later. Classes that are not here, and all others in the world, are tier A.
+later. Classes that are not here, and all others in the world, are tier A. One with an adapter
+stands here for the variants that its adapter does not run.
 """
 
 from __future__ import annotations

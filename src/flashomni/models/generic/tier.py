@@ -35,17 +35,18 @@ class Generic(Adapter):
     Args:
         model: the transformer.
         blocks: what is said of its blocks; by default what is declared about its class.
+        why: what keeps its adapter from running it, for the report.
 
     Raises:
         ValueError: there is no list of blocks.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks | None = None) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks | None = None, why: str = "") -> None:
         known = declared()
         name = type(model).__name__
         self.said = known.get(name, Blocks()) if blocks is None else blocks
         self.tier = "generic" if blocks is None and name not in known else "declared"
-        self.model = model
+        self.model, self._why = model, why
         self.lists: list[str] = []  # of each block
         self.blocks: list[tuple[str, nn.Module]] = []
         for path, members in find_blocks(model, self.said).items():
@@ -110,6 +111,8 @@ class Generic(Adapter):
     def notes(self) -> list[str]:
         """What is not cached and why, and whose attention runs."""
         notes: dict[str, None] = {}
+        if self._why:
+            notes[f"without the adapter of its class, which does not run {self._why}"] = None
         for learned in self._known.values():
             for path, reason in learned.refused.items():
                 notes[f"{path}: computed in every step, because {reason}"] = None

@@ -1,0 +1,78 @@
+"""A Dispatch step of an adapter against the stock model, whose attention follows the symbols.
+
+What the symbols say is written out here in terms of stock attention: tokens of skipped blocks are
+masked, and rows of cached blocks get what attention gave when they were chosen. Projections, norms,
+RoPE and whatever else a block does are the stock model's.
+"""
+
+import pytest
+import torch
+from tiny_models import fill_gates
+from torch.overrides import TorchFunctionMode
+
+import flashomni
+from conftest import call, token_masks
+from flashomni.engine import Recipe
+from flashomni.policies import make_policy
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+POLICY = make_policy("topk", q_density=0.6, kv_density=0.5)
+TEXT_MOVED = {"QwenImageTransformer2DModel": 77}  # first in stock, last in its adapter
+SETTINGS = {"interval": 4, "warmup": 0.0, "order": 0, "block_m": 32, "block_n": 32}
+
+
+class ByHand(TorchFunctionMode):
+    """Attention of the blocks, by what is known of each.
+
+    Args:
+        symbols: of each block, by its place.
+        moved: tokens that come first in stock and last in the symbols' grid.
+        before: what attention gave in each block, before; ``None`` has it kept.
+    """
+
+    def __init__(self, symbols, moved, before):
+        super().__init__()
+        self.symbols, self.moved, self.before, self.kept = symbols, moved, before, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v, *rest = args if args else (kwargs.pop(name) for name in ("query", "key", "value"))
+        seqlen = self.symbols[0].grid.seqlen_q
+        if not q.shape[2] == k.shape[2] == seqlen:  # attention to the text, or of a refiner
+            return func(q, k, v, *rest, **kwargs)
+        place = len(self.kept)
+        if self.before is None:
+            self.kept.append(func(q, k, v, *rest, **kwargs))
+            return self.kept[-1]
+        rows, pairs = token_masks(self.symbols[place])
+        rows, pairs = rows.roll(self.moved, -1), pairs.roll((self.moved,) * 2, (-2, -1))
+        given = kwargs.pop("attn_mask", None)
+        mask = pairs if given is None else pairs & given
+        self.kept.append(func(q, k, v, *rest, attn_mask=mask, **kwargs))
+        return torch.where(rows[..., None], self.kept[-1], self.before[place])
+
+
+def test_a_dispatch_step_is_what_its_symbols_say(tiny):
+    """Tiles chosen and computed in one step, used with other latents in the next."""
+    model, inputs = tiny
+    fill_gates(model)
+    other = {**inputs, "hidden_states": inputs["hidden_states"].flip(0)}
+    with flashomni.accelerate(model, Recipe.of(POLICY, **SETTINGS)) as engine:
+        engine.step(0, 8)
+        call(model, inputs)
+        engine.step(1, 8)
+        got = call(model, other)
+        assert engine.report().steps[1]["kind"] == "dispatch"
+        symbols = [layer.symbols for layer in engine._runtime.last.branches["call"].layers]
+    moved = TEXT_MOVED.get(type(model).__name__, 0)
+    outputs, before = [], None
+    for each in (inputs, other):
+        with ByHand(symbols, moved, before) as mode:
+            outputs.append(call(model, each))
+        before = mode.kept
+        assert len(before) == len(symbols)
+    torch.testing.assert_close(got, outputs[1], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(got, call(model, other), atol=1e-3)  # the step is really sparse
