@@ -165,5 +165,6 @@ def test_what_is_told(told, shape, references):
 def test_other_tokens_than_known_have_no_place():
     """A stream that the geometry is not about is left alone."""
     geometry = Geometry((1, 3, 5), 4)
-    assert geometry.place(7, 19) == {"shape": (1, 3, 5), "spans": (("reference", 22, 26),)}
+    place = {"shape": (1, 3, 5), "spans": (("reference", 22, 26),), "order": "raster"}
+    assert geometry.place(7, 19) == place
     assert geometry.place(7, 18) == {} and Geometry().place(0, 15) == {}

@@ -10,7 +10,7 @@ from flashomni.models import adapters
 from flashomni.policies import make_policy
 
 CPU = torch.device("cpu")
-SIZES = (130, (0, 17), (32, 48), None, ())
+SIZES = (130, (0, 17), (32, 48), ())
 
 
 def lengths(*values, device=CPU):
@@ -29,11 +29,11 @@ def test_equal_sizes_share_what_is_made_once():
 @pytest.mark.parametrize(
     "sizes",
     [
-        (131, (0, 17), (32, 48), None, ()),
-        (130, (113, 130), (32, 48), None, ()),
-        (130, (0, 17), (48, 48), None, ()),
-        (130, (0, 17), (32, 48), (1, 1, 113), ()),
-        (130, (0, 17), (32, 48), None, (("text", 100, 130),)),
+        (131, (0, 17), (32, 48), ()),
+        (130, (113, 130), (32, 48), ()),
+        (130, (0, 17), (48, 48), ()),
+        (130, (0, 17), (32, 48), (("shape", (1, 1, 113)),)),
+        (130, (0, 17), (32, 48), (("spans", (("text", 100, 130),)),)),
     ],
     ids=str,
 )

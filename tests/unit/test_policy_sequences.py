@@ -10,6 +10,7 @@ from flashomni.kernels import sparse_attention
 from flashomni.policies import AttentionSite, Policy, make_policy, policies, require_text
 from flashomni.symbols import Grid, unpack_bits
 from flashomni.symbols.choice.op import pooled_map
+from flashomni.symbols.order import coordinates
 
 TEXT_LESS = [name for name in NAMES if not policies()[name].needs_text]
 ODD = {
@@ -142,9 +143,31 @@ def test_radial_reads_the_frames_off_the_grid():
         ValueError, match=r"frames of policy radial must be set \(radial:frames=16\)"
     ):
         make_policy("radial")(AttentionSite.alone(q, k, plain))
-    tiled = replace(shaped, order="tile")
-    with pytest.raises(NotImplementedError, match="order raster, got tile"):
-        make_policy("radial")(AttentionSite.alone(q, k, tiled))
+    tiled = replace(plain, order="tile")
+    with pytest.raises(ValueError, match="policy radial needs the shape of tokens in order tile"):
+        make_policy("radial", frames=6)(AttentionSite.alone(q, k, tiled))
+
+
+@pytest.mark.parametrize("order", ["tile", "hilbert"])
+@pytest.mark.parametrize("policy", ["window", "radial"])
+def test_static_policies_see_through_an_order(policy, order):
+    """What is near in space is visited whatever the order; compact blocks leave out more."""
+    shape, settings = (6, 12, 12), {"window": {"reach": 0.1}, "radial": {"width": 0.2}}[policy]
+    grid = Grid(864 + 21, 864 + 21, (0, 21), 16, 16, shape=shape, order=order)
+    q, k = inputs(grid)
+    mask = make_policy(policy, **settings)(AttentionSite.alone(q, k, grid)).kv_mask()[1, 3]
+    place = coordinates(shape, order)
+    gap = (place[:, :, None] - place[:, None]).abs()
+    if policy == "window":
+        near = (gap <= 0.1 * torch.tensor(shape)[:, None, None]).all(0)
+    else:
+        reach = 0.2 * 144 / 2 ** gap[0].clamp(min=1).float().log2().floor()
+        near = (gap[0] == 0) | (gap[1] * 12 <= reach) | (place[0] == 0)
+    block = (torch.arange(864) + 21) // 16
+    assert mask[block[:, None].expand(864, 864)[near], block.expand(864, 864)[near]].all()
+    assert not mask[2:].all()
+    text = mask[:2].all() and mask[:, :2].all()
+    assert text
 
 
 @pytest.mark.parametrize("text", [(0, 0), (0, 21), (300, 321)])

@@ -32,27 +32,28 @@ class Grids:
 
     def get(
         self,
-        place: tuple[torch.device, int],
+        where: tuple[torch.device, int],
         seqlen: int,
         text: tuple[int, int],
         blocks: tuple[int, int],
-        shape: tuple[int, int, int] | None,
-        spans: tuple[tuple[str, int, int], ...],
+        place: tuple[tuple[str, Any], ...],
         kv_len: Tensor | None,
     ) -> Grid:
-        """The grid of a sequence; all but ``place`` is as in :class:`Grid`.
+        """The grid of a sequence.
 
         Args:
-            place: device and stream.
+            where: device and stream.
             seqlen: of queries and keys.
+            text: as in :class:`Grid`, like ``kv_len``.
             blocks: ``(block_m, block_n)``.
+            place: other arguments of :class:`Grid`, by name.
         """
-        key: tuple[Any, ...] = (place, seqlen, text, blocks, shape, spans)
+        key: tuple[Any, ...] = (where, seqlen, text, blocks, place)
         grid = self._known.pop(key, None)
         is_new = grid is None
         if grid is None:
-            grid = Grid(seqlen, seqlen, text, *blocks, shape=shape, spans=spans)
-        captures = place[0].type == "cuda" and torch.cuda.is_current_stream_capturing()
+            grid = Grid(seqlen, seqlen, text, *blocks, **dict(place))
+        captures = where[0].type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not (captures and is_new):
             self._known[key] = grid  # the one that was used last is dropped last
         if len(self._known) > MAX_GRIDS:

@@ -61,8 +61,7 @@ class LayerStep:
         *,
         text: tuple[int, int] = (0, 0),
         kv_len: Tensor | None = None,
-        shape: tuple[int, int, int] | None = None,
-        spans: tuple[tuple[str, int, int], ...] = (),
+        **place: Any,
     ) -> Grid:
         """Say what the layer's sequence is, before anything else; also without attention of ours.
 
@@ -71,14 +70,13 @@ class LayerStep:
             text: token range of the text, at the start or at the end.
             kv_len: int32 ``[B]``, valid keys of each batch item where padding sits at the end; one
                 tensor for all layers of a call (see :meth:`shared`).
-            shape: frames, height and width of the vision tokens, where the model knows them.
-            spans: further spans of text or reference tokens.
+            place: ``shape``, ``spans`` and ``order`` of :class:`Grid`, where they are known.
 
         Returns:
             The grid of the sequence.
         """
         blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n
-        sizes = (seqlen, text, blocks, shape, spans)
+        sizes = (seqlen, text, blocks, tuple(place.items()))
         key = ("grid", sizes, id(kv_len))
         if key not in self._shared:
             self._shared[key] = self._plan.grids(*sizes, kv_len)

@@ -9,6 +9,7 @@ from typing import Any
 from flashomni.engine.forecasts import Fitted, Known, difference_weights, forecasts
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import check_int, check_range
+from flashomni.symbols.order import ORDERS
 
 HISTORY_DTYPES = ("compute", *DTYPES)
 HISTORY_DEVICES = ("compute", "host")
@@ -86,14 +87,19 @@ class SparseSettings:
             below break-even, skipping costs more than it saves.
         block_m: query tokens per block.
         block_n: key tokens per block.
+        token_order: how vision tokens run through the sequence, so that a block of them is compact:
+            ``raster`` leaves them, ``tile`` and ``hilbert`` reorder them in front of the first
+            block and back behind the last. Of models with an adapter.
     """
 
     degrade_below: float = 0.0
     min_skip: float = 0.0
     block_m: int = 128
     block_n: int = 128
+    token_order: str = "raster"
 
     def __post_init__(self) -> None:
+        _check_choice("token_order", self.token_order, ORDERS)
         check_range("degrade_below", self.degrade_below, 0.0, 1.0)
         check_range("min_skip", self.min_skip, 0.0, 1.0)
         for name in ("block_m", "block_n"):

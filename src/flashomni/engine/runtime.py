@@ -150,7 +150,7 @@ class Runtime:
         if generation is None or not generation.continues(position):
             self._check()
             generation = self._start(Generation(position, self.division, self.backend))
-            generation.geometry = None if self.geometry is None else self.geometry(args, kwargs)
+            generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
             self.graphs.start(device, why_none(self.recipe, self.learner))
         tick = generation.advance(position)
         self.last = generation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Site:
             returns ``None``.
         chain: whether the block may be cached in one with its neighbours. ``False`` where something
             but the next block reads what it returns (skip connections, collected hidden states).
+        by_token: other parameters of ``run`` that may have an entry for each vision token, and how
+            many dims they have then: ``[B, R, ...]``.
         modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
             first norm and modulation, for schedules that look there (TeaCache); ``None`` if there
             is no such thing.
@@ -50,6 +52,7 @@ class Site:
     streams: tuple[str, ...]
     returns: str | tuple[str | None, ...] | None = None
     chain: bool = True
+    by_token: Mapping[str, int] = field(default_factory=dict)
     modulated: Callable[..., Tensor] | None = None
 
     @property
@@ -84,11 +87,20 @@ class Adapter:
         sizes: configurations of the class by name: ``tiny`` for the contract tests, ``published``
             as the largest weights that are published.
         latents: the argument of the model that is what its output changes.
+        reorders: whether its blocks may get their vision tokens in another order: what has an entry
+            for each token, such as RoPE tables, then follows ``run.geometry.tokens`` (the streams
+            and ``Site.by_token`` do so by themselves).
+        residuals: arguments of the model that hold what is added to vision tokens behind blocks.
+        exit: where there are any, the module that gets the tokens next; they have the model's own
+            order again in front of it, otherwise behind the last block.
     """
 
     transformer: ClassVar[str]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     latents: ClassVar[str] = "hidden_states"
+    reorders: ClassVar[bool] = False
+    residuals: ClassVar[tuple[str, ...]] = ()
+    exit: ClassVar[str] = ""
 
     def build(self, size: str) -> nn.Module:
         """A model of diffusers' class with random weights.

@@ -89,11 +89,17 @@ def accelerate(
             f"schedule {recipe.schedule.name} looks at the modulated input of the first block, "
             f"which nothing gives for {type(model).__name__}; take first_block or easycache"
         )
+    order = recipe.sparse.token_order
+    if order != "raster" and not found.reorders:
+        raise NotImplementedError(
+            f"token_order {order!r} needs an adapter that knows what goes with each token of "
+            f"{type(model).__name__}; take token_order 'raster'"
+        )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     if graphs != "auto" or torch.cuda.is_available():
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
-    runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model))
-    detach = _attach.attach(runtime, sites, found.stand_ins(runtime))
+    runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model), order)
+    detach = _attach.attach(runtime, sites, found)
     engine = Engine(runtime, pipe, detach)
     hook = _attach.call_hook(model)
     assert hook is not None

@@ -7,11 +7,11 @@ an instance belongs to that instance: a deep copy or a pickle of the model is th
 
 from __future__ import annotations
 
-import copy
 import inspect
+import itertools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,67 +24,40 @@ from flashomni.engine.call import Place
 from flashomni.engine.callers import calling_pipeline
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
-from flashomni.models import Site
+from flashomni.models import Adapter, Site
+from flashomni.models._reorder import around, exit_of, in_order, tokens_of
+from flashomni.models._stand_in import InsteadOfForward, stock_forward
 
 NAME = "flashomni"
 
 
-class InsteadOfForward:
-    """Stands in for the ``forward`` of one module, in its ``__dict__``, until it is taken off.
+class BlockForward(InsteadOfForward):
+    """Runs a block through the engine while a call of its model is under way.
 
     Args:
-        module: gets it at once.
+        runtime: of the model.
+        index: of the block.
+        site: of the block.
+        leaves: whether tokens get back the model's own order behind it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.active = module, True
-        self.slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-        self.before = module.__dict__.get(self.slot)
-        self.original: Callable[..., Any] = getattr(module, self.slot)
-        self.__signature__ = inspect.signature(self.original)
-        module.__dict__[self.slot] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs)
-
-    def take_off(self) -> None:
-        """Restore what was there; what was put on top of it since goes on calling the original."""
-        self.active = False
-        for slot in ("forward", "_old_forward"):
-            if self.module.__dict__.get(slot) is self:
-                if self.before is None and slot == "forward":
-                    del self.module.__dict__[slot]
-                else:
-                    self.module.__dict__[slot] = self.before or self.original
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        """A copy of the module has its class's own forward."""
-        return _stock_forward(copy.deepcopy(self.module, memo))
-
-    def __reduce__(self) -> Any:
-        return _stock_forward, (self.module,)
-
-
-def _stock_forward(module: nn.Module) -> Any:
-    return types.MethodType(type(module).forward, module)
-
-
-class BlockForward(InsteadOfForward):
-    """Runs a block through the engine while a call of its model is under way."""
-
-    def __init__(self, runtime: Runtime, index: int, site: Site) -> None:
+    def __init__(self, runtime: Runtime, index: int, site: Site, leaves: bool) -> None:
         super().__init__(site.block)
         self.runtime, self.index, self.site = runtime, index, site
-        places = list(inspect.signature(site.run).parameters)[2:]  # behind the run and the block
-        self.places = {name: places.index(name) for name in site.streams}
+        self.names = list(inspect.signature(site.run).parameters)[2:]  # behind run and block
+        self.leaves = leaves
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runtime, site = self.runtime, self.site
         if not self.active or not runtime.running:  # the block is called by itself
             return self.original(*args, **kwargs)
+        tokens = tokens_of(runtime)
+        if tokens is not None:
+            args, kwargs = in_order(tokens, site, self.names, self.index == 0, args, kwargs)
         streams = tuple(
-            kwargs[name] if name in kwargs else args[place] for name, place in self.places.items()
+            kwargs[name] if name in kwargs else args[self.names.index(name)]
+            for name in site.streams
         )
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
@@ -95,7 +68,10 @@ class BlockForward(InsteadOfForward):
             return site.modulated(site.block, *args, **kwargs)
 
         place = Place(streams, site.main, None if site.modulated is None else modulated)
-        return site.pack(runtime.block(self.index, place, compute, site.chain))
+        behind = list(runtime.block(self.index, place, compute, site.chain))
+        if tokens is not None and self.leaves:
+            behind[site.main] = tokens.leave(behind[site.main])
+        return site.pack(tuple(behind))
 
 
 class ModelForward(InsteadOfForward):
@@ -209,15 +185,13 @@ def take_off_context(model: nn.Module) -> None:
     _forget_children(model)
 
 
-def attach(
-    runtime: Runtime, sites: list[Site], stand_ins: Iterable[InsteadOfForward] | None = None
-) -> Callable[[], None]:
+def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[], None]:
     """Install a runtime on its model; on any failure nothing is left there.
 
     Args:
         runtime: what runs.
         sites: the blocks.
-        stand_ins: put themselves on the model as they are asked for; by default one for each site.
+        adapter: of the model; what it wants to stand in puts itself on the model when asked for.
 
     Returns:
         What takes it off again.
@@ -240,9 +214,13 @@ def attach(
     context = ContextHook(runtime)
     try:
         context.put_on(model)
+        stand_ins = adapter.stand_ins(runtime)
         if stand_ins is None:
-            stand_ins = (BlockForward(runtime, index, site) for index, site in enumerate(sites))
-        for stand_in in stand_ins:
+            leaves = len(sites) - 1 if not exit_of(runtime, adapter) else None
+            stand_ins = (
+                BlockForward(runtime, i, site, i == leaves) for i, site in enumerate(sites)
+            )
+        for stand_in in itertools.chain(stand_ins, around(runtime, adapter)):
             installed.append(stand_in)
         if at_output(runtime) or runtime.graphs.mode:
             installed.append(ModelForward(runtime))
@@ -280,7 +258,7 @@ def clear_remains(model: nn.Module, sites: list[Site]) -> None:
         left = module.__dict__.get("forward")
         if isinstance(left, InsteadOfForward) and not left.active:
             left.take_off()
-        elif isinstance(left, types.MethodType) and left == _stock_forward(module):
+        elif isinstance(left, types.MethodType) and left == stock_forward(module):
             del module.__dict__["forward"]
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook is _inert]:
@@ -338,7 +316,7 @@ def _is_replaced(block: nn.Module) -> bool:
     forward = block.__dict__.get("forward")
     if forward is None or isinstance(forward, InsteadOfForward):
         return False  # (a disabled cache leaves the class's own)
-    return not (isinstance(forward, types.MethodType) and forward == _stock_forward(block))
+    return not (isinstance(forward, types.MethodType) and forward == stock_forward(block))
 
 
 def _device(model: nn.Module, block: nn.Module) -> torch.device:

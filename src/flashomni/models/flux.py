@@ -24,6 +24,9 @@ class Flux(MMDiTAdapter):
         attention=("FluxAttention", "FluxAttnProcessor"),
         clip=True,
     )
+    reorders: ClassVar = True
+    residuals: ClassVar = ("controlnet_block_samples", "controlnet_single_block_samples")
+    exit: ClassVar = "norm_out"
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,

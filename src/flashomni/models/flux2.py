@@ -88,7 +88,7 @@ class Flux2Blocks(MMDiT):
         to_q, to_k, to_v, mlp_in = split_linear(attn.to_qkv_mlp_proj, norm_x, sizes)
         run.count("mlp", (mlp_in,), batch * seqlen)
         mlp = attn.mlp_act_fn(mlp_in(norm_x))
-        tables = self._tables(run, inputs)
+        tables = self._tables(run, inputs, (num_text, seqlen))
         stream = Stream(norm_x, (0, seqlen), to_q, to_k, to_v, attn.norm_q, attn.norm_k, tables)
         o = joint_attention(run, attn, [stream], attn.to_out)
         y = run.project_o(o, attn.to_out, row_offset=0, always=mlp)
@@ -105,6 +105,7 @@ class Flux2(MMDiTAdapter):
         joined=True,
         clip=True,
     )
+    reorders: ClassVar = True
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,

@@ -29,6 +29,7 @@ class HunyuanVideo(MMDiTAdapter):
         rope_on_text=False,
         mask="attention_mask",
     )
+    reorders: ClassVar = True
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 4,

@@ -21,6 +21,7 @@ class LongCatImage(MMDiTAdapter):
         attention=("LongCatImageAttention", "LongCatImageAttnProcessor"),
         clip=True,
     )
+    reorders: ClassVar = True
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,

@@ -27,7 +27,7 @@ from flashomni.models.blocks import (
     own_stream,
     valid_first,
 )
-from flashomni.models.blocks.positions import of_image_shapes
+from flashomni.models.blocks.positions import of_image_shapes, rope_in_order
 
 
 class QwenBlocks(MMDiT):
@@ -50,6 +50,7 @@ class QwenBlocks(MMDiT):
 
         angles = inputs.rest["image_rotary_emb"]
         ropes = [run.shared(_real_tables, table) for table in angles]
+        ropes[0] = rope_in_order(run, ropes[0])
         order = None if mask is None else run.shared(valid_first, mask)
         y, c_y = dual_attention(
             run,
@@ -77,8 +78,12 @@ class QwenImage(MMDiTAdapter):
         attention=("Attention", "QwenDoubleStreamAttnProcessor2_0"),
         text="last",
         mask="encoder_hidden_states_mask",
+        by_token={"modulate_index": 2},
         clip=True,
     )
+    reorders: ClassVar = True
+    residuals: ClassVar = ("controlnet_block_samples",)
+    exit: ClassVar = "norm_out"
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,

@@ -21,11 +21,13 @@ from flashomni.kernels.elementwise.op import gated_residual, modulated_norm
 from flashomni.models import Adapter, Geometry, Reliance, Site, adapter
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks import feed_forward, joint_attention, own_stream
+from flashomni.models.blocks.positions import rope_in_order
 from flashomni.models.generic.run import Guide, InBlock
 
 
 @adapter("WanTransformer3DModel")
 class Wan(Adapter):
+    reorders: ClassVar = True
     sizes: ClassVar = {
         "tiny": {
             "num_attention_heads": 3,
@@ -70,6 +72,7 @@ class Wan(Adapter):
                 run_block,
                 ("hidden_states",),
                 returns="hidden_states",
+                by_token={"temb": 4},
                 modulated=modulated,
             )
             for i, block in enumerate(model.blocks)
@@ -127,7 +130,7 @@ def run_block(
     run.begin(seqlen, **({} if run.geometry is None else run.geometry.place(0, seqlen)))
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _modulation(block, temb)
 
-    attn, rope = block.attn1, run.shared(_tables, *rotary_emb)
+    attn, rope = block.attn1, rope_in_order(run, run.shared(_tables, *rotary_emb))
     guide = run.shared(Guide, run.recipe)
     norm_x = _modulate(block.norm1, x, scale, shift, run.backend)
     stream = own_stream(attn, norm_x, (0, seqlen), rope)

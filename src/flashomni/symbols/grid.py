@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flashomni.symbols.bits import in_range, pack_bits, q_bytes, row_bytes
+from flashomni.symbols.order import ORDERS, Shape, coordinates, to_device
 
 Span = tuple[int, int]
 KINDS = ("text", "reference")
-ORDERS = ("raster", "tile", "hilbert")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Grid:
         kv_len: optional ``[B]`` int32, the number of valid keys of each batch item when padding
             sits at the end; ``None`` means all of them.
         shape: ``(T, H, W)`` of the generated tokens: frames, rows and columns; ``None`` if unknown.
-        order: how these run through the sequence: ``raster`` (frame by frame, row by row), ``tile``
-            or ``hilbert``.
+        order: how these run through the sequence: ``raster``, ``tile`` or ``hilbert``; see
+            :func:`flashomni.symbols.order.permutation`.
         spans: further ``(kind, start, stop)`` token ranges, ``text`` or ``reference``, anywhere.
 
     Attributes:
@@ -53,7 +53,7 @@ class Grid:
     block_m: int = 128
     block_n: int = 128
     kv_len: Tensor | None = field(default=None, compare=False)
-    shape: tuple[int, int, int] | None = None
+    shape: Shape | None = None
     order: str = "raster"
     spans: tuple[tuple[str, int, int], ...] = ()
     text_spans: tuple[Span, ...] = field(init=False, repr=False, compare=False)
@@ -209,6 +209,46 @@ class Grid:
         for start, stop in self._taken:
             index = index - (position - start).clamp(0, stop - start)
         return index
+
+    def coordinates(self, device: torch.device) -> Tensor:
+        """Frame, row and column of the generated tokens, in their order: int64 ``[3, N]``.
+
+        Raises:
+            ValueError: the shape is unknown.
+        """
+        if self.shape is None:
+            raise ValueError(f"coordinates need a grid with a shape, got a {self}")
+        shape, order = self.shape, self.order
+        return self._once(
+            ("coordinates", device), lambda: to_device(coordinates(shape, order), device)
+        )
+
+    def extents(self, block: int, device: torch.device) -> Tensor:
+        """The first and the last frame, row and column that each block has tokens of.
+
+        Args:
+            block: tokens of a block: ``block_m`` or ``block_n``.
+            device: of the result.
+
+        Returns:
+            int64 ``[2, 3, ceil(N / block)]``; of a block without generated tokens the last are
+            before the first.
+
+        Raises:
+            ValueError: the shape is unknown.
+        """
+        return self._once(("extents", block, device), lambda: self._extents(block, device))
+
+    def _extents(self, block: int, device: torch.device) -> Tensor:
+        places = self.coordinates(device)
+        count = -(-self.seqlen_q // block)
+        token = torch.arange(count * block, device=device).view(count, block)
+        index = self.generated_index(token)
+        has_place = (self.generated_index(token + 1) > index) & (token < self.seqlen_q)
+        places = places[:, index.clamp(max=places.shape[1] - 1)]  # [3, blocks, block]
+        beyond = self.seqlen_q
+        first = torch.where(has_place, places, beyond).amin(-1)
+        return torch.stack([first, torch.where(has_place, places, -1).amax(-1)])
 
     def text_q_mask(self, device: torch.device) -> Tensor:
         """True at the text query blocks: bool ``[Mb]``."""

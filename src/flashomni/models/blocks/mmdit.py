@@ -10,8 +10,8 @@ Letters in shapes: B batch, S tokens of the whole sequence, R tokens of one stre
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ from flashomni.models.blocks.joint import (
     joint_attention,
     own_stream,
 )
+from flashomni.models.blocks.positions import rope_in_order
 
 VISION, TEXT = "hidden_states", "encoder_hidden_states"  # the streams, as diffusers names them
 Span = tuple[int, int]
@@ -72,6 +73,7 @@ class MMDiT:
         rope_on_text: whether they cover the text too, or vision only.
         mask: the block's argument that masks padding at the end of the sequence, if it has one.
         refused: the block's argument of extra attention inputs, which must be empty.
+        by_token: see :class:`Site`.
         clip: whether the stock blocks clip what would overflow fp16: the dual ones their text, the
             single ones both.
     """
@@ -87,6 +89,7 @@ class MMDiT:
     rope_on_text: bool = True
     mask: str = ""
     refused: str = "joint_attention_kwargs"
+    by_token: Mapping[str, int] = field(default_factory=dict)
     clip: bool = False
 
     def sites(self, model: Any) -> list[Site]:
@@ -101,9 +104,10 @@ class MMDiT:
                 probe = None if modulated is None else partial(named.apply, modulated)
                 name = f"{group}.{i}"
                 if self.joined and group.startswith("single"):
-                    found.append(Site(name, block, named, (VISION,), VISION))
+                    site = Site(name, block, named, (VISION,), VISION)
                 else:
-                    found.append(Site(name, block, named, self.returns, modulated=probe))
+                    site = Site(name, block, named, self.returns, modulated=probe)
+                found.append(replace(site, by_token=self.by_token))
         return found
 
     def relies_on(self, model: Any) -> list[Reliance]:
@@ -156,15 +160,17 @@ class MMDiT:
         self, run: LayerRun, inputs: Inputs, vision: Span, text: Span
     ) -> tuple[Rope | None, Rope | None]:
         """Packed RoPE tables of vision and text."""
-        tables = self._tables(run, inputs)
+        tables = self._tables(run, inputs, vision)
         if tables is None or not self.rope_on_text:
             return tables, None
         return _rows(tables, vision), _rows(tables, text)
 
-    def _tables(self, run: LayerRun, inputs: Inputs) -> Rope | None:
+    def _tables(self, run: LayerRun, inputs: Inputs, vision: Span) -> Rope | None:
         given = (inputs.rest.get(name) for name in self.rope)
         tables = next((each for each in given if each is not None), None)
-        return None if tables is None else run.shared(pack_rope, *tables)
+        if tables is None:
+            return None
+        return rope_in_order(run, run.shared(pack_rope, *tables), vision[0] * self.rope_on_text)
 
     def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         """A block with two streams."""
@@ -216,7 +222,7 @@ class MMDiT:
         self, run: LayerRun, attn: Any, x: Tensor, inputs: Inputs, vision: Span, text: Span
     ) -> list[Stream]:
         """One stream of the whole sequence where RoPE treats all tokens alike, otherwise two."""
-        tables = self._tables(run, inputs)
+        tables = self._tables(run, inputs, vision)
         if tables is None or self.rope_on_text:
             return [own_stream(attn, x, (0, x.shape[1]), tables)]
         return [

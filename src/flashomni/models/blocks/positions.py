@@ -1,12 +1,31 @@
-"""The geometry of vision tokens, of what models get for their position embeddings."""
+"""The geometry of vision tokens, of what models get for their position embeddings; RoPE tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from flashomni.engine.geometry import Geometry, Shape
+from flashomni.engine import LayerRun
+from flashomni.engine.geometry import Geometry
+from flashomni.kernels.common.rope import Rope
+from flashomni.symbols.order import Shape
+
+
+def rope_in_order(run: LayerRun, rope: Rope, start: int = 0) -> Rope:
+    """RoPE tables with their rows in the order of the tokens.
+
+    Args:
+        run: of a block; its first use in a call makes them for all.
+        rope: ``(cos, sin)``, ``[R, D / 2]`` each.
+        start: the first row of a vision token.
+    """
+    tokens = None if run.geometry is None else run.geometry.tokens
+    if tokens is None:
+        return rope
+    cos, sin = run.shared(tokens.tables, start, *rope)
+    return cos, sin
 
 
 def of_position_ids(ids: Any, name: str = "img_ids") -> Geometry:
@@ -24,15 +43,23 @@ def of_position_ids(ids: Any, name: str = "img_ids") -> Geometry:
     if not isinstance(ids, torch.Tensor) or ids.ndim not in (2, 3) or ids.shape[-1] not in (3, 4):
         return Geometry(why=f"{name} is no table of positions [S, 3 or 4]")
     table = (ids if ids.ndim == 2 else ids[0]).detach().to("cpu", torch.float64)
-    others = (table[:, 0] != table[0, 0]).nonzero()
-    count = int(others[0]) if len(others) else len(table)
-    place, rest = (table[:count, 1:] - table[0, 1:]).split([2, ids.shape[-1] - 3], dim=1)
-    height, width = (int(size) + 1 for size in place[-1].tolist())
-    raster = torch.cartesian_prod(torch.arange(max(height, 0)), torch.arange(max(width, 0)))
-    fits = height > 0 and width > 0 and len(raster) == count and not rest.any()
-    if not fits or not torch.equal(place, raster.double()):
+    counts = table[:, 0].unique_consecutive(return_counts=True)[1]
+    shapes = [_raster(part) for part in table[:, 1:].split(counts.tolist())]
+    first, count = shapes[0], int(counts[0])
+    if first is None:
         return Geometry(why=f"{name} does not number the rows and columns of one image in order")
-    return Geometry((1, height, width), len(table) - count)
+    pictures = tuple(shape for shape in shapes[1:] if shape is not None)
+    return Geometry(first, len(table) - count, pictures=pictures)
+
+
+def _raster(place: Tensor) -> Shape | None:
+    """The shape of a picture whose tokens have these rows and columns, in raster order."""
+    place, rest = (place - place[0]).split([2, place.shape[1] - 2], dim=1)
+    height, width = (int(size) + 1 for size in place[-1].tolist())
+    if height < 1 or width < 1 or height * width != len(place) or rest.any():
+        return None
+    raster = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    return (1, height, width) if torch.equal(place, raster.double()) else None
 
 
 def of_image_shapes(shapes: Any, name: str = "img_shapes") -> Geometry:
