@@ -1,13 +1,12 @@
 """Wan: timesteps of single tokens, images beside the text, and two transformers in one pipeline."""
 
-import logging
-
 import pytest
 import torch
 from tiny_models import fill_gates
+from torch import nn
 
 import flashomni
-from conftest import ONES, SPARSE, call, generation
+from conftest import ONES, SPARSE, call, generation, residue
 from flashomni.engine import Recipe
 from flashomni.models import Blocks, adapters, engine_of
 from flashomni.policies.flashomni import FlashOmni
@@ -141,9 +140,9 @@ def two_experts():
     pipe.set_progress_bar_config(disable=True)
     prompt, negative = torch.randn(2, 1, 9, 24)
 
-    def generate():
-        call = {"height": 64, "width": 48, "num_frames": 9, "num_inference_steps": 12}
-        generator = torch.Generator().manual_seed(0)
+    def generate(steps=12, seed=0):
+        call = {"height": 64, "width": 48, "num_frames": 9, "num_inference_steps": steps}
+        generator = torch.Generator().manual_seed(seed)
         return pipe(
             prompt_embeds=prompt, negative_prompt_embeds=negative, guidance_scale=4.0,
             output_type="latent", generator=generator, **call,
@@ -152,37 +151,128 @@ def two_experts():
     return pipe, generate
 
 
-def test_each_of_two_transformers_is_accelerated_by_itself(two_experts, caplog):
-    """Steps are those of the pipeline, branches those of guidance; together they are all steps."""
+def kinds_of(report, name):
+    return "".join(s["kind"][0] for s in report.steps if s["transformer"] == name)
+
+
+def test_two_transformers_are_one_engine(two_experts):
+    """Lossless is stock; the report has all steps of the pipeline once; remove() is for both."""
     pipe, generate = two_experts
-    stock = generate()
-    with caplog.at_level(logging.WARNING, "flashomni"):
-        first = flashomni.accelerate(pipe, "lossless")
-        assert "call accelerate(pipe.transformer_2, ...) too" in caplog.text
-    second = flashomni.accelerate(pipe.transformer_2, "lossless")
-    torch.testing.assert_close(generate(), stock, **CLOSE)
-    taken = [[(s["step"], s["branch"]) for s in e.report().steps] for e in (first, second)]
-    assert all(taken) and max(taken[0])[0] < min(taken[1])[0]
-    whole = [(step, name) for step in range(12) for name in ("cond", "uncond")]
-    assert [*taken[0], *taken[1]] == whole
-    for engine in (first, second):
-        engine.remove()
+    clean, stock = [residue(part) for part in (pipe.transformer, pipe.transformer_2)], generate()
+    engine = flashomni.accelerate(pipe, "lossless")
+    assert all(engine_of(each) is engine for each in (pipe, pipe.transformer, pipe.transformer_2))
+    with pytest.raises(ValueError, match="accelerated already"):
+        flashomni.accelerate(pipe.transformer_2)
+    for _ in range(2):
+        torch.testing.assert_close(generate(), stock, **CLOSE)
+        report = engine.report()
+        taken = [(step["step"], step["branch"]) for step in report.steps]
+        assert taken == [(step, name) for step in range(12) for name in ("cond", "uncond")]
+        names = [step["transformer"] for step in report.steps]
+        assert names == sorted(names) and len(set(names)) == 2
+    assert sum(kind["count"] for kind in report.seconds_by_kind.values()) == 24
+    engine.remove()
+    assert not engine.attached and engine_of(pipe) is None
+    assert clean == [residue(part) for part in (pipe.transformer, pipe.transformer_2)]
     assert torch.equal(generate(), stock)
 
 
-def test_both_transformers_cache(two_experts):
-    """Each starts with an Update of its own; the picture changes, and is finite."""
+def parts_of(pipe):
+    """The transformers, and how many of the pipeline's steps each of them runs."""
+    above = int((pipe.scheduler.timesteps >= 800).sum())
+    return {"transformer": above, "transformer_2": len(pipe.scheduler.timesteps) - above}
+
+
+@pytest.mark.parametrize("steps", [12, 9])
+def test_each_transformer_follows_its_own_steps(two_experts, steps):
+    """The plan of each is that of a generation as long as its own part, both branches alike."""
+    pipe, generate = two_experts
+    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    with flashomni.accelerate(pipe, recipe) as engine:
+        cached = generate(steps)
+        report = engine.report()
+        held = [e._runtime.last.nbytes() for e in engine.engines.values()]
+        assert torch.equal(generate(steps), cached)
+    for name, count in parts_of(pipe).items():
+        planned = "".join(2 * kind.value[0] for kind in recipe.plan(count).kinds)
+        assert kinds_of(report, name) == planned and "d" in planned
+    assert held == [(0, 0), (0, 0)] and report.cache_bytes > 0
+    assert "never at the same time: transformer " in report.notes[0]
+
+
+class Whole(nn.Module):
+    """All blocks as one; where nothing is computed, it adds what it added last in that branch."""
+
+    def __init__(self, blocks, computes):
+        super().__init__()
+        self.blocks, self.computes = blocks, [each for each in computes for _ in range(2)]
+        self.kept = [None, None]
+
+    def forward(self, x, *rest):
+        branch = len(self.computes) % 2
+        if not self.computes.pop(0):
+            return x + self.kept[branch]
+        out = x
+        for block in self.blocks:
+            out = block(out, *rest)
+        self.kept[branch] = out - x
+        return out
+
+
+def test_whole_layer_caching_of_both_is_the_hand_written_one(two_experts):
+    """Order 0, end to end, cond and uncond apart."""
+    pipe, generate = two_experts
+    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    with flashomni.accelerate(pipe, recipe):
+        cached = generate()
+    for name, count in parts_of(pipe).items():
+        part = getattr(pipe, name)
+        computes = [kind.value != "dispatch" for kind in recipe.plan(count).kinds]
+        part.blocks = nn.ModuleList([Whole(part.blocks, computes)])
+    torch.testing.assert_close(cached, generate(), **CLOSE)
+
+
+def test_recipes_for_each_transformer(two_experts):
+    """By the names of the components; one that is not named stays stock, another is refused."""
     pipe, generate = two_experts
     stock = generate()
-    recipe = Recipe.of("fora", interval=2, warmup=0.0)
-    engines = [flashomni.accelerate(each, recipe) for each in (pipe, pipe.transformer_2)]
-    assert engine_of(pipe.transformer_2) is engines[1]
-    cached = generate()
-    for engine in engines:
-        kinds = [step["kind"] for step in engine.report().steps]
-        assert kinds[:2] == ["update", "update"] and "dispatch" in kinds
-        engine.remove()
-    assert cached.isfinite().all() and not torch.allclose(cached, stock, atol=1e-4)
+    recipes = {"transformer": "lossless", "transformer_2": "fora:interval=2,warmup=0"}
+    with flashomni.accelerate(pipe, recipes) as engine:
+        assert not torch.allclose(generate(), stock, atol=1e-4)
+        report = engine.report()
+    assert report.recipe["name"] == "lossless and fora:interval=2,warmup=0"
+    assert report.recipe["transformer_2"]["name"].startswith("fora")
+    bypassed = [s["transformer"] for s in report.steps if "bypass" in s["layer_kinds"]]
+    assert set(bypassed) == {"transformer_2"}
+    with flashomni.accelerate(pipe, {"transformer_2": "lossless"}):
+        assert engine_of(pipe.transformer) is None and engine_of(pipe) is not None
+        torch.testing.assert_close(generate(), stock, **CLOSE)
+    with pytest.raises(ValueError, match="by the names transformer, transformer_2, got 'vae'"):
+        flashomni.accelerate(pipe, {"vae": "fora"})
+
+
+def test_what_cannot_be_accelerated_leaves_nothing_on_the_other(two_experts):
+    """The second transformer is refused: the first one is stock again."""
+    pipe, _ = two_experts
+    pipe.transformer_2.fuse_qkv_projections()
+    clean = residue(pipe.transformer)
+    with pytest.raises(NotImplementedError, match="fused projections"):
+        flashomni.accelerate(pipe)
+    assert residue(pipe.transformer) == clean and engine_of(pipe) is None
+
+
+def test_announced_steps_are_for_whichever_is_called(two_experts):
+    """A loop of one's own says the steps of each transformer, through the one engine."""
+    pipe, _ = two_experts
+    inputs = adapters()[WAN].tiny()[1]
+    inputs["hidden_states"] = torch.randn(2, 16, 2, 10, 6)
+    with flashomni.accelerate(pipe, "fora:interval=2,warmup=0") as engine:
+        for part, steps in ((pipe.transformer, 6), (pipe.transformer_2, 4)):
+            for step in range(steps):
+                engine.step(step, steps)
+                call(part, inputs)
+        report = engine.report()
+    assert len(kinds_of(report, "transformer")) == 6 and len(report.steps) == 10
 
 
 def test_tiles_are_kept_apart_from_one_generation_to_the_next(variant):

@@ -2,6 +2,7 @@
 
 from flashomni.engine.clock import Clock
 from flashomni.engine.engine import Engine
+from flashomni.engine.experts import Experts
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.recipe import Recipe, presets
@@ -11,6 +12,7 @@ from flashomni.engine.trace import Summary
 __all__ = [
     "Clock",
     "Engine",
+    "Experts",
     "LayerRun",
     "Plan",
     "Recipe",

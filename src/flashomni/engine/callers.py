@@ -47,6 +47,28 @@ def _holds(thing: Any, model: nn.Module) -> bool:
     )
 
 
+def own_steps(pipe: Any, model: nn.Module) -> range | None:
+    """Which of a pipeline's steps call ``model``, where two transformers share them (Wan 2.2).
+
+    The first one runs as long as the noise is at or above ``boundary_ratio`` of the training's, and
+    ``transformer_2`` from there on. Reads the scheduler's timesteps, so the host may wait for them.
+
+    Returns:
+        ``None`` where ``model`` runs all steps, or nobody knows.
+    """
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    parts = [getattr(part, "_orig_mod", part) for part in parts]
+    if ratio is None or None in parts or parts[0] is parts[1] or model not in parts:
+        return None
+    boundary = ratio * pipe.scheduler.config.num_train_timesteps
+    above = (pipe.scheduler.timesteps >= boundary).tolist()
+    switch = sum(above)
+    if above != sorted(above, reverse=True):
+        return None
+    return range(switch) if model is parts[0] else range(switch, len(above))
+
+
 def weakly(thing: Any) -> Callable[[], Any]:
     """A reference that does not keep ``thing`` alive, where its class allows that."""
     try:

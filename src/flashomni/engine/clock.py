@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashomni.engine.callers import StepCounter, calling_pipeline, step_index, weakly
+from flashomni.engine.callers import StepCounter, calling_pipeline, own_steps, step_index, weakly
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Position:
         key: of the generation's owner: an announced name, or the pipeline that is calling.
         index: the owner's own count of steps; it grows within a generation.
         step: of the generation, from 0, where the owner says it; ``None`` where it is counted.
-        num_steps: of the generation.
+        num_steps: of the generation; where transformers share a pipeline's steps, of this one's.
         branch: name of the conditioning branch, if the caller gives one.
         timesteps: the scheduler's, whose identity is that of a run; ``None`` where none is known.
         announced: whether the caller said it in so many words.
+        first: step of the owner at which the model's own steps begin.
     """
 
     key: Hashable
@@ -43,6 +44,7 @@ class Position:
     branch: str | None
     timesteps: Tensor | None = None
     announced: bool = False
+    first: int = 0
 
 
 class Clock:
@@ -51,13 +53,16 @@ class Clock:
     Args:
         model: the transformer.
         pipe: the pipeline that was accelerated; ``None`` for a bare transformer.
+        beside: of another transformer of the pipeline: what is announced is for the one called.
     """
 
-    def __init__(self, model: nn.Module, pipe: Any = None) -> None:
+    def __init__(self, model: nn.Module, pipe: Any = None, beside: Clock | None = None) -> None:
         self._model = model
         self._pipe = None if pipe is None else weakly(pipe)
-        self._said = threading.local()  # each thread announces its own calls
+        # Each thread announces its own calls.
+        self._said: threading.local = threading.local() if beside is None else beside._said
         self._counters: list[StepCounter] = []
+        self._shared: tuple[Tensor | None, range | None] = (None, None)
         if pipe is not None:
             self._watch(getattr(pipe, "scheduler", None))
 
@@ -115,7 +120,10 @@ class Clock:
         told, of = getattr(context, "step_index", None), getattr(context, "num_inference_steps", 0)
         if isinstance(told, int) and isinstance(of, int) and 0 <= told < of:
             timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
-            return Position(_key(pipe), told, told, of, name, timesteps)
+            own = self._own(pipe, timesteps, range(of), told)
+            return Position(
+                _key(pipe), told, told - own.start, len(own), name, timesteps, first=own.start
+            )
         if pipe is None:
             raise ValueError(
                 "nothing tells the engine which step this is: accelerate a pipeline, or call "
@@ -136,7 +144,29 @@ class Clock:
         planned = getattr(pipe, "_num_timesteps", None) if is_calling else None
         num_steps = planned if isinstance(planned, int) and planned > 0 else len(timesteps) - begin
         index = begin if index is None else index
-        return Position(_key(pipe), index, None, max(num_steps, 1), name, timesteps)
+        steps = range(begin, begin + max(num_steps, 1))
+        own = self._own(pipe, timesteps, steps, index)
+        first = own.start - begin
+        return Position(_key(pipe), index, None, len(own), name, timesteps, first=first)
+
+    def _own(self, pipe: Any, timesteps: Tensor | None, steps: range, index: int) -> range:
+        """Which of a pipeline's steps call this model: all, where no other one shares them.
+
+        Args:
+            pipe: that is calling.
+            timesteps: of its scheduler.
+            steps: of this run of it.
+            index: where it is now.
+        """
+        if timesteps is None:
+            return steps
+        if self._shared[0] is not timesteps:  # read once a generation
+            self._shared = (timesteps, own_steps(pipe, self._model))
+        own = self._shared[1]
+        if own is None:
+            return steps
+        part = range(max(own.start, steps.start), min(own.stop, steps.stop))
+        return part if index in part else steps
 
     def _watch(self, scheduler: Any) -> None:
         """Count the steps of a scheduler that does not."""

@@ -25,8 +25,15 @@ class Engine:
         recipe: what is computed and what is cached.
     """
 
-    def __init__(self, runtime: Runtime, pipe: Any, detach: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        pipe: Any,
+        detach: Callable[[], None],
+        component: str = "transformer",
+    ) -> None:
         self.recipe: Recipe = runtime.recipe
+        self._component = component
         self._runtime, self._detach = runtime, detach
         self._pipe = None if isinstance(pipe, nn.Module) else weakly(pipe)
         self._removed = False
@@ -42,8 +49,8 @@ class Engine:
         notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
         if self._replaced():
             note = (
-                "the pipeline has another transformer by now, which is not accelerated: these are "
-                "the figures of the one that was"
+                f"the pipeline has another {self._component} by now, which is not accelerated: "
+                "these are the figures of the one that was"
             )
             notes = [note, *notes]
         return replace(summary, tier=runtime.tier, notes=notes)
@@ -93,12 +100,17 @@ class Engine:
         """Whether a call of the model is under way in this thread."""
         return self._runtime.running
 
+    @property
+    def finished(self) -> bool:
+        """Whether no generation is under way: none has begun, or the last one's steps are done."""
+        return self._runtime.last is None or self._runtime.last.finished
+
     def _replaced(self) -> bool:
         """Whether the pipeline was given another transformer."""
         pipe = None if self._pipe is None else self._pipe()
         if pipe is None:
             return False
-        now = getattr(pipe, "transformer", None)
+        now = getattr(pipe, self._component, None)
         return getattr(now, "_orig_mod", now) is not self._runtime.model
 
     def __enter__(self) -> Engine:

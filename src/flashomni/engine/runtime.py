@@ -166,8 +166,8 @@ class Runtime:
         kinds = [StepKind.DISPATCH if left_out else StepKind.FULL] * len(branch.groups)
         if not is_new and not left_out:
             kinds = kinds_now(generation, branch, tick, inputs, self._latents)
-        kind = overall(tuple(kinds))
-        record = generation.trace.begin(tick.step, tick.num_steps, kind.value, tick.branch, device)
+        place = tick.step + generation.first, tick.num_steps, overall(tuple(kinds)).value
+        record = generation.trace.begin(*place, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
         shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}

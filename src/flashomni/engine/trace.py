@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class Summary:
         recipe: the recipe as a dict.
         steps: ``{step, branch, kind, seconds, q_density, kv_density, layer_kinds}`` for each call
             of the model; densities and kinds per layer, 0, 0 and "bypass" for a layer that was
-            cached whole.
+            cached whole; and ``transformer``, its component, where several share a pipeline.
         layers: names of the layers.
         seconds_by_kind: ``{kind: {count, total, median}}``.
         flops_dense: FLOPs of the dense transformer blocks by op, over all steps.
@@ -183,7 +184,7 @@ class Trace:
         """Read everything back. This is the only place that waits for the device."""
         dense: dict[str, float] = dict.fromkeys(OPS, 0.0)
         executed: dict[str, float] = dict.fromkeys(OPS, 0.0)
-        steps, seconds = [], defaultdict(list)
+        steps: list[dict[str, Any]] = []
         notes: dict[str, None] = {}
         short = self.gain_note(recipe)
         if short is not None:
@@ -191,8 +192,6 @@ class Trace:
         if recipe.guidance.acts and len({record.branch for record in self.steps}) == 1:
             notes["guidance: the model was called once a step, so no branch was left out"] = None
         for record in self.steps:
-            elapsed = record.watch.seconds()
-            seconds[record.kind].append(elapsed)
             for layer in record.layers:
                 for op, flops, share in layer.ops:
                     dense[op] += flops
@@ -204,7 +203,7 @@ class Trace:
                     "step": record.step,
                     "branch": record.branch,
                     "kind": record.kind,
-                    "seconds": elapsed,
+                    "seconds": record.watch.seconds(),
                     "q_density": [float(layer.q_density) for layer in record.layers],
                     "kv_density": [float(layer.kv_density) for layer in record.layers],
                     "layer_kinds": [layer.kind for layer in record.layers],
@@ -216,14 +215,7 @@ class Trace:
             recipe=recipe.to_dict(),
             steps=steps,
             layers=max(([x.name for x in r.layers] for r in self.steps), key=len, default=[]),
-            seconds_by_kind={
-                kind: {
-                    "count": len(times),
-                    "total": sum(times),
-                    "median": sorted(times)[len(times) // 2],
-                }
-                for kind, times in seconds.items()
-            },
+            seconds_by_kind=seconds_by_kind(steps),
             flops_dense=dense,
             flops_executed=executed,
             flops_skipped=1 - sum(executed.values()) / total if total else 0.0,
@@ -231,3 +223,18 @@ class Trace:
             cache_bytes_host=self.cache_bytes_host,
             notes=list(notes),
         )
+
+
+def seconds_by_kind(steps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """:attr:`Summary.seconds_by_kind` of :attr:`Summary.steps`."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for step in steps:
+        seconds[step["kind"]].append(step["seconds"])
+    return {
+        kind: {
+            "count": len(times),
+            "total": sum(times),
+            "median": sorted(times)[len(times) // 2],
+        }
+        for kind, times in seconds.items()
+    }

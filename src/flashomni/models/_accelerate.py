@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from flashomni.dispatch import OPS, registered
-from flashomni.engine import Clock, Engine, Recipe
+from flashomni.engine import Clock, Engine, Experts, Recipe
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs
 from flashomni.engine.runtime import Runtime
@@ -19,11 +20,13 @@ from flashomni.models import Adapter, adapters, find_adapter
 from flashomni.models.generic import Blocks
 
 log = logging.getLogger("flashomni")
+COMPONENTS = ("transformer", "transformer_2")  # of pipelines, in the order in which they run
+Named = Recipe | str | Path
 
 
 def accelerate(
     pipe: Any,
-    recipe: Recipe | str | Path = "balanced",
+    recipe: Named | Mapping[str, Named] = "balanced",
     *,
     backend: str | None = None,
     blocks: Blocks | None = None,
@@ -34,10 +37,13 @@ def accelerate(
 
     Args:
         pipe: a pipeline with a ``transformer``, or a transformer itself, of diffusers or your own.
-            It is accelerated for every pipeline that calls it; in a loop of your own call
-            ``engine.step(i, num_steps)`` before each call of it.
+            Where a ``transformer_2`` runs some of the steps (Wan 2.2), both are accelerated, each
+            over its own steps, and the engine is one of both. It is accelerated for every pipeline
+            that calls it; in a loop of your own call ``engine.step(i, num_steps)`` before each call
+            of it.
         recipe: a preset, a method's or policy's name, a path to a recipe's JSON or YAML, or a
-            ``Recipe``.
+            ``Recipe``. Of a pipeline with two transformers also one for each, by their names;
+            one that is not named stays as it is.
         backend: take exactly this backend in every op; by default the best that accepts.
         blocks: what is known of the blocks of a transformer that no adapter knows; without it they
             are found. Given for one that an adapter knows, it does without the adapter.
@@ -56,16 +62,51 @@ def accelerate(
         NotImplementedError: the model is in a state that cannot be accelerated; the message names
             it. Nothing is left on the pipeline in either case.
     """
-    recipe = Recipe.of(recipe, **settings)
-    names = sorted({each.name for op in OPS for each in registered(op)})
-    if backend is not None and backend not in names:
-        raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
-    model = _transformer(pipe)
-    if not isinstance(model, nn.Module):
+    models = _transformers(pipe)
+    if not models:
         raise ValueError(
             f"pipe must be a diffusers pipeline with a transformer, or one of "
             f"{', '.join(adapters())}; got {type(pipe).__name__}"
         )
+    recipes = _recipes(recipe, list(models), settings)
+    names = sorted({each.name for op in OPS for each in registered(op)})
+    if backend is not None and backend not in names:
+        raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
+    if blocks is not None and len(recipes) > 1:
+        raise ValueError(
+            f"blocks are of one model, and the pipeline has {' and '.join(recipes)}: accelerate "
+            "each of them by itself"
+        )
+    engines: dict[str, Engine] = {}
+    clock: Clock | None = None
+    try:
+        for name, each in recipes.items():
+            model = models[name]
+            clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe, clock)
+            engines[name] = _one(pipe, name, model, each, backend, blocks, graphs, clock)
+    except BaseException:
+        for engine in engines.values():
+            engine.remove()
+        raise
+    if len(engines) == 1:
+        return next(iter(engines.values()))
+    both = Experts(engines)
+    for name in engines:
+        _hold(models[name], both)
+    return both
+
+
+def _one(
+    pipe: Any,
+    component: str,
+    model: nn.Module,
+    recipe: Recipe,
+    backend: str | None,
+    blocks: Blocks | None,
+    graphs: bool | str,
+    clock: Clock,
+) -> Engine:
+    """Accelerate one transformer."""
     compiled = getattr(model, "_compiled_call_impl", None) is not None
     if compiled or isinstance(model, torch._dynamo.OptimizedModule):
         raise NotImplementedError("the transformer is compiled: accelerate it first, then compile")
@@ -82,7 +123,6 @@ def accelerate(
         found.check(model)
 
     check()
-    clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe)
     layers = [site.name for site in sites]
     if recipe.schedule.modulates and sites[0].modulated is None:
         raise NotImplementedError(
@@ -100,16 +140,8 @@ def accelerate(
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model), order)
     detach = _attach.attach(runtime, sites, found)
-    engine = Engine(runtime, pipe, detach)
-    hook = _attach.call_hook(model)
-    assert hook is not None
-    hook.engine = engine
-    second = getattr(pipe, "transformer_2", None)
-    if second is not None and second is not model and engine_of(second) is None:
-        log.warning(
-            "the pipeline has a transformer_2, which runs some of its steps and stays as it is; "
-            "call accelerate(pipe.transformer_2, ...) too"
-        )
+    engine = Engine(runtime, pipe, detach, component)
+    _hold(model, engine)
     log.info(
         "%s accelerated with recipe %s: %d blocks, schedule %s, backend %s",
         type(model).__name__,
@@ -150,13 +182,13 @@ def engine_of(pipe: Any) -> Engine | None:
     Args:
         pipe: what :func:`accelerate` took, or another pipeline with the same transformer.
     """
-    model = _transformer(pipe)
-    if not isinstance(model, nn.Module):
-        return None
     from flashomni.models import _attach
 
-    hook = _attach.call_hook(getattr(model, "_orig_mod", model))
-    return None if hook is None else hook.engine
+    for model in _transformers(pipe).values():
+        hook = _attach.call_hook(getattr(model, "_orig_mod", model))
+        if hook is not None:
+            return hook.engine
+    return None
 
 
 def restore(pipe: Any) -> bool:
@@ -171,5 +203,38 @@ def restore(pipe: Any) -> bool:
     return engine is not None
 
 
-def _transformer(pipe: Any) -> Any:
-    return pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+def _hold(model: nn.Module, engine: Engine) -> None:
+    """What is found on the model from now on."""
+    from flashomni.models import _attach
+
+    hook = _attach.call_hook(model)
+    assert hook is not None
+    hook.engine = engine
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by their names, in the order in which they run."""
+    if isinstance(pipe, nn.Module):
+        return {COMPONENTS[0]: pipe}
+    found: dict[str, nn.Module] = {}
+    for name in COMPONENTS:
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module) and not any(model is other for other in found.values()):
+            found[name] = model
+    return found
+
+
+def _recipes(
+    recipe: Named | Mapping[str, Named], names: list[str], settings: dict[str, Any]
+) -> dict[str, Recipe]:
+    """The recipe of each transformer that is to be accelerated, by its name."""
+    if not isinstance(recipe, Mapping):
+        made = Recipe.of(recipe, **settings)
+        return dict.fromkeys(names, made)
+    wrong = [name for name in recipe if name not in names]
+    if wrong or not recipe:
+        raise ValueError(
+            f"recipe must be one recipe, or recipes by the names {', '.join(names)}, got "
+            f"{', '.join(map(repr, recipe)) or 'none'}"
+        )
+    return {name: Recipe.of(recipe[name], **settings) for name in names if name in recipe}

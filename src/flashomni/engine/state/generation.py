@@ -48,6 +48,7 @@ class Generation:
         trace: what its calls computed and skipped.
         plans: the kinds of its steps for each group of layers; ``None`` where the schedule does not
             know them before.
+        first: step of its owner at which its own steps begin.
         inside: what the schedule decided inside this step, once it has.
         geometry: where its tokens lie, if anybody wants to know.
         guidance: which calls of further branches are left out, if any are.
@@ -65,7 +66,8 @@ class Generation:
         self._division, self._backend = division, backend
         rules = division.recipes[0].guidance
         self.guidance = Guidance(rules) if rules.acts else None
-        self._first, self._timesteps = position.index, position.timesteps
+        self.first, self._timesteps = position.first, position.timesteps
+        self._begin = position.index
         self._index = position.index - 1
         self._calls: dict[str, int] = {}
         self._late: tuple[int, StepKind] | None = None
@@ -92,7 +94,7 @@ class Generation:
             return False
         name = position.branch or "call"
         again = position.announced and position.index == self._index and name in self._calls
-        return not (again and position.index == self._first)
+        return not (again and position.index == self._begin)
 
     def advance(self, position: Position) -> Tick:
         """Count the call at ``position`` and name its branch.
