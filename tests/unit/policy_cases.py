@@ -12,7 +12,10 @@ GRIDS = {
     "blocks differ": Grid(700, 700, (0, 130), block_m=64, block_n=128),
 }
 NO_TEXT = Grid(300, 520)
-SET = {"radial": {"frames": 4}}  # what a policy needs to be told on a grid without geometry
+SET = {
+    "radial": {"frames": 4},
+    "svg": {"frames": 4},
+}  # what a policy needs to be told on a grid without geometry
 
 
 def inputs(grid, heads=4, kv_heads=2, head_dim=16):

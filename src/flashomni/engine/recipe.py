@@ -21,7 +21,7 @@ from flashomni.engine.recipe_parts import (
 )
 from flashomni.engine.recipe_settings import changed_part, load_part, place_settings, thawed
 from flashomni.engine.schedules import Plan, Schedule, make_schedule
-from flashomni.policies import Policy, make_policy, policies
+from flashomni.policies import Policy, make_policy, policies, refuse_trained
 from flashomni.symbols import Grid
 from flashomni.util.files import write_text
 from flashomni.util.settings import parse_settings, write_settings
@@ -212,6 +212,7 @@ class Recipe:
 
         Raises:
             ValueError: it is none of these, or a setting is not allowed.
+            NotImplementedError: a method that a model has to be trained with (VSA, SLA).
         """
         if isinstance(recipe, Policy):
             recipe = cls(policy=recipe)
@@ -228,6 +229,7 @@ class Recipe:
         elif text.lower().endswith(SUFFIXES) or _exists(text):
             return cls.load(text).replace(**settings)
         else:
+            refuse_trained(name)
             raise ValueError(
                 f"recipe must be a preset ({', '.join(presets())}), a method "
                 f"({', '.join(methods())}), a policy ({', '.join(policies())}), one of these with "

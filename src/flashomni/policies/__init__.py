@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from flashomni.policies._site import AttentionSite
+from flashomni.policies._trained import refuse_trained
 from flashomni.registry import Registry
 from flashomni.symbols import Grid, Symbols
 
 __all__ = [
     "POLICIES", "AttentionSite", "Policy", "check_bool", "check_int", "check_range", "fields",
-    "make_policy", "policies", "policy", "require_text",
+    "make_policy", "parse_extent", "policies", "policy", "refuse_trained",
+    "require_text",
 ]  # fmt: skip
 
 
@@ -119,7 +121,9 @@ def make_policy(name: str, **settings: Any) -> Policy:
 
     Raises:
         ValueError: no such policy, no such setting, or a value out of range.
+        NotImplementedError: a method that a model has to be trained with.
     """
+    refuse_trained(name)
     cls = POLICIES.get(name)
     allowed = [f.name for f in fields(cls)]
     for setting in settings:
@@ -174,3 +178,16 @@ def check_bool(name: str, value: Any) -> None:
     """Refuse a setting that is not true or false."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
+def parse_extent(name: str, value: Any, axes: int) -> tuple[int, ...]:
+    """The integers of a setting like ``"6x8x8"``, one an axis, each from 1 to 4096.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    parts = value.split("x") if isinstance(value, str) else []
+    if len(parts) != axes or not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts):
+        form = "x".join("THW"[-axes:])
+        raise ValueError(f"{name} must be {form}, integers from 1 to 4096, got {value!r}")
+    return tuple(int(part) for part in parts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashomni.policies._site import AttentionSite
-from flashomni.symbols import Symbols
+from flashomni.symbols import Grid, Symbols
 
 
 def shared_symbols(kv_mask: Tensor, site: AttentionSite) -> Symbols:
@@ -20,9 +20,14 @@ def shared_symbols(kv_mask: Tensor, site: AttentionSite) -> Symbols:
         site: whose batch and heads share it.
     """
     grid = site.grid
-    kv_mask = kv_mask | grid.given_q_mask(kv_mask.device)[:, None]
-    kv_mask = kv_mask | grid.given_kv_mask(kv_mask.device)
+    kv_mask = visits_given(kv_mask, grid)
     q_mask = torch.ones_like(kv_mask[:, 0])
     # One row of bits is stored for the whole batch and all heads.
     shared = Symbols.pack(q_mask[None, None], kv_mask[None, None], grid)
     return shared.expand(site.q.shape[0], site.q.shape[2])
+
+
+def visits_given(kv_mask: Tensor, grid: Grid) -> Tensor:
+    """The mask ``[..., Mb, Nb]`` with text and reference rows and columns visited."""
+    device = kv_mask.device
+    return kv_mask | grid.given_q_mask(device)[:, None] | grid.given_kv_mask(device)

@@ -1,4 +1,9 @@
-"""Skip key blocks only: the selection of SpargeAttn (arXiv 2502.18137), every tile computed."""
+"""SpargeAttn (arXiv 2502.18137): key blocks by the mass of the pooled map, where pooling is fair.
+
+Published for blocks of 128 queries and 64 keys, as its recipe has them (``block_n``). Not
+expressed: the second stage, which leaves products with V out inside a tile by its running maximum;
+INT8 products; thresholds for each layer and head, which the authors tune for a model.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +21,9 @@ class SpargeAttn(Policy):
     """Visit the fewest key blocks that hold ``mass`` of each row's pooled attention.
 
     Args:
-        mass: share of the pooled attention to keep (SpargeAttn's top-cdf threshold).
-        similarity_gate: blocks whose tokens have a mean cosine below this are always visited.
+        mass: share of the pooled attention to keep (the authors' ``cdfthreshd``).
+        similarity_gate: key blocks whose tokens have a mean cosine below this are always visited
+            and take no part in the mass, query blocks visit everything (``simthreshd1``).
         protect_text: every row visits the text keys; SpargeAttn itself makes no such exception.
     """
 

@@ -118,11 +118,15 @@ def choose(call: ChooseCall) -> list[Tensor]:
         for start, stop in grid.text_kv_ranges:
             attention[..., start:stop] = 2.0
     q_bits = _computed(attention, call.guide, grid, rule, rule.tau_q * growth)
-    kv_bits = _visited(attention, grid, rule, rule.tau_kv * growth)
-    if rule.gate is not None:
+    if rule.gate is None:
+        kv_bits = _visited(attention, grid, rule, rule.tau_kv * growth)
+    else:
         coarse_q = self_similarity(q, grid.block_m, None) < rule.gate  # [B, H, Mb]
         coarse_k = self_similarity(k, grid.block_n, grid.kv_len) < rule.gate
         coarse_k = coarse_k.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+        if rule.visit == "mass":  # what is visited anyway takes no part in the test
+            attention = attention.masked_fill(coarse_k[..., None, :], 0.0)
+        kv_bits = _visited(attention, grid, rule, rule.tau_kv * growth)
         q_bits = q_bits | pack_bits(coarse_q, q_bits.shape[-1])
         kv_bits = kv_bits | coarse_q[..., None] * grid.all_kv_bits(q.device)
         kv_bits = kv_bits | pack_bits(coarse_k, kv_bits.shape[-1])[..., None, :]

@@ -222,6 +222,9 @@ def visit_kernel(
         tl.store(given + (head * parts + place) * columns + column, sums, mask=mine)
 
     if VISIT == "mass":
+        if k_similarity is not None:  # what is visited anyway takes no part in the test
+            like = tl.load(k_similarity + kv_head * columns + column, mask=real, other=1.0)
+            mass = tl.where(like < gate, 0.0, mass)
         chosen = heavy(mass, _share_now(tau, power, progress, GROWS))
     elif VISIT == "count":
         chosen = most(mass, real & (row >= 0), count)

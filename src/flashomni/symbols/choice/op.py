@@ -56,8 +56,8 @@ class Rule:
         count_q: query blocks to compute.
         count_kv: key blocks to visit in each row.
         share_heads: one S_c for all heads, from the sum over heads (before the gate).
-        gate: blocks whose tokens have a mean cosine below this are computed and visited; ``None``
-            gates nothing.
+        gate: blocks whose tokens have a mean cosine below this are computed and visited, and take
+            no part in tests on rows of P (SpargeAttn, arXiv 2502.18137); ``None`` gates nothing.
         center_k: subtract the mean key before the scores.
         text_rows: text rows visit everything.
         text_columns: every row visits the text keys.
