@@ -139,7 +139,10 @@ def test_forecast(arch, dtype, head_dim, count, tmp_path):
 ELEMENTWISE = {
     "_modulate_kernel": {"FEATURES": 3072, "PADDED": 4096},
     "_norm_rope_kernel": {"HEADS": 24, "HEAD_DIM": 128, "PADDED_DIM": 128, "HAS_NORM": True,
-                          "PAIRS": elementwise.PAIRS},
+                          "OWN_TABLES": False, "HALF": False, "PAIRS": elementwise.PAIRS},
+    "_norm_rope_kernel own half": {"HEADS": 24, "HEAD_DIM": 128, "PADDED_DIM": 128,
+                                   "HAS_NORM": True, "OWN_TABLES": True, "HALF": True,
+                                   "PAIRS": elementwise.PAIRS},
     "_differences_kernel": {"VALUE_WIDTH": 3072, "MINUS_WIDTH": 0, "IS_LONG": True,
                             "BLOCK": elementwise.BLOCK},
     "_weighted_sum_kernel": {"WIDTH": 3072, "IS_LONG": False, "BLOCK": elementwise.BLOCK},
@@ -150,7 +153,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("name", sorted(ELEMENTWISE))
 def test_elementwise(name, arch, tmp_path):
     """With everything that is optional; they are bound by memory, so loads are wide."""
-    kernel = getattr(elementwise, name)
+    kernel = getattr(elementwise, name.partition(" ")[0])
     pointers = ("y", "gate", "scale", "shift", "sum_out", "value", "minus", "base",
                 *(f"{kind}_{i}" for kind in ("old", "new", "term") for i in range(4)))  # fmt: skip
     types = dict.fromkeys(pointers, "*bf16") | {

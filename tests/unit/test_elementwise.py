@@ -75,9 +75,17 @@ def test_norm_modulation_gate_and_residual(kernels, dtype, wide, batch, rows, wi
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_heads, head_dim", [(3, 16), (5, 80), (24, 128)])
-@pytest.mark.parametrize("has_norm, has_weight, has_rope", [(1, 1, 1), (1, 0, 0), (0, 0, 1)])
+@pytest.mark.parametrize(
+    "has_norm, has_weight, has_rope, layout",
+    [
+        (*has, layout)
+        for layout in ("interleaved", "half")
+        for has in [(1, 1, 1), (1, 0, 0), (0, 0, 1)]
+    ],
+)
+@pytest.mark.parametrize("own", [False, True], ids=["shared tables", "own tables"])
 def test_norm_and_rope_in_place(
-    kernels, dtype, num_heads, head_dim, has_norm, has_weight, has_rope
+    kernels, dtype, num_heads, head_dim, has_norm, has_weight, has_rope, layout, own
 ):
     """On rows of a longer sequence, whose other rows stay as they are."""
     batch, rows = 2, 37
@@ -87,16 +95,17 @@ def test_norm_and_rope_in_place(
     eps = 1e-6 if has_norm else None
     rope = None
     if has_rope:
-        angles = torch.rand(rows, head_dim // 2, 1).mul(6).to(DEVICE)
+        tables = (batch, rows, num_heads) if own else (rows,)
+        angles = torch.rand(*tables, head_dim // 2, 1).mul(6).to(DEVICE)
         rope = torch.cat([angles.cos(), angles.sin()], -1).unbind(-1)  # packed, stride 2
 
     def defined(q, weight):
         q = q.clone()
-        elementwise.norm_rope_(q, weight, eps, rope and tuple(t.cpu() for t in rope))
+        elementwise.norm_rope_(q, weight, eps, rope and tuple(t.cpu() for t in rope), layout)
         return q
 
     exact, rounded = both(defined, q, weight)
-    kernels.norm_rope_(q, weight, eps, rope)
+    kernels.norm_rope_(q, weight, eps, rope, layout)
     check(q.cpu(), exact, rounded)
     assert torch.equal(whole[:, :2], before[:, :2]) and torch.equal(whole[:, -3:], before[:, -3:])
 

@@ -12,6 +12,7 @@ from flashomni.symbols.choice import op as choice
 x, y = torch.randn(2, 2, 6, 32).unbind()
 gate, scale, shift = torch.randn(3, 2, 32).unbind()
 TABLE = torch.randn(6, 8)
+OWN = torch.randn(2, 6, 1, 8)  # a table of each item
 
 
 def norm_rope(x, **options):
@@ -130,6 +131,15 @@ Q, ONE = torch.ones(2, 6, 2, 16), torch.ones(1)
         (("norm_rope_", Q, None, None, (TABLE,)), r"rope must be a pair \(cos, sin\)"),
         (("norm_rope_", Q, None, None, (TABLE, LONG)), r"rope sin must be \[6, 8\], got \[7\]"),
         (("norm_rope_", Q, None, None, (TABLE.half(), TABLE)), "rope cos must be float32, got"),
+        (
+            ("norm_rope_", Q, None, None, (TABLE, TABLE), "third"),
+            "rope_layout must be one of inter",
+        ),
+        (
+            ("norm_rope_", Q, None, None, (OWN, OWN[:1])),
+            r"rope sin must be \[2, 6, 1, 8\], got \[1,",
+        ),
+        (("norm_rope_", Q, None, None, (OWN[:, :5],) * 2), r"rope cos must be \[2, 6, 1, 8\], got"),
         (("norm_rope_", Q[..., :3], None, None, (TABLE, TABLE)), "rope needs an even head_dim"),
         (("differences", x, y[:1], [], []), r"minus must be \[2, 6, 32\], got \[1, 6, 32\]"),
         (("differences", x, None, [y] * 4, [1.0] * 4), "old must hold 0 to 3 tensors, got 4"),

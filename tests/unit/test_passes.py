@@ -75,18 +75,22 @@ def test_norms_gates_and_residuals(backend, dtype, size, randn):
 @every
 @typed
 @pytest.mark.parametrize("rows, num_heads, head_dim", [(1, 1, 16), (37, 3, 72), (131, 5, 128)])
-def test_norm_and_rope(backend, dtype, rows, num_heads, head_dim, randn):
-    """In place; rows beside the run stay as they are."""
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+@pytest.mark.parametrize("own", ["", "items", "heads", "items and heads"])
+def test_norm_and_rope(backend, dtype, rows, num_heads, head_dim, layout, own, randn):
+    """In place; rows beside the run stay as they are. Tables of all, of items, of heads."""
     whole = randn(2, rows + 5, num_heads, head_dim)
     q, before = whole[:, 2 : rows + 2], whole.clone()
     weight = randn(head_dim).abs() + 0.5
-    angle = torch.rand(rows, head_dim // 2, device=q.device) * 6
+    items, heads = 2 if "items" in own else 1, num_heads if "heads" in own else 1
+    shape = (items, rows, heads, head_dim // 2) if own else (rows, head_dim // 2)
+    angle = torch.rand(shape, device=q.device) * 6
     tables = (angle.cos(), angle.sin())
     results = []
     for kind, how in ((dtype, backend), (torch.float64, "reference"), (dtype, "reference")):
         mine = before.to(kind, copy=True)
         of = weight.to(kind)
-        elementwise.norm_rope_(mine[:, 2 : rows + 2], of, 1e-6, tables, backend=how)
+        elementwise.norm_rope_(mine[:, 2 : rows + 2], of, 1e-6, tables, layout, backend=how)
         beside = torch.cat([mine[:, :2], mine[:, rows + 2 :]], 1)
         assert torch.equal(beside, torch.cat([before[:, :2], before[:, rows + 2 :]], 1).to(kind))
         results.append(mine.double())

@@ -56,6 +56,7 @@ class LayerRun(LayerStep):
         norm: nn.Module | None,
         rope: Rope | None,
         row_offset: int,
+        rope_layout: str = "interleaved",
     ) -> None:
         """Queries of one stream, after norm and RoPE, into ``out``.
 
@@ -63,9 +64,10 @@ class LayerRun(LayerStep):
             x: ``[B, R, K]``.
             linear: the projection; read directly only if it is plain (see ``linear.py``).
             out: ``[B, R, H, D]``; cached tiles are not written on Dispatch steps.
-            norm: RMSNorm over head_dim, or ``None``.
-            rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, or ``None``.
+            norm: RMSNorm over head_dim, any norm over all heads, or ``None``.
+            rope: ``(cos, sin)``, see :func:`norm_rope_`, or ``None``.
             row_offset: position of ``x[:, 0]`` in the sequence.
+            rope_layout: ``"interleaved"`` or ``"half"``.
         """
         batch, rows, features = x.shape
         num_heads, head_dim = out.shape[2:]
@@ -75,6 +77,7 @@ class LayerRun(LayerStep):
         sparse = self.kind is StepKind.DISPATCH and self._caches_heads and not is_text
         if sparse and weights is not None and is_rms_norm(norm, head_dim):
             self._record.add("gemm_q", flops, self._live_share(row_offset, rows))
+            shared = rope is None or rope[0].ndim == 2  # by all items and heads
             sparse_gemm_q(
                 x,
                 weights.weight,
@@ -83,15 +86,18 @@ class LayerRun(LayerStep):
                 row_offset=row_offset,
                 norm_weight=getattr(norm, "weight", None),
                 norm_eps=None if norm is None else norm_eps(norm, x.dtype),
-                rope=rope,
+                rope=rope if shared else None,
+                rope_layout=rope_layout,
                 out=out,
                 backend=self.backend,
             )
+            if not shared:
+                norm_rope_(out, None, None, rope, rope_layout, backend=self.backend)
             return
         if sparse and weights is None:
             self._record.note = f"projections ran dense: {why_not_plain(linear, x)}"
         self._record.add("gemm_q", flops)
-        self.project(x, linear, out, norm=norm, rope=rope)
+        self.project(x, linear, out, norm=norm, rope=rope, rope_layout=rope_layout)
 
     def project(
         self,
@@ -101,6 +107,7 @@ class LayerRun(LayerStep):
         *,
         norm: nn.Module | None = None,
         rope: Rope | None = None,
+        rope_layout: str = "interleaved",
     ) -> None:
         """Like :meth:`project_q` for all heads of all tokens, uncounted: keys and values."""
         project_into(linear, x, out)
@@ -108,7 +115,8 @@ class LayerRun(LayerStep):
             out.copy_(norm_heads(norm, out))
             norm = None
         eps = None if norm is None else norm_eps(norm, x.dtype)
-        norm_rope_(out, getattr(norm, "weight", None), eps, rope, backend=self.backend)
+        weight = getattr(norm, "weight", None)
+        norm_rope_(out, weight, eps, rope, rope_layout, backend=self.backend)
 
     def can_attend(self, q: Tensor) -> bool:
         """Whether attention of this shape can run here: a Dispatch step needs an Update of it."""

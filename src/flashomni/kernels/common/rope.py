@@ -19,18 +19,20 @@ def apply_rope(q: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved")
 
     Args:
         q: ``[..., R, h, D]``.
-        cos: fp32 ``[R, D / 2]`` or ``[R, D]``, as in :func:`sparse_gemm_q`.
+        cos: fp32 ``[R, D / 2]`` or ``[R, D]``, as in :func:`sparse_gemm_q`; or ``[B, R, h, D / 2]``
+            where items or heads have tables of their own, with a size of 1 where they do not.
         sin: like ``cos``.
         layout: ``"interleaved"`` or ``"half"``.
     """
-    cos, sin = (t[:, None] for t in pair_tables((cos, sin), layout, q.shape[-1]))
+    cos, sin = pair_tables((cos, sin), layout, q.shape[-1])
+    cos, sin = (t[:, None] if t.ndim == 2 else t for t in (cos, sin))
     dim = -1 if layout == "interleaved" else -2
     a, b = q.float().unflatten(-1, (-1, 2) if dim == -1 else (2, -1)).unbind(dim)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(q.dtype)
 
 
 def pair_tables(rope: Rope, layout: str, head_dim: int) -> Rope:
-    """The entries of the pairs, ``[R, D / 2]``; views.
+    """The entries of the pairs, ``[..., D / 2]``; views.
 
     Raises:
         ValueError: ``layout`` is unknown.
@@ -41,12 +43,12 @@ def pair_tables(rope: Rope, layout: str, head_dim: int) -> Rope:
     if cos.shape[-1] == head_dim // 2:
         return cos, sin
     if layout == "interleaved":
-        return cos[:, ::2], sin[:, ::2]
-    return cos[:, : head_dim // 2], sin[:, : head_dim // 2]
+        return cos[..., ::2], sin[..., ::2]
+    return cos[..., : head_dim // 2], sin[..., : head_dim // 2]
 
 
 def pack_rope(cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Rope:
-    """Tables ``[R, D]`` as views ``[R, D / 2]`` of one ``[R, D]``: half of the memory.
+    """Tables ``[..., D]`` as views ``[..., D / 2]`` of one ``[..., D]``: half of the memory.
 
     cos and sin of a pair lie where the two members of the pair do in a row of queries. Worth it
     where more than one projection uses the same tables.
@@ -56,4 +58,4 @@ def pack_rope(cos: Tensor, sin: Tensor, layout: str = "interleaved") -> Rope:
         both = torch.stack((cos, sin), dim=-1)
         return both[..., 0], both[..., 1]
     both = torch.cat((cos, sin), dim=-1)
-    return both[:, : cos.shape[1]], both[:, cos.shape[1] :]
+    return both[..., : cos.shape[-1]], both[..., cos.shape[-1] :]

@@ -18,7 +18,7 @@ from flashomni.kernels.common.checks import (
     check_shape,
     check_tensor,
 )
-from flashomni.kernels.common.rope import Rope
+from flashomni.kernels.common.rope import ROPE_LAYOUTS, Rope
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TERMS = 4  # of a forecast: order 3
@@ -52,24 +52,28 @@ def check_streams(x: Any, rows: dict[str, Any], vectors: dict[str, Any], eps: An
     check_number("eps", eps, least=0.0)
 
 
-def check_norm_rope(q: Any, weight: Any, eps: Any, rope: Rope | None) -> None:
-    """``q [B, R, H, D]``, ``weight [D]``, tables of RoPE fp32 ``[R, D / 2]``.
+def check_norm_rope(q: Any, weight: Any, eps: Any, rope: Rope | None, layout: str) -> None:
+    """``q [B, R, H, D]``, ``weight [D]``, tables of RoPE fp32 ``[R, D / 2]`` or by item and head.
 
     Raises:
         ValueError: one is not; the message names it.
     """
     try:
-        (_, rows, _, head_dim), device = q.shape, q.device
-        fits = q.dtype in FLOATS and (
-            weight is None if eps is None else type(eps) is float and eps >= 0
-        )
+        (batch, rows, num_heads, head_dim), device = q.shape, q.device
+        fits = q.dtype in FLOATS and layout in ROPE_LAYOUTS
+        fits &= weight is None if eps is None else type(eps) is float and eps >= 0
         if weight is not None:
             fits &= weight.shape == (head_dim,) and weight.device == device
             fits &= weight.dtype in FLOATS
         if rope is not None:
             cos, sin = rope
             fits &= head_dim % 2 == 0 and cos.device == sin.device == device
-            fits &= cos.shape == sin.shape == (rows, head_dim // 2)
+            shape = cos.shape
+            fits &= shape == sin.shape and shape[-1] == head_dim // 2
+            if len(shape) == 2:
+                fits &= shape[0] == rows
+            else:
+                fits &= shape[0] in (1, batch) and shape[1] == rows and shape[2] in (1, num_heads)
             fits &= cos.dtype is sin.dtype is torch.float32
     except (AttributeError, TypeError, ValueError):
         fits = False
@@ -84,14 +88,21 @@ def check_norm_rope(q: Any, weight: Any, eps: Any, rope: Rope | None) -> None:
             raise ValueError("weight needs eps, got None")
     if eps is not None:
         check_number("eps", eps, least=0.0)
+    if layout not in ROPE_LAYOUTS:
+        raise ValueError(f"rope_layout must be one of {', '.join(ROPE_LAYOUTS)}, got {layout!r}")
     if rope is None:
         return
     if not isinstance(rope, (tuple, list)) or len(rope) != 2:
         raise ValueError(f"rope must be a pair (cos, sin), got {type(rope).__name__}")
     if q.shape[3] % 2:
         raise ValueError(f"rope needs an even head_dim, got {q.shape[3]}")
+    cos = rope[0]
+    check_tensor("rope cos", cos)
+    own = cos.ndim == 4  # tables of items or heads
+    items, heads = (1 if own and cos.shape[dim] == 1 else q.shape[dim] for dim in (0, 2))
+    sizes = (items, q.shape[1], heads) if own else (q.shape[1],)
     for name, table in zip(("rope cos", "rope sin"), rope, strict=True):
-        check_shape(name, table, (q.shape[1], q.shape[3] // 2))
+        check_shape(name, table, (*sizes, q.shape[3] // 2))
         check_dtype(name, table, (torch.float32,))
         check_device(name, table, q.device)
 

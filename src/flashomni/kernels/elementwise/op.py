@@ -71,6 +71,7 @@ class NormRopeCall:
     weight: Tensor | None
     eps: float | None
     rope: Rope | None
+    rope_layout: str
 
 
 @dataclass(frozen=True)
@@ -137,21 +138,24 @@ def norm_rope_(
     weight: Tensor | None,
     eps: float | None,
     rope: Rope | None,
+    rope_layout: str = "interleaved",
     *,
     backend: str | None = None,
 ) -> None:
-    """RMSNorm over head_dim and RoPE (neighbours are a pair), in place.
+    """RMSNorm over head_dim and RoPE, in place.
 
     Args:
         q: ``[B, R, H, D]``.
         weight: ``[D]`` or ``None``.
         eps: epsilon of the norm; ``None`` leaves the norm out.
-        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, or ``None``.
+        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, or ``[B or 1, R, H or 1, D / 2]`` where items
+            or heads have tables of their own; or ``None``.
+        rope_layout: ``"interleaved"``, pairs are neighbours, or ``"half"``, j and j + D / 2.
     """
-    check_norm_rope(q, weight, eps, rope)
+    check_norm_rope(q, weight, eps, rope, rope_layout)
     if eps is None and rope is None:
         return
-    execute("norm_rope", NormRopeCall(q, weight, eps, rope), backend)
+    execute("norm_rope", NormRopeCall(q, weight, eps, rope, rope_layout), backend)
 
 
 def differences(
@@ -264,7 +268,7 @@ def _gated_residual_norm(call: GatedResidualNormCall) -> tuple[Tensor, Tensor]:
 def _norm_rope(call: NormRopeCall) -> None:
     q = call.q
     new = q if call.eps is None else rms_norm(q, call.weight, call.eps)
-    q.copy_(new if call.rope is None else apply_rope(new, *call.rope))
+    q.copy_(new if call.rope is None else apply_rope(new, *call.rope, call.rope_layout))
 
 
 @_definition("differences")

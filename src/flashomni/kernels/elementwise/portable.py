@@ -52,30 +52,54 @@ def _modulate_kernel(
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _norm_rope_kernel(
     q, weight, cos, sin, rows, q_stride_b, q_stride_r, q_stride_h, cos_stride_r, cos_stride_d,
-    eps, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_NORM: tl.constexpr, PAIRS: tl.constexpr,
+    cos_stride_b, cos_stride_h, eps, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, HAS_NORM: tl.constexpr, OWN_TABLES: tl.constexpr,
+    HALF: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """``PAIRS`` (token, head) pairs: they lie side by side where heads do."""
+    """``PAIRS`` (token, head) pairs: they lie side by side where heads do.
+
+    ``OWN_TABLES``: items or heads have RoPE tables of their own. ``HALF``: the members of a pair
+    lie ``HEAD_DIM // 2`` apart, so the two halves of a head are two tensors.
+    """
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     row, head = pair // HEADS, pair % HEADS
-    dim = tl.arange(0, PADDED_DIM)
-    inside = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
     at = tl.program_id(1).to(tl.int64) * q_stride_b + row * q_stride_r + head * q_stride_h
-    q += at[:, None] + dim[None, :]
-    value = tl.load(q, inside, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        value *= tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + eps)[:, None]
-        if weight is not None:
-            value *= tl.load(weight + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-    if cos is not None:
-        half = tl.arange(0, PADDED_DIM // 2)
-        known = (row < rows)[:, None] & (half < HEAD_DIM // 2)[None, :]
-        place = row[:, None] * cos_stride_r + half[None, :] * cos_stride_d
-        c = tl.load(cos + place, known, other=0.0)
-        s = tl.load(sin + place, known, other=0.0)
-        a, b = tl.split(tl.reshape(value, [PAIRS, PADDED_DIM // 2, 2]))
-        value = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [PAIRS, PADDED_DIM])
-    tl.store(q, value.to(q.dtype.element_ty), inside)
+    q += at[:, None]
+    half = tl.arange(0, PADDED_DIM // 2)
+    known = (row < rows)[:, None] & (half < HEAD_DIM // 2)[None, :]
+    table = row[:, None] * cos_stride_r + half[None, :] * cos_stride_d
+    if OWN_TABLES:
+        table += tl.program_id(1).to(tl.int64) * cos_stride_b + head[:, None] * cos_stride_h
+    if HALF:
+        a = tl.load(q + half[None, :], known, other=0.0).to(tl.float32)
+        b = tl.load(q + HEAD_DIM // 2 + half[None, :], known, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            factor = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
+            a *= factor
+            b *= factor
+            if weight is not None:
+                inside = half < HEAD_DIM // 2
+                second = weight + HEAD_DIM // 2
+                a *= tl.load(weight + half, inside, other=0.0).to(tl.float32)[None, :]
+                b *= tl.load(second + half, inside, other=0.0).to(tl.float32)[None, :]
+        c = tl.load(cos + table, known, other=0.0)
+        s = tl.load(sin + table, known, other=0.0)
+        tl.store(q + half[None, :], (a * c - b * s).to(q.dtype.element_ty), known)
+        tl.store(q + HEAD_DIM // 2 + half[None, :], (b * c + a * s).to(q.dtype.element_ty), known)
+    else:
+        dim = tl.arange(0, PADDED_DIM)
+        inside = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
+        value = tl.load(q + dim[None, :], inside, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            value *= tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + eps)[:, None]
+            if weight is not None:
+                value *= tl.load(weight + dim, dim < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        if cos is not None:
+            c = tl.load(cos + table, known, other=0.0)
+            s = tl.load(sin + table, known, other=0.0)
+            a, b = tl.split(tl.reshape(value, [PAIRS, PADDED_DIM // 2, 2]))
+            value = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [PAIRS, PADDED_DIM])
+        tl.store(q + dim[None, :], value.to(q.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -181,18 +205,35 @@ def _modulate(
     )  # fmt: skip
 
 
-def norm_rope_(q: Tensor, weight: Tensor | None, eps: float | None, rope: Rope | None) -> None:
+def norm_rope_(
+    q: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    rope: Rope | None,
+    rope_layout: str = "interleaved",
+) -> None:
     batch, rows, num_heads, head_dim = q.shape
     if q.stride(-1) != 1:
         raise ValueError(f"q: the last dim must be contiguous, got stride {q.stride(-1)}")
     cos, sin = (None, None) if rope is None else rope
-    if cos is not None and sin is not None and cos.stride() != sin.stride():
-        sin = sin.contiguous()
-        cos = cos.contiguous()
+    strides, own = (0, 0, 0, 0), False
+    if cos is not None and sin is not None:
+        if cos.stride() != sin.stride():
+            sin = sin.contiguous()
+            cos = cos.contiguous()
+        own = cos.ndim == 4
+        item, row, head, dim = cos.stride() if own else (0, cos.stride(0), 0, cos.stride(1))
+        if own:  # of a size of 1 there is one for all
+            item, head = (
+                0 if size == 1 else stride
+                for size, stride in ((cos.shape[0], item), (cos.shape[2], head))
+            )
+        strides = row, dim, item, head
     _norm_rope_kernel[(triton.cdiv(rows * num_heads, PAIRS), batch)](
-        q, weight, cos, sin, rows, *q.stride()[:3], *((0, 0) if cos is None else cos.stride()),
-        0.0 if eps is None else eps, HEADS=num_heads, HEAD_DIM=head_dim,
-        PADDED_DIM=max(triton.next_power_of_2(head_dim), 2), HAS_NORM=eps is not None, PAIRS=PAIRS,
+        q, weight, cos, sin, rows, *q.stride()[:3], *strides, 0.0 if eps is None else eps,
+        HEADS=num_heads, HEAD_DIM=head_dim, PADDED_DIM=max(triton.next_power_of_2(head_dim), 2),
+        HAS_NORM=eps is not None, OWN_TABLES=own, HALF=rope is not None and rope_layout == "half",
+        PAIRS=PAIRS,
     )  # fmt: skip
 
 
@@ -283,6 +324,6 @@ _register(
     "gated_residual_norm",
     lambda c: gated_residual_norm(c.x, c.y, c.gate, c.scale, c.shift, c.eps),
 )
-_register("norm_rope", lambda c: norm_rope_(c.q, c.weight, c.eps, c.rope))
+_register("norm_rope", lambda c: norm_rope_(c.q, c.weight, c.eps, c.rope, c.rope_layout))
 _register("differences", lambda c: differences(c.value, c.minus, c.old, c.gaps, c.dtype))
 _register("weighted_sum", lambda c: weighted_sum(c.terms, c.coefficients, c.base, c.dtype))

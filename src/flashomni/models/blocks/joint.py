@@ -27,10 +27,11 @@ class Stream:
         span: token range in the sequence.
         to_q, to_k, to_v: projections to ``H * D``.
         norm_q, norm_k: norms over head_dim, or ``None``.
-        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair of neighbours, or
-            ``None``.
+        rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair, or ``[B or 1, R, H or
+            1, D / 2]`` where items or heads have their own; or ``None``.
         order: int64 ``[B, R]``, the row whose key and value come first, second, ...: valid ones in
             front of padding. ``None`` leaves them as they are. Queries stay in any case.
+        rope_layout: whether the members of a pair are neighbours, or ``"half"`` a head apart.
     """
 
     x: Tensor
@@ -42,12 +43,20 @@ class Stream:
     norm_k: nn.Module | None
     rope: Rope | None
     order: Tensor | None = None
+    rope_layout: str = "interleaved"
 
 
-def own_stream(attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None) -> Stream:
+def own_stream(
+    attn: Any,
+    x: Tensor,
+    span: tuple[int, int],
+    rope: Rope | None,
+    rope_layout: str = "interleaved",
+) -> Stream:
     """A stream through the attention's main projections."""
     projections = (attn.to_q, attn.to_k, attn.to_v)
-    return Stream(x, span, *projections, attn.norm_q, attn.norm_k, rope)
+    norms = (attn.norm_q, attn.norm_k)
+    return Stream(x, span, *projections, *norms, rope, rope_layout=rope_layout)
 
 
 def added_stream(
@@ -89,6 +98,7 @@ def joint_attention(
             norm=stream.norm_q,
             rope=stream.rope,
             row_offset=stream.span[0],
+            rope_layout=stream.rope_layout,
         )
         _project_keys(run, stream, k[:, rows], v[:, rows])
         run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
@@ -97,13 +107,16 @@ def joint_attention(
 
 def _project_keys(run: LayerRun, stream: Stream, k: Tensor, v: Tensor) -> None:
     """Keys and values of one stream into ``k`` and ``v``, ``[B, R, H, D]``, in its order."""
+    how: dict[str, Any] = {
+        "norm": stream.norm_k, "rope": stream.rope, "rope_layout": stream.rope_layout
+    }  # fmt: skip
     if stream.order is None:
-        run.project(stream.x, stream.to_k, k, norm=stream.norm_k, rope=stream.rope)
+        run.project(stream.x, stream.to_k, k, **how)
         run.project(stream.x, stream.to_v, v)
         return
     index = stream.order[:, :, None, None]
     rows = k.new_empty(k.shape)
-    run.project(stream.x, stream.to_k, rows, norm=stream.norm_k, rope=stream.rope)
+    run.project(stream.x, stream.to_k, rows, **how)
     k.copy_(rows.take_along_dim(index, 1))
     run.project(stream.x, stream.to_v, rows)
     v.copy_(rows.take_along_dim(index, 1))
