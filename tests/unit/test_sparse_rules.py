@@ -10,6 +10,7 @@ from policy_cases import inputs
 from flashomni.engine import Recipe
 from flashomni.policies import AttentionSite, make_policy
 from flashomni.symbols import Grid
+from flashomni.symbols.order import coordinates, permutation
 
 
 def kv_mask(name, grid, q, k, **settings):
@@ -296,3 +297,26 @@ def test_trained_methods_are_refused_with_the_reason(name):
     for make in (make_policy, Recipe.of):
         with pytest.raises(NotImplementedError, match=f"{name} cannot be put on .* trains .*xatt"):
             make(name)
+
+
+@pytest.mark.parametrize("order", ["tile", "hilbert"])
+def test_tiles_and_neighbours_are_those_of_the_picture_in_any_order(order):
+    """The pairs of tokens of raster order, moved to where the tokens are."""
+    shape = (4, 8, 24)
+    grid = Grid(777, 777, (0, 9), block_m=16, block_n=32, shape=shape, order=order)
+    there = permutation(shape, order)
+    place = coordinates(shape, "raster")
+    tile = place // torch.tensor([1, 2, 8])[:, None]
+    near = torch.ones(768, 768, dtype=torch.bool)
+    for axis, count, reach in zip(tile, (4, 4, 3), (3, 2, 1), strict=True):
+        first = (axis - reach // 2).clamp(0, count - reach)[:, None]
+        near &= (axis >= first) & (axis < first + reach)
+    adjacent = ((place[:, :, None] - place[:, None]).abs() <= 1).all(0)
+    for name, settings, pairs in (
+        ("sta", {"tile": "1x2x8", "window": "3x2x1"}, near),
+        ("jenga", {"mass": 0.0, "density": 0.0}, adjacent),
+    ):
+        got = kv_mask(name, grid, *inputs(grid), **settings)
+        wanted = by_blocks(pairs[there][:, there], grid)
+        extra = (got & ~wanted).sum(-1).amax()  # the heaviest block of a row
+        assert not (wanted & ~got).any() and extra <= (name == "jenga") and not got.all(), name

@@ -20,11 +20,13 @@ class Places:
 
     Args:
         generated: bool ``[S]``, false where a token is given: the rest says nothing of it.
-        index: int64 ``[S]``, of a token among the generated ones in raster order.
+        along: int64 ``[S]``, of a token among the generated ones as they run.
+        index: int64 ``[S]``, of a token among them in raster order.
         shape: ``(T, H, W)`` of these.
     """
 
     generated: Tensor
+    along: Tensor
     index: Tensor
     shape: Shape
 
@@ -64,14 +66,15 @@ def shape_of(grid: Grid, policy: str, frames: int | None = None) -> Shape:
     """``(T, H, W)`` of the generated tokens: the grid's, or so many frames of one row each.
 
     Raises:
-        NotImplementedError: tokens are not in raster order.
+        ValueError: frames are given, but tokens are not in raster order.
     """
-    if grid.order != "raster":
-        raise NotImplementedError(
-            f"policy {policy} takes frames one after the other, order raster, got {grid.order}"
-        )
     if frames is None and grid.shape is not None:
         return grid.shape
+    if grid.order != "raster":
+        raise ValueError(
+            f"frames of policy {policy} must be null where tokens are in order {grid.order}, and "
+            f"the grid must have a shape, got {frames} and a {grid}"
+        )
     count = max(grid.num_generated, grid.seqlen_kv - grid.seqlen_q + grid.num_generated)
     frames = 1 if frames is None else frames
     return frames, 1, max(-(-count // frames), 1)
@@ -79,12 +82,16 @@ def shape_of(grid: Grid, policy: str, frames: int | None = None) -> Shape:
 
 def places(grid: Grid, shape: Shape, device: torch.device) -> tuple[Places, Places]:
     """Where the query and the key tokens lie, in a grid of this shape."""
-    both = []
+    both, count = [], math.prod(shape)
     for seqlen in (grid.seqlen_q, grid.seqlen_kv):
         position = torch.arange(seqlen, device=device)
-        index = grid.generated_index(position)
-        generated = grid.generated_index(position + 1) > index
-        both.append(Places(generated, index.clamp(max=math.prod(shape) - 1), shape))
+        along = grid.generated_index(position)
+        generated = grid.generated_index(position + 1) > along
+        along = index = along.clamp(max=count - 1)
+        if grid.order != "raster":
+            frame, row, column = grid.coordinates(device)[:, along]
+            index = (frame * shape[1] + row) * shape[2] + column
+        both.append(Places(generated, along, index, shape))
     return both[0], both[1]
 
 

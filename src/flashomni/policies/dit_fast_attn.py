@@ -33,7 +33,6 @@ class DiTFastAttn(Policy):
 
     Raises:
         ValueError: a setting is out of range.
-        NotImplementedError: when called, tokens are not in raster order.
     """
 
     caches: ClassVar[bool] = False
@@ -53,8 +52,8 @@ class DiTFastAttn(Policy):
         grid, device = site.grid, site.q.device
         queries, keys = both = places(grid, shape_of(grid, self.name), device)
         rows = spread_rows(queries, self.rows)
-        orders = queries.index, keys.index
-        apart = (queries.index[rows][:, None] - keys.index).abs()
+        orders = queries.along, keys.along
+        apart = (queries.along[rows][:, None] - keys.along).abs()
         reaches = [self.window * 2**n * queries.count / 2 for n in range(self.wider + 1)]
         found = errors(site, rows, [(apart <= reach) | ~keys.generated for reach in reaches])
         kv_mask = torch.ones((), dtype=torch.bool, device=device)

@@ -30,8 +30,8 @@ class Draft(Policy):
         pool: rows and columns of a patch, ``"8x16"`` as in the paper.
 
     Raises:
-        ValueError: a setting is out of range.
-        NotImplementedError: when called, tokens are not in raster order.
+        ValueError: a setting is out of range; or, when called, tokens are not in raster order and
+            nobody says their shape.
     """
 
     caches: ClassVar[bool] = False

@@ -33,8 +33,8 @@ class Jenga(Policy):
         neighbours: visit the blocks of adjacent tokens.
 
     Raises:
-        ValueError: a setting is out of range.
-        NotImplementedError: when called, tokens are not in raster order.
+        ValueError: a setting is out of range; or, when called, tokens are not in raster order and
+            nobody says their shape.
     """
 
     caches: ClassVar[bool] = False

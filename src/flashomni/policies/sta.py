@@ -22,8 +22,9 @@ class SlidingTile(Policy):
 
     At the borders the window is moved inwards, so that every tile sees as many. A block visits
     every block that holds a token of a tile in the window of one of its own tiles: exactly the
-    paper's pairs where a block is a tile, more of them in raster order. Without a shape the tiles
-    lie along the sequence. Text and reference rows visit everything, and everybody visits theirs.
+    paper's pairs where a block is a tile, more of them elsewhere, most in raster order. Without a
+    shape tiles lie along the sequence. Text and reference rows visit everything, and everybody
+    visits theirs.
 
     Args:
         tile: frames, rows and columns of a tile, ``"6x8x8"`` as in the paper's kernel.
@@ -31,8 +32,8 @@ class SlidingTile(Policy):
             gives each head a window of its own, which is not expressed.
 
     Raises:
-        ValueError: a setting is out of range.
-        NotImplementedError: when called, tokens are not in raster order.
+        ValueError: a setting is out of range; or, when called, tokens are not in raster order and
+            nobody says their shape.
     """
 
     caches: ClassVar[bool] = False

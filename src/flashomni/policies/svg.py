@@ -33,8 +33,8 @@ class SparseVideoGen(Policy):
         first_frame: every row visits the first frame too (in the authors' code, for Wan).
 
     Raises:
-        ValueError: a setting is out of range; or, when called, nobody says how many frames.
-        NotImplementedError: when called, tokens are not in raster order.
+        ValueError: a setting is out of range; or, when called, nobody says how many frames, or
+            ``frames`` does where tokens are not in raster order.
     """
 
     caches: ClassVar[bool] = False
