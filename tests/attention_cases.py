@@ -6,12 +6,12 @@ vector of results leaves the device: a campaign on a GPU waits once a case.
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adversarial import CASES, attention_inputs
-from flashomni.kernels import ForecastTerms, sparse_attention
+from flashomni.kernels import ForecastTerms, Summary, sparse_attention, summarise
 from flashomni.symbols import Grid, Symbols
 
 POISON = 7.0
@@ -44,6 +44,7 @@ class Case:
     span: tuple[float, float]  # rows that it covers, as shares of the sequence
     kind: str
     amount: float
+    per_block: int  # summaries of a skipped block; 0 drops it
 
     @property
     def num_heads(self):
@@ -60,7 +61,7 @@ class Case:
         """Cases that differ in this run other kernels."""
         return (
             self.dtype, self.head_dim, self.block_n, self.symbols == "none", self.has_kv_len,
-            self.has_lse, self.terms, self.terms and self.terms_dtype,
+            self.has_lse, self.terms, self.terms and self.terms_dtype, self.per_block,
         )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def draw(number: int, seed: int = 0) -> Case:
         span=rng.choice([(0.0, 1.0), (0.0, 0.6), (rng.random() / 2, 1.0), (0.3, 0.5)]),
         kind=kind,
         amount=amount,
+        per_block=rng.choice([0, 0, 1, 4, 4, 16]) if symbols != "none" else 0,
     )
 
 
@@ -111,6 +113,7 @@ class Inputs:
     symbols: Symbols | None
     kv_len: torch.Tensor | None
     forecast: ForecastTerms | None
+    summary: Summary | None = None
 
 
 def make(case: Case, device: torch.device, kind: tuple[str, float] | None = None) -> Inputs:
@@ -124,7 +127,13 @@ def make(case: Case, device: torch.device, kind: tuple[str, float] | None = None
         kv_len = torch.randint(
             0, case.seqlen_kv + 1, (case.batch,), dtype=torch.int32, device=device
         )
-    return Inputs(q, k, v, _symbols(case, device), kv_len, _forecast(case, device))
+    symbols, forecast = _symbols(case, device), _forecast(case, device)
+    summary = None
+    if case.per_block:
+        summary = summarise(k, v, symbols.grid, case.per_block, kv_len=kv_len, backend="reference")
+        parts = (_laid_out(x, case.layout) for x in (summary.k, summary.v))
+        summary = Summary(*parts, summary.log_n)
+    return Inputs(q, k, v, symbols, kv_len, forecast, summary)
 
 
 def _laid_out(x, layout):
@@ -173,7 +182,7 @@ def attend(case, x, backend, out, lse=None, redone=None):
     """Our call; ``redone`` gets the number of tiles done again."""
     sparse_attention(
         x.q, x.k, x.v, x.symbols, out=out, lse=lse, kv_len=x.kv_len, softmax_scale=case.scale,
-        forecast=x.forecast, redone=redone, backend=backend,
+        forecast=x.forecast, redone=redone, summary=x.summary, backend=backend,
     )  # fmt: skip
     return out
 
@@ -194,29 +203,61 @@ def token_masks(case, x):
     return rows, pairs
 
 
+def with_summaries(case, x, pairs):
+    """``(x, pairs, bias)`` in which summaries are keys like others, their weight in a bias.
+
+    The bias is fp32 ``[B, 1, 1, N + S]``, ``None`` where there are none. A summary takes part in
+    the rows that skip its block, if it stands for any key.
+    """
+    if x.summary is None:
+        return x, pairs, None
+    grid, log_n = x.symbols.grid, x.summary.log_n[:, None, None]
+    parts = (~x.symbols.kv_mask()).repeat_interleave(grid.block_m, -2)
+    parts = parts.repeat_interleave(case.per_block, -1)[..., : case.seqlen_q, :]
+    pairs = torch.cat([pairs, parts & (log_n > -torch.inf)], -1)
+    bias = torch.cat([log_n.new_zeros(case.batch, 1, 1, case.seqlen_kv), log_n], -1)
+    k, v = (torch.cat(pair, 1) for pair in ((x.k, x.summary.k), (x.v, x.summary.v)))
+    return replace(x, k=k, v=v), pairs, bias
+
+
 def heads_first(x, groups=1):
     return x.repeat_interleave(groups, 2).transpose(1, 2)
 
 
-def exact_attention(case, x, pairs):
+def exact_attention(case, x, pairs, bias=None):
     """fp32: out ``[B, M, H, D]`` and lse ``[B, H, M]``; rows without keys are zero."""
     k, v = (heads_first(y.float(), case.ratio) for y in (x.k, x.v))
     score = heads_first(x.q.float()) @ k.mT * case.scale
+    if bias is not None:
+        score = score + bias
     score = score.masked_fill(~pairs, -torch.inf)
     lse = score.logsumexp(-1)
     prob = (score - lse[..., None]).exp().masked_fill(~pairs, 0.0)
     return (prob @ v).transpose(1, 2), lse
 
 
-def torch_attention(case, x, pairs):
+def torch_attention(case, x, pairs, bias=None):
     """torch's own attention under the same mask, in the dtype of the arguments.
 
     It adds masks, so that NaN shows in rows that do not visit it: it gets none.
     """
     q, k, v = heads_first(x.q), heads_first(x.k, case.ratio), heads_first(x.v, case.ratio)
     k = torch.where(k.isnan(), 0.0, k)
+    if bias is not None:
+        q, k, v = _with_bias(case, q, k, v, bias)
     o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=case.scale)
+    o = o[..., : case.head_dim]
     return o.transpose(1, 2).masked_fill(~pairs.any(-1).mT[..., None], 0.0)
+
+
+def _with_bias(case, q, k, v, bias):
+    """Eight more columns: a bias in the dtype of q would be rounded, products are not."""
+    bias = bias.masked_fill(bias == -torch.inf, 0.0)[:, :, 0, :, None] / case.scale
+    high = bias.to(q.dtype)
+    columns = [high, (bias - high).to(q.dtype)]
+    k = torch.cat([k, *(one.expand(*k.shape[:3], 1) for one in columns)], -1)
+    pad = torch.nn.functional.pad
+    return pad(pad(q, (0, 2), value=1.0), (0, 6)), pad(k, (0, 6)), pad(v, (0, 8))
 
 
 @dataclass(frozen=True)
@@ -240,8 +281,9 @@ def verdict(case: Case, backend: str | None, device: torch.device, repeats: int)
         attend(case, x, backend, out, lse, None if index else redone)
         results.append((out, lse))
     out, lse = results[0]
-    exact, exact_lse = exact_attention(case, x, pairs)
-    plain = torch_attention(case, x, pairs).float()
+    whole, pairs, bias = with_summaries(case, x, pairs)
+    exact, exact_lse = exact_attention(case, whole, pairs, bias)
+    plain = torch_attention(case, whole, pairs, bias).float()
     live = rows.mT[..., None].expand_as(out)
     finite = exact.isfinite() & live
     zero = out.new_zeros((), dtype=torch.float32)
@@ -321,6 +363,12 @@ def _agree(first, second):
     return all(bool(_same(a, b).all()) for a, b in zip(first, second, strict=True) if a is not None)
 
 
+def _values(x):
+    """The tensors that depend on the kind of a case."""
+    more = () if x.summary is None else (x.summary.k, x.summary.v, x.summary.log_n)
+    return x.q, x.k, x.v, *more
+
+
 def graph_faults(case: Case, backend: str | None, device: torch.device) -> list[str]:
     """A graph captured on plain values, replayed on some that overflow, and on plain ones."""
     x = make(case, device, PLAIN)
@@ -332,7 +380,7 @@ def graph_faults(case: Case, backend: str | None, device: torch.device) -> list[
     found = []
     for kind in (("sink last", 400.0), ("rise", 400.0), ("fall", 400.0), PLAIN):
         other = make(case, device, kind)
-        for mine, theirs in zip((x.q, x.k, x.v), (other.q, other.k, other.v), strict=True):
+        for mine, theirs in zip(_values(x), _values(other), strict=True):
             mine.copy_(theirs)
         want = _outputs(case, x)
         attend(case, x, backend, *want)
@@ -353,7 +401,7 @@ def compile_faults(case: Case, backend: str | None, device: torch.device) -> lis
 
     def run(q, k, v, out, lse):
         own = out.clone(), None if lse is None else lse.clone()
-        attend(case, Inputs(q, k, v, x.symbols, x.kv_len, x.forecast), backend, *own)
+        attend(case, replace(x, q=q, k=k, v=v), backend, *own)
         return own
 
     torch._dynamo.reset()

@@ -39,12 +39,17 @@ FOLDERS = {
         "differences",
         "weighted_sum",
     ),
+    "flashomni.kernels.summarise": ("summarise",),
     "flashomni.symbols.choice": ("choose", "measure", "live_share"),
 }
 OPS = tuple(op for ops in FOLDERS.values() for op in ops)
 _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
 # Every generation uses these; who adds a backend of attention need not write the others.
-HELPERS = (*FOLDERS["flashomni.kernels.elementwise"], *FOLDERS["flashomni.symbols.choice"])
+HELPERS = (
+    *FOLDERS["flashomni.kernels.elementwise"],
+    *FOLDERS["flashomni.kernels.summarise"],
+    *FOLDERS["flashomni.symbols.choice"],
+)
 
 
 @dataclass(frozen=True)

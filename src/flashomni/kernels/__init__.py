@@ -4,10 +4,12 @@ from flashomni.dispatch import OPS, backends, refusals, registered, select
 from flashomni.kernels.attention.op import ForecastTerms, sparse_attention
 from flashomni.kernels.gemm_o.op import gemm_o_update, sparse_gemm_o
 from flashomni.kernels.gemm_q.op import sparse_gemm_q
+from flashomni.kernels.summarise.op import Summary, summarise
 
 __all__ = [
     "ForecastTerms",
     "OPS",
+    "Summary",
     "backends",
     "gemm_o_update",
     "refusals",
@@ -16,4 +18,5 @@ __all__ = [
     "sparse_attention",
     "sparse_gemm_o",
     "sparse_gemm_q",
+    "summarise",
 ]

@@ -3,15 +3,19 @@
 Query blocks that visit the same number of key blocks are batched, so that every core works on a
 query block of its own; buffers are reused, because fresh pages cost as much as the arithmetic.
 Where nothing is skipped torch's fused attention runs: for single rows, and for whole calls.
+Summaries of skipped blocks are an attention of their own, merged by its LSE.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flashomni.dispatch import register
-from flashomni.kernels.attention.op import AttentionCall, write_forecast_rows
+from flashomni.kernels.attention.op import AttentionCall, summary_bias, write_forecast_rows
+from flashomni.kernels.summarise.op import Summary
 from flashomni.symbols import Grid, Symbols
 
 SCORE_BLOCKS = 32  # key blocks that a core takes at once
@@ -60,10 +64,12 @@ def _sparse(
     q = _to_blocks(call.q[b], block_m)  # [H, Mb, block_m, D]
     k, v = (_to_blocks(x[b, :kv_len], block_n) for x in (call.k, call.v))  # [Hkv, Nb, block_n, D]
     tail = grid.seqlen_q % block_m
-    o = call.out.new_empty(q.shape).transpose(0, 1)  # [Mb, H, block_m, D]
-    if not tail:
+    has_summary = call.summary is not None
+    is_copied = tail > 0 or has_summary
+    o = q.new_empty(q.shape).transpose(0, 1)  # [Mb, H, block_m, D]
+    if not is_copied:
         o = call.out[b].unflatten(0, (-1, block_m)).transpose(1, 2)  # a view: rows go straight in
-    lse = None if call.lse is None else q.new_empty(q.shape[:3])
+    lse = q.new_empty(q.shape[:3]) if has_summary or call.lse is not None else None
 
     full = kv_mask.all(-1) & (kv_len > 0 and lse is None)
     for h, rows in enumerate(q_mask & full):
@@ -71,10 +77,12 @@ def _sparse(
             key, value = (x[h // (len(q_mask) // len(x))].flatten(0, 1)[:kv_len] for x in (k, v))
             o[rows, h] = _fused(q[h, rows], key, value, call.softmax_scale).to(o.dtype)
     _partial(q, k, v, o, lse, q_mask & ~full, kv_mask, kv_len % block_n, call.softmax_scale)
+    if lse is not None and has_summary:
+        _add_summaries(call, b, q, o, lse, q_mask)
 
     rows = q_mask.repeat_interleave(block_m, -1)[:, : grid.seqlen_q]  # [H, M]
-    if tail:
-        new = o.transpose(1, 2).flatten(0, 1)[: grid.seqlen_q]
+    if is_copied:
+        new = o.transpose(1, 2).flatten(0, 1)[: grid.seqlen_q].to(call.out.dtype)
         call.out[b] = torch.where(rows.T[..., None], new, call.out[b])
     if call.lse is not None and lse is not None:
         call.lse[b] = torch.where(rows, lse.flatten(1)[:, : rows.shape[1]], call.lse[b])
@@ -165,6 +173,30 @@ def _partial(
         o[i, h] = o_rows.to(o.dtype)
     if lse is not None and lse_rows is not None:
         lse[h, i] = lse_rows
+
+
+def _add_summaries(
+    call: AttentionCall, b: int, q: Tensor, o: Tensor, lse: Tensor, q_mask: Tensor
+) -> None:
+    """Merge the summaries of skipped blocks into o ``[Mb, H, block_m, D]`` and lse, in fp32."""
+    assert call.summary is not None and call.symbols is not None
+    symbols = replace(
+        call.symbols, q_bits=call.symbols.q_bits[b : b + 1], kv_bits=call.symbols.kv_bits[b : b + 1]
+    )
+    parts = (call.summary.k, call.summary.v, call.summary.log_n)
+    summary = Summary(*(x[b : b + 1] for x in parts))
+    kv_len = None if call.kv_len is None else call.kv_len[b : b + 1]
+    bias = summary_bias(summary, symbols, kv_len)[0]  # [H, Mb, S]
+    k, v = (x[0].float().transpose(0, 1) for x in (summary.k, summary.v))  # [Hkv, S, D]
+    for h, rows in enumerate(q_mask & (bias > -torch.inf).any(-1)):
+        key_head = h // (len(q) // len(k))
+        for i in rows.nonzero().flatten().tolist():
+            score = q[h, i] @ k[key_head].mT * call.softmax_scale + bias[h, i]
+            more = score.logsumexp(-1)
+            total = torch.logaddexp(lse[h, i], more)
+            o[i, h] *= (lse[h, i] - total).exp()[:, None]
+            o[i, h] += (score - total[:, None]).exp() @ v[key_head]
+            lse[h, i] = total
 
 
 def _to_blocks(x: Tensor, block: int) -> Tensor:

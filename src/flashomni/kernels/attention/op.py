@@ -27,6 +27,7 @@ from flashomni.kernels.common.checks import (
 )
 from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
 from flashomni.kernels.elementwise.op import sum_of_terms
+from flashomni.kernels.summarise.op import Summary, check_summary
 from flashomni.symbols import Symbols
 
 REDONE = 4  # words of the memory of what was done again
@@ -53,8 +54,9 @@ class AttentionCall:
     """What a backend gets. It writes ``out`` (and ``lse``) in place and returns nothing.
 
     ``symbols`` is ``None`` for dense attention; then block sizes are of no meaning. With a
-    ``forecast`` there are symbols, and the cached rows that it covers are written as well. A
-    backend that has an online softmax only may ignore ``online`` and ``redone``.
+    ``forecast`` there are symbols, and the cached rows that it covers are written as well; with a
+    ``summary`` there are symbols, too. A backend that has an online softmax only may ignore
+    ``online`` and ``redone``.
     """
 
     q: Tensor
@@ -68,6 +70,14 @@ class AttentionCall:
     forecast: ForecastTerms | None = None
     online: bool = False
     redone: Tensor | None = None
+    summary: Summary | None = None
+
+    @property
+    def summaries_per_block(self) -> int:
+        """r; 0 without a summary."""
+        if self.summary is None or self.symbols is None:
+            return 0
+        return self.summary.k.shape[1] // self.symbols.grid.num_kv_blocks
 
 
 def sparse_attention(
@@ -83,6 +93,7 @@ def sparse_attention(
     forecast: ForecastTerms | None = None,
     online: bool = False,
     redone: Tensor | None = None,
+    summary: Summary | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over the blocks that ``symbols`` marks as computed (arXiv 2509.25401, 3.3).
@@ -96,8 +107,13 @@ def sparse_attention(
 
         out[b, m, h] = sum_t coefficients[t] * terms[t][b, m - row_offset, h]
 
+    With a ``summary`` skipped blocks are summarised instead of dropped: each of the r summaries of
+    a block j with S_s[i, j] = 0 is one more key, with ``log_n`` added to its scaled score, in
+    ``out`` and in ``lse``.
+
     A computed row without any valid key is 0, its ``lse`` is -inf. Keys from ``kv_len[b]``
-    on do not exist; a value outside ``[0, N]`` means the nearest end.
+    on do not exist, nor do summaries of blocks that have no others; a value outside ``[0, N]``
+    means the nearest end.
 
     Args:
         q: ``[B, M, H, D]``, last dim contiguous.
@@ -116,6 +132,8 @@ def sparse_attention(
             again. The others are a backend's memory: given the same tensor in call after call (on
             one stream), it keeps to the online softmax once three calls in a row did more than a
             tenth of their tiles again. Decided on the device, without the host.
+        summary: what stands for skipped blocks; needs symbols. Methods that are defined by dropping
+            have none.
         backend: take exactly this one; by default the best that accepts the call.
 
     Returns:
@@ -182,6 +200,10 @@ def sparse_attention(
         raise ValueError(f"online must be a bool, got {type(online).__name__}")
     if forecast is not None:
         _check_forecast(forecast, q, symbols)
+    if summary is not None:
+        if symbols is None:
+            raise ValueError("summary needs symbols: without them no block is skipped, got None")
+        check_summary(summary, k, symbols.grid.num_kv_blocks, symbols.grid.block_n)
     check_no_grad(q=q, k=k, v=v, out=out, lse=lse)
     if given_out or lse is not None:
         read = {"q": q, "k": k, "v": v, "kv_len": kv_len}
@@ -190,6 +212,8 @@ def sparse_attention(
         if forecast is not None:
             read |= {f"forecast.terms[{i}]": term for i, term in enumerate(forecast.terms)}
             read["forecast.coefficients"] = forecast.coefficients
+        if summary is not None:
+            read |= {"summary.k": summary.k, "summary.v": summary.v, "summary.log_n": summary.log_n}
         check_written({"out": out, "lse": lse}, read)
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
@@ -198,7 +222,7 @@ def sparse_attention(
         softmax_scale = float(softmax_scale)
     if batch:
         call = AttentionCall(
-            q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast, online, redone
+            q, k, v, out, lse, symbols, kv_len, softmax_scale, forecast, online, redone, summary
         )
         execute("attention", call, backend)
     return out
@@ -259,7 +283,7 @@ def write_forecast_rows(call: AttentionCall) -> None:
 def _reference(call: AttentionCall) -> None:
     """The definition: every score masked, in fp64: what fp32 rounds off one, its exponential keeps.
 
-    (In fp32 on Apple's GPUs, which have nothing wider.)
+    (In fp32 on Apple's GPUs, which have nothing wider.) Summaries are more keys.
     """
     write_forecast_rows(call)
     batch, seqlen_q, num_heads, _ = call.q.shape
@@ -275,8 +299,19 @@ def _reference(call: AttentionCall) -> None:
     if call.kv_len is not None:
         position = torch.arange(seqlen_kv, device=k.device)
         keep = keep & (position < call.kv_len[:, None, None, None])
+    bias = None
+    if call.summary is not None and call.symbols is not None:
+        means = (
+            x.float().repeat_interleave(groups, dim=2) for x in (call.summary.k, call.summary.v)
+        )
+        k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), means, strict=True))
+        bias = summary_bias(call.summary, call.symbols, call.kv_len)
+        bias = bias.repeat_interleave(grid.block_m, -2)[..., :seqlen_q, :]
+        keep = torch.cat([keep, bias > -torch.inf], -1)
     wide = torch.float32 if k.device.type == "mps" else torch.float64
     score = torch.einsum("bmhd,bnhd->bhmn", call.q.to(wide), k.to(wide)) * call.softmax_scale
+    if bias is not None:
+        score[..., seqlen_kv:] += bias
     score = score.masked_fill(~keep, -torch.inf)
     lse = score.logsumexp(-1)  # [B, H, M], -inf for an empty row
     prob = score.softmax(-1).masked_fill(~keep, 0.0).float()
@@ -284,3 +319,19 @@ def _reference(call: AttentionCall) -> None:
     call.out.copy_(torch.where(keep_row.mT[..., None], new, call.out))
     if call.lse is not None:
         call.lse.copy_(torch.where(keep_row, lse, call.lse))
+
+
+def summary_bias(summary: Summary, symbols: Symbols, kv_len: Tensor | None) -> Tensor:
+    """What is added to the scores of summaries, -inf for those that take no part.
+
+    Returns:
+        fp32 ``[B, H, Mb, Nb * r]``.
+    """
+    grid = symbols.grid
+    per_block = summary.log_n.shape[1] // grid.num_kv_blocks
+    absent = symbols.kv_mask()
+    if kv_len is not None:
+        start = torch.arange(grid.num_kv_blocks, device=kv_len.device) * grid.block_n
+        absent = absent | (start >= kv_len[:, None, None, None])
+    absent = absent.repeat_interleave(per_block, -1)
+    return summary.log_n[:, None, None].masked_fill(absent, -torch.inf)

@@ -284,7 +284,8 @@ def launch(call: AttentionCall, config: Config) -> None:
 
 def _refuses(call: AttentionCall) -> list[str]:
     return (
-        portable.refuse_device(call.q)
+        ([] if call.summary is None else ["summary must be None"])
+        + portable.refuse_device(call.q)
         + portable.refuse_head_dim(call.q.shape[3])
         + portable.refuse_strides(q=call.q, k=call.k, v=call.v, out=call.out)
     )

@@ -20,6 +20,7 @@ def refuse_features(call: AttentionCall) -> list[str]:
         "kv_len": call.kv_len,
         "lse": call.lse,
         "forecast": call.forecast,
+        "summary": call.summary,
     }
     return [
         f"{name} must be None: it is dense" for name, given in lacks.items() if given is not None

@@ -198,7 +198,7 @@ def _refuses(call: AttentionCall) -> list[str]:
         return [f"tensors are on {q.device.type}, this backend is for cuda"]
     if not is_hopper(q.device.index):
         return [f"{q.device} is not of compute capability 9.0"]
-    reasons = []
+    reasons = [] if call.summary is None else ["summary must be None"]
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"dtype must be bfloat16 or float16, got {str(q.dtype)[6:]}")
     head_dim = q.shape[3]

@@ -1,0 +1,1 @@
+"""Summaries of key blocks: ``op.py`` is the contract and the definition, other files backends."""
