@@ -22,6 +22,14 @@ from flashomni.symbols import Grid, Symbols
 
 STEPS = 10
 ADAPTERS = sorted(adapters())
+# Adapters that change little of another's: what they change is in the tests of adapters, which they
+# take all of; tests of the engine have their model as a parameter without them.
+RELATIVES = {
+    name
+    for name, adapter in adapters().items()
+    if any(type(other) in type(adapter).__mro__[1:] for other in adapters().values())
+}
+OF_ADAPTERS = {"test_models", "test_constant", "test_adapter_inputs", "test_definition"}
 # Every tile computed, every block visited, but through the sparse ops and with a history.
 ONES = Recipe.of(
     make_policy("topk", q_density=1.0, kv_density=1.0), interval=3, warmup=0.0, order=1
@@ -233,7 +241,15 @@ def quick(items):
     return [item for item in items if id(item) in chosen]
 
 
+def is_for_another(item):
+    """Whether it is a test of the engine, on a model that differs little from another."""
+    callspec = getattr(item, "callspec", None)
+    model = None if callspec is None else callspec.params.get("tiny")
+    return model in RELATIVES and item.path.stem not in OF_ADAPTERS
+
+
 def pytest_collection_modifyitems(config, items):
+    items[:] = [item for item in items if not is_for_another(item)]
     if config.getoption("--quick"):
         kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])

@@ -14,6 +14,8 @@ from flashomni.models import find_adapter
 from flashomni.policies import make_policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+# Models that read or add something between blocks, which are not cached in one then.
+SPANS = {"WanAnimateTransformer3DModel": 2, "WanVACETransformer3DModel": 4}
 
 
 def lowered(value):
@@ -311,8 +313,9 @@ def test_whole_layer_caching_keeps_no_heads(tiny):
         branch = engine._runtime.last.branches["call"]
         assert all(not layer.history and layer.bias_terms is None for layer in branch.layers)
         kept = sorted(tuple(t.shape) for t in branch.groups[0].spans.tensors())
-        runs = itertools.groupby(site.streams for site in find_adapter(model).sites(model))
-        streams = sum(len(names) for names, _ in runs)
+        found = find_adapter(model)
+        runs = itertools.groupby(site.streams for site in found.sites(model))
+        streams = SPANS.get(found.transformer) or sum(len(names) for names, _ in runs)
         assert len(kept) == streams and kept[0][0] == 2  # one term of a stream, for a run of layers
 
 

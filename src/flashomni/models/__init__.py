@@ -36,7 +36,7 @@ class Site:
             cached whole only adds to them.
         returns: what the block returns: ``None`` for a tuple of the streams in their order, a
             stream's name for that tensor alone, or a tuple of names with ``None`` where the block
-            returns ``None``.
+            returns ``None``; names in it that are no streams are those of ``derived``.
         chain: whether the block may be cached in one with its neighbours. ``False`` where something
             but the next block reads what it returns (skip connections, collected hidden states).
         by_token: other parameters of ``run`` that may have an entry for each vision token, and how
@@ -44,6 +44,8 @@ class Site:
         modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
             first norm and modulation, for schedules that look there (TeaCache); ``None`` if there
             is no such thing.
+        derived: ``derived[name](block, *streams)`` makes what else the block returns of the streams
+            behind it: in every step, also where the block is cached whole.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Site:
     chain: bool = True
     by_token: Mapping[str, int] = field(default_factory=dict)
     modulated: Callable[..., Tensor] | None = None
+    derived: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def main(self) -> int:
@@ -76,6 +79,7 @@ class Site:
         if isinstance(self.returns, str):
             return streams[0]
         found = dict(zip(self.streams, streams, strict=True))
+        found |= {name: make(self.block, *streams) for name, make in self.derived.items()}
         return tuple(None if name is None else found[name] for name in self.returns)
 
 
