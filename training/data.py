@@ -17,27 +17,46 @@ CHUNK = 512
 
 
 class CaptionStream(IterableDataset):
-    """Yields chunks of scene tensors ("scene.*") and token ids ("text", "mask", "clip")."""
+    """Yields chunks of scene tensors ("scene.*") and token ids ("text", "mask", "clip").
 
-    def __init__(self, pipe, video: bool, seed: int, chunk: int):
+    ``large`` draws the layouts of large clips too; only captions whose number of text tokens
+    ``every`` divides are kept.
+    """
+
+    def __init__(
+        self, pipe, video: bool, seed: int, chunk: int, large: bool = False, every: int = 1
+    ):
         self.pipe, self.video, self.seed, self.chunk = pipe, video, seed, chunk
+        self.large, self.every = large, every
 
     def __iter__(self):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker = get_worker_info()
         gen = torch.Generator().manual_seed(self.seed * 1009 + (worker.id if worker else 0))
         while True:
-            batch = scenes.sample(self.chunk, gen, self.video)
+            batch = scenes.sample(self.chunk, gen, self.video, large=self.large)
             row = {f"scene.{name}": value for name, value in batch.tensors().items()}
-            yield row | tiny_models.tokenize(self.pipe, scenes.captions(batch))
+            row |= tiny_models.tokenize(self.pipe, scenes.captions(batch))
+            keep = row["mask"].sum(1) % self.every == 0
+            yield {name: value[keep] for name, value in row.items()}
 
 
 class Source:
     """Slices a :class:`CaptionStream` into groups of any size, on the device."""
 
-    def __init__(self, pipe, kind, device: str, workers: int, seed: int, chunk: int = CHUNK):
+    def __init__(
+        self,
+        pipe,
+        kind,
+        device: str,
+        workers: int,
+        seed: int,
+        chunk: int = CHUNK,
+        large: bool = False,
+        every: int = 1,
+    ):
         loader = DataLoader(
-            CaptionStream(pipe, kind.video, seed, chunk),
+            CaptionStream(pipe, kind.video, seed, chunk, large, every),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=8 if workers else None,
@@ -69,12 +88,14 @@ class Renderer:
         layer = render._layer
         self.layer = torch.compile(layer, dynamic=True) if compiled else layer
 
-    def __call__(self, batch: scenes.Scenes, size: int, times: torch.Tensor | None) -> torch.Tensor:
-        """[B, 3, size, size], or [B, 3, F, size, size] at ``times`` [F]."""
+    def __call__(
+        self, batch: scenes.Scenes, size: int, times: torch.Tensor | None, detail: float = 1.0
+    ) -> torch.Tensor:
+        """[B, 3, size, size], or [B, 3, F, size, size] at ``times`` [F] with finer ``detail``."""
         with torch.no_grad():
             if times is None:
                 return render.render_images(batch, size, self.layer)
-            return render.render_clips(batch, size, times, self.layer)
+            return render.render_clips(batch, size, times, self.layer, detail)
 
 
 def encode(vae, pixels: torch.Tensor) -> torch.Tensor:

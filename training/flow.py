@@ -87,13 +87,25 @@ def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def spread_levels(count: int, device) -> torch.Tensor:
+    """Logit-normal noise levels [count], one of each of ``count`` equally likely intervals."""
+    part = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+    return torch.sigmoid(torch.special.ndtri(part.clamp(1e-4, 1 - 1e-4)))
+
+
 def flow_loss(
-    pipe, kind, latents: torch.Tensor, tokens: dict[str, torch.Tensor], shift: float
+    pipe,
+    kind,
+    latents: torch.Tensor,
+    tokens: dict[str, torch.Tensor],
+    shift: float,
+    level: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rectified flow: regress noise - latents at logit-normal, shifted noise levels."""
+    """Rectified flow: regress noise - latents at logit-normal (or given), shifted noise levels."""
     text, pooled = tiny_models.encode_text(pipe, tokens)
     noise = torch.randn_like(latents)
-    level = torch.sigmoid(torch.randn(latents.shape[0], device=latents.device))
+    if level is None:
+        level = torch.sigmoid(torch.randn(latents.shape[0], device=latents.device))
     sigma = shifted(level, shift)
     s = sigma.view(-1, *[1] * (latents.ndim - 1))
     out = velocity(pipe, kind, (1 - s) * latents + s * noise, sigma, text, pooled, tokens["mask"])

@@ -68,18 +68,21 @@ def _smooth(x: torch.Tensor) -> torch.Tensor:
     return x * x * (3 - 2 * x)
 
 
-def _floor(scenes: Scenes, gx: torch.Tensor, gy: torch.Tensor, size: int) -> torch.Tensor:
-    """Floor colour [N, 3, H, W]."""
+def _floor(
+    scenes: Scenes, gx: torch.Tensor, gy: torch.Tensor, size: int, detail: float
+) -> torch.Tensor:
+    """Floor colour [N, 3, H, W]; ``detail`` divides the periods of its pattern."""
     base = torch.tensor(list(FLOORS.values()), device=gx.device)[scenes.floor]
     px, py = (scenes.phase[:, i, None, None] for i in (0, 1))
     kind = scenes.pattern[:, None, None]
     pixels = torch.tensor(float(size), device=gx.device)
-    checker = _wave(gx + px, 0.25, pixels) * _wave(gy + py, 0.25, pixels)
-    stripes = _wave(gx + gy * 0.5 + px, 0.16, pixels).expand_as(checker)
+    check, stripe, edge = 0.25 / detail, 0.16 / detail, 0.2 / detail
+    checker = _wave(gx + px, check, pixels) * _wave(gy + py, check, pixels)
+    stripes = _wave(gx + gy * 0.5 + px, stripe, pixels).expand_as(checker)
     cell = [
-        ((g + p) / 0.2 - torch.round((g + p) / 0.2)).abs() * 0.2 for g, p in ((gx, px), (gy, py))
+        ((g + p) / edge - torch.round((g + p) / edge)).abs() * edge for g, p in ((gx, px), (gy, py))
     ]
-    tile = 1 - 2 * ((torch.minimum(*cell) - 0.006) * size).clamp(0, 1)
+    tile = 1 - 2 * ((torch.minimum(*cell) - 0.006 / detail) * size).clamp(0, 1)
     mark = torch.where(kind == 1, checker, torch.where(kind == 2, stripes, tile))
     shade = torch.where(kind == 0, torch.ones_like(mark), 1 - 0.11 * (1 + mark))
     return base[:, :, None, None] * shade[:, None]
@@ -93,11 +96,12 @@ def _layer(
     look: torch.Tensor,
     colour: torch.Tensor,
     light: torch.Tensor,
+    detail: float = 1.0,
 ) -> torch.Tensor:
     """Draw one object and its shadow over ``image`` [N, 3, H, H].
 
     centre [N, 2], angle [N], radius [N] (0: nothing to draw), look [N, 3] = shape, texture and
-    shininess, colour [N, 3], light [N, 2].
+    shininess, colour [N, 3], light [N, 2]; ``detail`` divides the periods of the texture.
     """
     size = image.shape[-1]
     axis = (torch.arange(size, device=image.device, dtype=torch.float32) + 0.5) / size
@@ -115,16 +119,17 @@ def _layer(
     x, y = cos * dx + sin * dy, sin * dx - cos * dy
     pixels = r * size
     cover = (0.5 - _distance(kind, x, y) * pixels).clamp(0, 1) * present
+    stripe, pitch, check = 0.42 / detail, 0.5 / detail, 0.7 / detail
     dots = torch.sqrt(
-        (x - 0.5 * torch.round(x / 0.5)) ** 2 + (y - 0.5 * torch.round(y / 0.5)) ** 2 + 1e-9
+        (x - pitch * torch.round(x / pitch)) ** 2 + (y - pitch * torch.round(y / pitch)) ** 2 + 1e-9
     )
     mark = torch.where(
         texture == 1,
-        _wave(x + 0.5 * y, 0.42, pixels),
+        _wave(x + 0.5 * y, stripe, pixels),
         torch.where(
             texture == 2,
-            ((0.15 - dots) * pixels * 2).clamp(-1, 1),
-            _wave(x, 0.7, pixels) * _wave(y, 0.7, pixels),
+            ((0.15 / detail - dots) * pixels * 2).clamp(-1, 1),
+            _wave(x, check, pixels) * _wave(y, check, pixels),
         ),
     )
     tone = torch.where(texture == 0, torch.ones_like(mark), 1 - 0.24 * (1 + mark))
@@ -136,15 +141,20 @@ def _layer(
 
 
 def _paint(
-    scenes: Scenes, centre: torch.Tensor, angle: torch.Tensor, size: int, layer=_layer
+    scenes: Scenes,
+    centre: torch.Tensor,
+    angle: torch.Tensor,
+    size: int,
+    layer=_layer,
+    detail: float = 1.0,
 ) -> torch.Tensor:
     """Pictures [N, 3, size, size] in [-1, 1] of N scenes with objects at ``centre`` [N, K, 2]."""
     axis = (torch.arange(size, device=centre.device, dtype=torch.float32) + 0.5) / size
     gx, gy = axis[None, None, :], axis[None, :, None]
-    image = _floor(scenes, gx, gy, size)
+    image = _floor(scenes, gx, gy, size, detail)
     palette = torch.tensor(list(COLOURS.values()), device=centre.device)
     look = torch.stack([scenes.shape, scenes.texture, scenes.shiny], -1)
-    for i in range(centre.shape[1]):
+    for i in range(int(scenes.count.max())):  # slots that no scene uses cost nothing
         image = layer(
             image,
             centre[:, i],
@@ -153,6 +163,7 @@ def _paint(
             look[:, i],
             palette[scenes.colour[:, i]],
             scenes.light,
+            detail,
         )
     lx, ly = (scenes.light[:, i, None, None] for i in (0, 1))
     gradient = 1 + 0.22 * (lx * (gx - 0.5) + ly * (gy - 0.5))
@@ -176,12 +187,18 @@ def render_images(scenes: Scenes, size: int, layer=_layer) -> torch.Tensor:
     return _paint(scenes, centre[:, 0], angle[:, 0], size, layer)
 
 
-def render_clips(scenes: Scenes, size: int, times: torch.Tensor, layer=_layer) -> torch.Tensor:
-    """Clips [B, 3, F, size, size] in [-1, 1] at ``times`` [F]."""
+def render_clips(
+    scenes: Scenes, size: int, times: torch.Tensor, layer=_layer, detail: float = 1.0
+) -> torch.Tensor:
+    """Clips [B, 3, F, size, size] in [-1, 1] at ``times`` [F].
+
+    ``detail`` makes patterns and textures that many times finer: ``size / 128`` keeps their periods
+    in pixels, which smaller clips could not show.
+    """
     frames = times.shape[0]
     centre, angle = (p.flatten(0, 1) for p in poses(scenes, times.to(scenes.radius.device)))
     spread = scenes._map(lambda t: t.repeat_interleave(frames, 0))
-    flat = _paint(spread, centre, angle, size, layer)
+    flat = _paint(spread, centre, angle, size, layer, detail)
     return flat.unflatten(0, (len(scenes), frames)).transpose(1, 2)
 
 

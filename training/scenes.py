@@ -61,7 +61,8 @@ class Layout:
     scale: float
     phrases: tuple[str, ...]
     motions: tuple[int, ...] = (REST,)
-    weight: float = 1.0
+    weight: float = 1.0  # how often it is drawn
+    large: float = 0.0  # how often in large clips, on top of that
 
 
 IMAGE_LAYOUTS = (
@@ -99,6 +100,23 @@ VIDEO_LAYOUTS = (
     # The first object crosses behind the second one, which is drawn later.
     Layout(((0.5, 0.5), (0.5, 0.5)), 1.0, ("{0} behind {1}",), (LEFT, RIGHT), 0.8),
     Layout(((0.5, 0.2), (0.5, 0.5), (0.5, 0.8)), 0.66, ("{0} above {1} above {2}",), _ACROSS, 0.7),
+    # Objects too small for 128 x 128 pixels.
+    Layout(
+        ((0.5, 0.14), (0.5, 0.38), (0.5, 0.62), (0.5, 0.86)),
+        0.5,
+        ("{0} above {1} above {2} above {3}",),
+        _ACROSS,
+        0.0,
+        0.7,
+    ),
+    Layout(
+        ((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),
+        0.55,
+        ("{0} and {1} above {2} and {3}", "{2} and {3} below {0} and {1}"),
+        (REST, BOUNCE, SPIN),
+        0.0,
+        0.7,
+    ),
 )
 BEHIND = 3  # index in VIDEO_LAYOUTS
 
@@ -165,10 +183,19 @@ def _rand(shape: tuple[int, ...], gen: torch.Generator, lo: float, hi: float) ->
     return lo + (hi - lo) * torch.rand(shape, generator=gen)
 
 
-def sample(n: int, gen: torch.Generator, video: bool = False, split: str = "train") -> Scenes:
-    """Draw ``n`` scenes. ``split``: "train" (no held-out pair) or "heldout" (at least one each)."""
+def sample(
+    n: int,
+    gen: torch.Generator,
+    video: bool = False,
+    split: str = "train",
+    large: bool = False,
+) -> Scenes:
+    """Draw ``n`` scenes. ``split``: "train" (no held-out pair) or "heldout" (at least one each).
+
+    ``large`` adds the layouts whose objects only a large clip resolves.
+    """
     k, table = MAX_OBJECTS, VIDEO_LAYOUTS if video else IMAGE_LAYOUTS
-    weights = torch.tensor([entry.weight for entry in table])
+    weights = torch.tensor([entry.weight + large * entry.large for entry in table])
     layout = torch.multinomial(weights, n, replacement=True, generator=gen)
     counts = torch.tensor([len(entry.slots) for entry in table])
     slots = torch.zeros(len(table), k, 2)

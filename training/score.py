@@ -194,8 +194,8 @@ def shuffled(batch: scenes.Scenes) -> scenes.Scenes:
     return batch[torch.arange(1, len(batch) + 1) % len(batch)]
 
 
-def truth(batch: scenes.Scenes, size: int, frames: int) -> np.ndarray:
-    """Rendered pictures or clips of the scenes themselves, as bytes."""
+def truth(batch: scenes.Scenes, size: int, frames: int, detail: float = 1.0) -> np.ndarray:
+    """Rendered pictures or clips (with finer ``detail``) of the scenes themselves, as bytes."""
     from training.sheets import to_uint8
 
     if not batch.video:
@@ -207,7 +207,10 @@ def truth(batch: scenes.Scenes, size: int, frames: int) -> np.ndarray:
         )
     times = torch.linspace(0, 1, frames)
     return np.concatenate(
-        [to_uint8(render.render_clips(batch[i], size, times)) for i in range(len(batch))]
+        [
+            to_uint8(render.render_clips(batch[i], size, times, detail=detail))
+            for i in range(len(batch))
+        ]
     )
 
 

@@ -15,6 +15,9 @@ SCRIPTS = sorted(
         *(path for path in (ROOT / "studies").glob("*.py") if not path.stem.startswith("_")),
         ROOT / "training" / "score.py",
         ROOT / "training" / "train.py",
+        ROOT / "training" / "further.py",
+        ROOT / "training" / "evaluate.py",
+        ROOT / "training" / "ladder.py",
     ]
 )
 
