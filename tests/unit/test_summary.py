@@ -84,7 +84,7 @@ def test_skipped_blocks_count_as_their_summaries(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(data=st.data())
 def test_properties(backend, data):
     """Random shapes, blocks, r, GQA ratios, densities and valid lengths, none among them."""

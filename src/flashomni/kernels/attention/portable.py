@@ -10,6 +10,8 @@ relative to, so that nothing is rescaled and no visit waits for a maximum. bf16 
 exponents for it. A tile for which they do not suffice is done again online, by the same
 program: what its keys are decides, and no step waits for the host. (FlashDecoding++, arXiv
 2311.01282, section 3, has a reference fixed before the run, and computes again where it fails.)
+
+Summaries of skipped blocks are visited after the blocks: the bits that were left out say which.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ CACHED = tl.constexpr(-1)  # length of the list of a query block that is not com
 # A tile of the anchored softmax is done again unless the weights of each row sum up to less than
 # this. Where values are large, their products overflow before; that shows in the output.
 MAX_SUM = tl.constexpr(2.0**96)
+LOWEST = tl.constexpr(-1e30)  # a reference below all scores, for rows that have none yet
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["seqlen_kv", "num_kv_blocks"])
@@ -81,24 +85,20 @@ def _load_keys(x, start, stride_n, keys, TILE_N: tl.constexpr, HEAD_DIM: tl.cons
 
 
 @triton.jit
-def _visit(
-    acc, row_sum, exact_sum, row_max, is_first, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
-    TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, ANCHORED: tl.constexpr, HAS_LSE: tl.constexpr, IS_LAST: tl.constexpr,
+def _weigh(
+    acc, row_sum, exact_sum, row_max, is_first, score, scale, IS_CUT: tl.constexpr,
+    ANCHORED: tl.constexpr, HAS_LSE: tl.constexpr, MAY_BE_EMPTY: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over one tile of keys; ``scale`` and ``row_max`` are in powers of two.
+    """Weights of the scores of one visit; ``scale`` and ``row_max`` are in powers of two.
 
     Online, or anchored: the maximum of the first visit serves for all.
     """
-    key = _load_keys(k, start, k_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
-    score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-    if IS_LAST:
-        score = tl.where((start + tl.arange(0, TILE_N) < keys)[None, :], score, -float("inf"))
+    least: tl.constexpr = LOWEST if MAY_BE_EMPTY else float("-inf")
     if ANCHORED:
         if is_first:
-            row_max = tl.max(score, 1) * scale
+            row_max = tl.maximum(tl.max(score, 1) * scale, least)
         prob = tl.exp2(score * scale - row_max[:, None])
-        if v.dtype.element_ty == tl.bfloat16:
+        if IS_CUT:
             # Cut down to bf16, so that they are summed as they are used: what is cut off cancels in
             # the division, as a whole where one key has nearly all the weight. Cutting is one
             # instruction, and NaN stays NaN; ptxas rounds one by one, as slowly as it takes powers.
@@ -107,23 +107,67 @@ def _visit(
             prob = (prob.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
         row_sum += tl.sum(prob, 1)
     else:
-        new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
+        new_max = tl.maximum(tl.maximum(row_max, tl.max(score, 1) * scale), least)
         prob = tl.exp2(score * scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(prob, 1)
         acc = acc * shrink[:, None]
         row_max = new_max
+    return prob, acc, row_sum, exact_sum, row_max
+
+
+@triton.jit
+def _visit(
+    acc, row_sum, exact_sum, row_max, is_first, q, k, v, start, k_stride_n, v_stride_n, keys, scale,
+    TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, ANCHORED: tl.constexpr, HAS_LSE: tl.constexpr, IS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Softmax over one tile of keys."""
+    key = _load_keys(k, start, k_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
+    score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+    if IS_LAST:
+        score = tl.where((start + tl.arange(0, TILE_N) < keys)[None, :], score, -float("inf"))
+    prob, acc, row_sum, exact_sum, row_max = _weigh(
+        acc, row_sum, exact_sum, row_max, is_first, score, scale,
+        v.dtype.element_ty == tl.bfloat16, ANCHORED, HAS_LSE, False,
+    )  # fmt: skip
     value = _load_keys(v, start, v_stride_n, keys, TILE_N, HEAD_DIM, PADDED_DIM, IS_LAST)
     acc = tl.dot(prob.to(value.dtype), value, acc, input_precision=PRECISION)
     return acc, row_sum, exact_sum, row_max
 
 
 @triton.jit
-def _walk(
-    query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
-    BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _visit_summaries(
+    acc, row_sum, exact_sum, row_max, is_first, q, summary, start, count, scale,
+    SUMMARIES: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
     HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """The same over one tile of the first ``count`` summaries: of skipped blocks, and weighted."""
+    k, v, log_n, bits, k_stride_n, v_stride_n, bit_stride = summary
+    column = start + tl.arange(0, TILE_N)
+    block = column // SUMMARIES
+    byte = tl.load(bits + block // 8 * bit_stride, mask=column < count, other=255)
+    takes_part = (byte.to(tl.int32) >> (block % 8)) & 1 == 0
+    weight = tl.load(log_n + column, mask=takes_part, other=-float("inf")) * LOG2_E
+    key = _load_keys(k, start, k_stride_n, count, TILE_N, HEAD_DIM, PADDED_DIM, True)
+    score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * scale + weight[None, :]
+    score = tl.where((weight > -float("inf"))[None, :], score, -float("inf"))
+    prob, acc, row_sum, exact_sum, row_max = _weigh(
+        acc, row_sum, exact_sum, row_max, is_first, score, 1.0,
+        v.dtype.element_ty == tl.bfloat16, ANCHORED, HAS_LSE, True,
+    )  # fmt: skip
+    value = _load_keys(v, start, v_stride_n, count, TILE_N, HEAD_DIM, PADDED_DIM, True)
+    acc = tl.dot(prob.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, row_sum, exact_sum, row_max
+
+
+@triton.jit
+def _walk(
+    query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale, summary,
+    BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
+    HAS_LSE: tl.constexpr, SUMMARIES: tl.constexpr,
 ):  # fmt: skip
     """All visits of a query tile: ``(sum of weights times v, sums of weights, reference)``.
 
@@ -154,9 +198,28 @@ def _walk(
             v_stride_n, keys, scale, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, HAS_LSE,
             True,
         )  # fmt: skip
+    if SUMMARIES:
+        blocks_there = tl.cdiv(keys, BLOCK_N)
+        columns = tl.where(count < blocks_there, blocks_there * SUMMARIES, 0)
+        for start in range(0, columns, TILE_N):
+            acc, row_sum, exact_sum, row_max = _visit_summaries(
+                acc, row_sum, exact_sum, row_max, (start == 0) & (count == 0), query, summary,
+                start, columns, scale, SUMMARIES, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION,
+                ANCHORED, HAS_LSE,
+            )  # fmt: skip
     if not (ANCHORED and HAS_LSE and v.dtype.element_ty == tl.bfloat16):
         exact_sum = row_sum
     return acc, row_sum, exact_sum, row_max
+
+
+@triton.jit
+def _of_row(summary, b, h, row, GROUPS: tl.constexpr):
+    """What ``_visit_summaries`` gets, of one query block of one head."""
+    k, v, log_n, bits, k_strides, v_strides, n_stride_b, bit_strides = summary
+    k += b * k_strides[0] + (h // GROUPS).to(tl.int64) * k_strides[2]
+    v += b * v_strides[0] + (h // GROUPS).to(tl.int64) * v_strides[2]
+    bits += b * bit_strides[0] + h.to(tl.int64) * bit_strides[1] + row.to(tl.int64) * bit_strides[2]
+    return k, v, log_n + b * n_stride_b, bits, k_strides[1], v_strides[1], bit_strides[3]
 
 
 @triton.jit
@@ -171,9 +234,9 @@ def attention_kernel(
     q, k, v, out, lse, blocks, counts, kv_len, redone, q_stride_b, q_stride_m, q_stride_h,
     k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h, out_stride_b,
     out_stride_m, out_stride_h, lse_stride_b, lse_stride_h, lse_stride_m, seqlen_q, seqlen_kv,
-    num_q_blocks, num_kv_blocks, scale, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    num_q_blocks, num_kv_blocks, scale, summary, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr,
+    TILE_N: tl.constexpr, PRECISION: tl.constexpr, ANCHORED: tl.constexpr, SUMMARIES: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: TILE_M tokens, which lie in one query block."""
     place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -203,19 +266,23 @@ def attention_kernel(
     if counts is not None:
         last = tl.load(blocks + last, mask=count > 0, other=0).to(tl.int32)
     in_last = tl.minimum(keys - last * BLOCK_N, BLOCK_N)
+    if SUMMARIES:
+        summary = _of_row(summary, b, h, tile * TILE_M // BLOCK_M, GROUPS)
     acc, row_sum, exact_sum, row_max = _walk(
-        query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
+        query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale, summary,
         BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, lse is not None,
+        SUMMARIES,
     )  # fmt: skip
     is_lost = False
     if ANCHORED:
-        is_lost = (count > 0) & (_is_sound(acc, row_sum) == 0)
+        is_lost = ((count > 0) | (SUMMARIES > 0)) & (_is_sound(acc, row_sum) == 0)
     if is_lost:
         if redone is not None:
             tl.atomic_add(redone, 1)
         acc, row_sum, exact_sum, row_max = _walk(
             query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale,
-            BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False, lse is not None,
+            summary, BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, False,
+            lse is not None, SUMMARIES,
         )  # fmt: skip
 
     is_empty = row_sum == 0
@@ -226,6 +293,8 @@ def attention_kernel(
     if lse is not None:
         ln_2: tl.constexpr = 0.6931471805599453
         value = (row_max + tl.log2(tl.where(is_empty, 1.0, exact_sum))) * ln_2
+        if SUMMARIES:
+            value = tl.where(is_empty, -float("inf"), value)
         at = b * lse_stride_b + h.to(tl.int64) * lse_stride_h + token.to(tl.int64) * lse_stride_m
         tl.store(lse + at, value, mask=token < seqlen_q)
 
@@ -274,21 +343,40 @@ def launch(call: AttentionCall, config: Config) -> None:
         *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *((0, 0, 0) if lse is None else lse.stride()),
         seqlen_q, k.shape[1], triton.cdiv(seqlen_q, block_m), triton.cdiv(k.shape[1], block_n),
-        call.softmax_scale * math.log2(math.e), GROUPS=num_heads // k.shape[2], HEAD_DIM=head_dim,
-        PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-        TILE_N=portable.dividing(config.tile_n, block_n), PRECISION=portable.precision(q.dtype),
+        call.softmax_scale * math.log2(math.e), _summary(call), GROUPS=num_heads // k.shape[2],
+        HEAD_DIM=head_dim, PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n,
+        TILE_M=tile_m, TILE_N=portable.dividing(config.tile_n, block_n),
+        PRECISION=portable.precision(q.dtype),
         ANCHORED=config.anchored and q.dtype != torch.float16 and not call.online,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        SUMMARIES=call.summaries_per_block, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _summary(call: AttentionCall) -> tuple | None:
+    """The summary as the kernel takes it."""
+    if call.summary is None or call.symbols is None:
+        return None
+    k, v, log_n = call.summary.k, call.summary.v, call.summary.log_n.contiguous()
+    bits = call.symbols.kv_bits
+    strides = tuple(k.stride()[:3]), tuple(v.stride()[:3]), log_n.stride(0), tuple(bits.stride())
+    return k, v, log_n, bits, *strides
 
 
 def _refuses(call: AttentionCall) -> list[str]:
     return (
-        ([] if call.summary is None else ["summary must be None"])
-        + portable.refuse_device(call.q)
+        portable.refuse_device(call.q)
         + portable.refuse_head_dim(call.q.shape[3])
         + portable.refuse_strides(q=call.q, k=call.k, v=call.v, out=call.out)
+        + _summary_refusals(call)
     )
+
+
+def _summary_refusals(call: AttentionCall) -> list[str]:
+    summary = call.summary
+    if summary is None:
+        return []
+    return portable.refuse_strides(**{"summary.k": summary.k, "summary.v": summary.v})
 
 
 @register(
