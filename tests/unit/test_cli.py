@@ -47,6 +47,19 @@ def test_generate_compare_writes_a_report(model, tmp_path, recipe):
         assert report["max_abs_diff"] <= 1e-4
 
 
+@pytest.mark.slow
+def test_compare_prints_equal_time_and_keeps_rows(model, tmp_path):
+    """Two tables and a CSV with a row for each."""
+    csv = tmp_path / "rows.csv"
+    done = run("compare", "fora:interval=2", "--model", model, "--rival", "steps=1", "--seed", 0,
+               "--csv", csv)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "at equal time" in done.output and "best rival" in done.output
+    assert [line.split(",")[1] for line in csv.read_text().splitlines()][1:] == [
+        "fora:interval=2", "steps=1",
+    ]  # fmt: skip
+
+
 def test_generate_alone_writes_a_picture(model, tmp_path):
     """Without --compare: one picture and the summary."""
     done = run("generate", "a star", "--model", model, "--out", tmp_path / "out", "--steps", 3)

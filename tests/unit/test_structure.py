@@ -50,6 +50,10 @@ CLI = {
         "--model", "--method", "--prompt", "--count", "--split", "--seed", "--scorer", "--out",
         "--csv", "--steps", "--device", "--dtype", "--backend",
     },
+    "compare": {
+        "METHODS", "--model", "--rival", "--prompt", "--count", "--seed", "--measure", "--batch",
+        "--csv", "--steps", "--device", "--dtype", "--backend",
+    },
     "show": {"TOPIC", "NAME"},
     "tune-kernels": {"--head-dim", "--device", "--dtype"},
     "doctor": set(),

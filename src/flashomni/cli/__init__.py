@@ -1,4 +1,4 @@
-"""The command line: ``flashomni generate | eval | show | doctor | bench``. Lazy imports."""
+"""The command line: ``flashomni generate | compare | eval | show | doctor | bench ...``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from flashomni.cli._common import (
     status,
 )
 from flashomni.cli.bench import bench_app
+from flashomni.cli.compare import compare
 from flashomni.util.files import check_folder
 from flashomni.util.words import clean, one_line
 
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(compare)
 
 
 class Topic(StrEnum):

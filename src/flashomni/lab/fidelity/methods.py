@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flashomni.engine import Recipe, presets
+from flashomni.engine import Recipe, StepKind, presets
 from flashomni.engine.forecasts import forecasts
 from flashomni.lab.fidelity.identity import foreign_code, package_versions
 from flashomni.lab.fidelity.named import parse
@@ -38,9 +38,11 @@ class Attached:
     Args:
         flops_skipped: read after a generation; share of the transformer blocks' FLOPs, or ``None``
             where the method does not count them itself.
+        computed: likewise, steps that were not left out.
     """
 
     flops_skipped: Callable[[], float | None] = lambda: None
+    computed: Callable[[], int | None] = lambda: None
 
 
 Attach = Callable[[Any, int], AbstractContextManager[Attached]]
@@ -59,6 +61,7 @@ class Method:
         steps: denoising steps instead of the call's own.
         prepare: ``prepare(pipe, num_steps, run)``, called once for a pipeline before the first
             generation; ``run()`` generates once with whatever is attached.
+        alone: whether it decides by what it sees, so that a picture of a batch is another one.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Method:
     attach: Attach = field(compare=False, repr=False)
     steps: int | None = None
     prepare: Prepare = field(default=lambda pipe, steps, run: None, compare=False, repr=False)
+    alone: bool = False
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def parse_method(text: str, backend: str | None = None) -> Method:
             int(count),
         )
     _, found = parse(text)  # two files may hold one name: tables here call them as they were typed
-    return _of_recipe(text, found, backend) if isinstance(found, Recipe) else _of_peer(text, found)
+    return of_recipe(text, found, backend) if isinstance(found, Recipe) else _of_peer(text, found)
 
 
 def _of_peer(name: str, peer: Peer) -> Method:
@@ -132,14 +136,19 @@ def _of_peer(name: str, peer: Peer) -> Method:
             yield Attached()
 
     code = {**foreign_code([peer]), "packages": _versions(peer)}
-    return Method(name, "peers", {"peer": name, "code": code}, attach_peer, prepare=peer.prepare)
+    spec = {"peer": name, "code": code}
+    return Method(name, "peers", spec, attach_peer, prepare=peer.prepare, alone=peer.looks)
 
 
-def _of_recipe(name: str, recipe: Recipe, backend: str | None) -> Method:
+def of_recipe(name: str, recipe: Recipe, backend: str | None = None) -> Method:
+    """A recipe as a method."""
+
     @contextmanager
     def attach_recipe(pipe: Any, num_steps: int) -> Iterator[Attached]:
         with accelerate(pipe, recipe, backend=backend) as engine:
-            yield Attached(lambda: engine.report().flops_skipped)
+            yield Attached(
+                lambda: engine.report().flops_skipped, lambda: _computed(engine.report().steps)
+            )
 
     family = "presets" if name in presets() else "recipes"
     spec = {
@@ -147,7 +156,13 @@ def _of_recipe(name: str, recipe: Recipe, backend: str | None) -> Method:
         "backend": backend,
         "code": foreign_code([*vars(recipe).values(), forecasts().get(recipe.forecast.name)]),
     }
-    return Method(name, family, spec, attach_recipe)
+    late = recipe.schedule.decides or recipe.plan(1000) is None
+    return Method(name, family, spec, attach_recipe, alone=late)
+
+
+def _computed(steps: list[dict[str, Any]]) -> int:
+    """Steps of which a call of the model was not left out."""
+    return len({call["step"] for call in steps if call["kind"] != StepKind.DISPATCH.value})
 
 
 def _versions(peer: Peer) -> list[str]:

@@ -29,12 +29,14 @@ class Peer:
 
     Attributes:
         modules: what it imports; a result is kept for their versions.
+        looks: whether it decides by what it sees, so that a picture of a batch is another one.
     """
 
     modules: ClassVar[tuple[str, ...]] = ()
+    looks: bool = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+        self.settings = dict(settings)
 
     def prepare(self, pipe: Any, num_steps: int, run: Callable[[], None]) -> None:
         """Learn what the peer needs to know of the model; ``run()`` is one generation."""
@@ -125,6 +127,7 @@ class FirstBlock(_DiffusersCache):
     """Recompute when the first block's residual has moved by ``threshold``."""
 
     config = "FirstBlockCacheConfig"
+    looks = True
 
 
 @peer("diffusers.pab")
@@ -144,13 +147,21 @@ class PyramidAttentionBroadcast(_DiffusersCache):
 class Mag(_DiffusersCache):
     """MagCache (arXiv 2506.09045); ``threshold``, ``max_skip_steps``, ``retention_ratio``.
 
-    Its magnitude ratios are measured on the model by its own calibration run.
+    Its magnitude ratios are measured on the model by its own calibration run. With ``steps``, a
+    list of steps to compute, it leaves out all others: what its rule makes of a schedule that
+    somebody has found for it.
     """
 
     config = "MagCacheConfig"
     _ratios: list[float] | None = None
 
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self._steps = _steps(self.settings)
+
     def prepare(self, pipe: Any, num_steps: int, run: Callable[[], None]) -> None:
+        if self._steps is not None:
+            return
         printed = io.StringIO()  # the calibration hands its result over in print
         settings = {"calibrate": True, "num_inference_steps": num_steps}
         with redirect_stdout(printed), self._enabled(pipe, settings):
@@ -162,31 +173,59 @@ class Mag(_DiffusersCache):
         self._ratios = json.loads(lists[-1])
 
     def extra(self, pipe: Any, num_steps: int) -> dict[str, Any]:
+        if self._steps is not None:
+            # A ratio of 1 adds nothing to the error that its rule sums up, a large one ends a gap.
+            computed = _mask(self._steps, num_steps)
+            settings = {"threshold": 0.5, "max_skip_steps": num_steps, "retention_ratio": 0.0}
+            ratios = [1e6 if live else 1.0 for live in computed]
+            return {**settings, "num_inference_steps": num_steps, "mag_ratios": ratios}
         if self._ratios is None:
             raise RuntimeError("MagCache must be prepared before it is attached")
         return {"num_inference_steps": num_steps, "mag_ratios": self._ratios}
+
+
+MASKED = {"steps_computation_policy": "static"}  # of cache-dit: the mask alone decides
 
 
 @peer("cache-dit")
 class CacheDiT(Peer):
     """DBCache of cache-dit; fields of ``DBCacheConfig``, and ``taylorseer_order`` for its forecast.
 
-    ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... It patches the
-    transformer for good, so it gets a copy of it that shares the weights.
+    ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... ``mask``, one of
+    its masks of steps (``slow``, ``medium``, ``fast``, ``ultra``), or ``steps``, a list of steps to
+    compute, take the place of its threshold. It patches the transformer for good, so it gets a copy
+    of it that shares the weights.
     """
 
     modules = ("cache_dit",)
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
+        self._steps = _steps(self.settings)
+        self._policy = self.settings.pop("mask", None)
+        if self._steps is not None and self._policy is not None:
+            raise ValueError("steps and mask of cache-dit say the same: give one of them")
+        self.looks = self._steps is None and self._policy is None
         try:
             self._library = importlib.import_module("cache_dit")
         except ImportError as error:
             raise NotImplementedError(f"cache-dit cannot be imported: {error}") from error
 
+    def _masked(self, num_steps: int) -> dict[str, Any]:
+        """The settings of a mask of steps, if there is one."""
+        if self._steps is not None:
+            mask = [int(live) for live in _mask(self._steps, num_steps)]
+            warm = mask.index(0) if 0 in mask else num_steps  # what is not its own comes on top
+            return {**MASKED, "steps_computation_mask": mask, "max_warmup_steps": warm}
+        elif self._policy is not None:
+            mask = self._library.steps_mask(mask_policy=self._policy, total_steps=num_steps)
+        else:
+            return {}
+        return {**MASKED, "steps_computation_mask": mask}
+
     @contextmanager
     def attached(self, pipe: Any, num_steps: int) -> Iterator[None]:
-        library, settings = self._library, dict(self.settings)
+        library, settings = self._library, {**self._masked(num_steps), **self.settings}
         order = settings.pop("taylorseer_order", None)
         calibrator = None
         if order is not None:
@@ -206,3 +245,29 @@ class CacheDiT(Peer):
                 library.disable_cache(pipe)
         finally:
             pipe.transformer = stock
+
+
+def _steps(settings: dict[str, Any]) -> list[int] | None:
+    """Take the steps to compute out of a peer's settings.
+
+    Raises:
+        ValueError: they are no list of ascending step numbers from 0 on.
+    """
+    steps = settings.pop("steps", None)
+    if steps is None:
+        return None
+    numbers = isinstance(steps, list) and all(type(step) is int for step in steps)
+    if not numbers or steps[:1] != [0] or steps != sorted(set(steps)):
+        raise ValueError(f"steps must be ascending step numbers from 0 on, got {steps!r}")
+    return steps
+
+
+def _mask(steps: list[int], num_steps: int) -> list[bool]:
+    """Whether each step is computed.
+
+    Raises:
+        ValueError: the list names a step that there is not.
+    """
+    if steps[-1] >= num_steps:
+        raise ValueError(f"steps must be below the {num_steps} steps of the run, got {steps}")
+    return [step in steps for step in range(num_steps)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 from flashomni.lab.fidelity.campaign import Scorer
 
@@ -19,9 +20,18 @@ def load_scorer(name: str) -> Scorer:
     Raises:
         ValueError: the name has another form, or there is no such module or function.
     """
+    return load_function(name)
+
+
+def load_function(name: str, what: str = "scorer") -> Any:
+    """Any function by ``MODULE:FUNCTION``.
+
+    Raises:
+        ValueError: as :func:`load_scorer`; the message calls it ``what``.
+    """
     module, colon, function = name.partition(":")
     if not module or not colon or not function.isidentifier():
-        raise ValueError(f"scorer must be MODULE:FUNCTION, got {name!r}")
+        raise ValueError(f"{what} must be MODULE:FUNCTION, got {name!r}")
     here = os.getcwd()
     added = here not in sys.path
     if added:
@@ -29,10 +39,10 @@ def load_scorer(name: str) -> Scorer:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
-        raise ValueError(f"scorer {name!r} cannot be imported: {error}") from error
+        raise ValueError(f"{what} {name!r} cannot be imported: {error}") from error
     finally:
         if added:
             sys.path.remove(here)
     if not callable(found):
-        raise ValueError(f"scorer {name!r} is not a function of {module}")
+        raise ValueError(f"{what} {name!r} is not a function of {module}")
     return found

@@ -1,0 +1,135 @@
+"""``flashomni compare``: methods side by side, and each against the best rival at equal time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flashomni.cli._common import (
+    BackendName,
+    DeviceName,
+    DtypeName,
+    bar_name,
+    check_csv,
+    check_prompt,
+    console,
+    pick_device,
+    pick_dtype,
+    plain_errors,
+    progress_bars,
+    quiet,
+    say,
+    status,
+)
+from flashomni.util.words import clean
+
+RIVALS = (
+    "steps=20", "steps=14", "steps=10",
+    "diffusers.mag:threshold=.12", "diffusers.mag:threshold=.24",
+    "diffusers.mag:steps=[0,1,2,4,6,10,15,20,24,27]",
+)  # fmt: skip
+
+
+def compare(
+    methods: Annotated[
+        list[str], typer.Argument(help="Recipes, steps=N, or peers (diffusers.mag:...).")
+    ],
+    model: Annotated[
+        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+    ] = "tiny-image",
+    rival: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; fewer steps and MagCache if none.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; the model's own if left out.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many of the model's own prompts.", min=1)] = 4,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="May be repeated; 0 and 1 if none.")
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help="lpips=FILE, clip=FOLDER or NAME=MODULE:FUNCTION; may be repeated."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts in one call that is not timed.", min=1)] = 1,
+    csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    backend: BackendName = None,
+) -> None:
+    """Compare methods on many prompts and seeds: mean, worst, and differences at equal time.
+
+    Differences are paired, picture by picture; errors are standard errors over prompts.
+    """
+    with plain_errors():
+        target = pick_device(device)
+        for text in prompt or ():
+            check_prompt(text)
+        check_csv(csv)
+        measures = dict(_pair(text) for text in measure or ())
+        with status(f"loading {model}"):
+            quiet()
+            from flashomni.lab import split, zoo
+            from flashomni.lab.fidelity.compare import compare as run
+
+            loaded = zoo.load(model, target, pick_dtype(dtype, target))
+        rivals = [name for name in rival or RIVALS if name not in methods]
+        with progress_bars() as progress:
+            task = progress.add_task("methods", total=len(methods) + len(rivals))
+
+            def on_method(name: str, done: int, total: int) -> None:
+                progress.update(task, description=bar_name(name), completed=done)
+
+            found = run(
+                loaded.pipe,
+                [*methods, *rivals],
+                prompt or split.pick(model, loaded.prompts, "report", count),
+                seeds=seed or (0, 1),
+                call=loaded.call,
+                steps=steps,
+                batch=batch,
+                measures=measures,
+                backend=backend,
+                on_method=on_method,
+            )
+        if csv is not None:
+            found.save(csv, model)
+        _print(found, methods, rivals)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, where = text.partition("=")
+    if not name or not equals or not where:
+        raise ValueError(f"measure must be NAME=PATH or NAME=MODULE:FUNCTION, got {text!r}")
+    return name, where
+
+
+def _print(found: Any, methods: list[str], rivals: list[str]) -> None:
+    table = Table("method", "seconds", "speed-up", "PSNR", "worst", "SSIM", "computed", "scores")
+    table.columns[0].overflow = "fold"
+    for row in found.rows:
+        error = "" if row.psnr_error == "" else f" ± {row.psnr_error}"
+        table.add_row(
+            clean(row.method),
+            f"{row.seconds:.3f}",
+            f"{row.speedup:.2f}x",
+            f"{row.psnr_db}{error}",
+            str(row.worst_psnr_db),
+            str(row.ssim),
+            str(row.computed),
+            row.measures,
+        )
+    console.print(table)
+    table = Table("at equal time", "against", "dB", "worst", title="paired, best rival")
+    for each in found.equal_time(rivals, methods):
+        error = "" if each.error_db is None else f" ± {each.error_db}"
+        gain = f"{each.gain_db:+}{error}"
+        table.add_row(clean(each.method), clean(each.rival), gain, f"{each.worst_db:+}")
+    if table.row_count:
+        console.print(table)
+    else:
+        say("no rival is as fast as a method: nothing to compare at equal time")

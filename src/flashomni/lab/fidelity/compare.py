@@ -1,0 +1,213 @@
+"""``flashomni.compare``: methods on a pipeline that somebody has, against the pipeline as it is.
+
+Each method is put on once and generates every prompt with every seed, so that its graphs and
+kernels are warm, as they are for who generates many. Times are of single pictures.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashomni.engine import Recipe
+from flashomni.lab import metrics
+from flashomni.lab.fidelity.comparison import CAP_DB, Comparison, Picture, Timed
+from flashomni.lab.fidelity.measures import Measure, load_measures
+from flashomni.lab.fidelity.methods import DENSE, Attached, Method, of_recipe, parse_method
+
+OnMethod = Callable[[str, int, int], None]
+WARM = 2  # generations that nobody times: kernels compile, graphs are recorded
+
+
+def compare(
+    pipe: Any,
+    methods: Sequence[str | Recipe | Method],
+    prompts: str | Sequence[str],
+    *,
+    seeds: Sequence[int] = (0, 1),
+    call: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    batch: int = 1,
+    rounds: int = 3,
+    seconds: float | None = None,
+    measures: Mapping[str, str] | None = None,
+    backend: str | None = None,
+    on_method: OnMethod = lambda name, done, total: None,
+) -> Comparison:
+    """Fidelity and time of methods on a pipeline, paired over prompts and seeds.
+
+    Args:
+        pipe: a diffusers pipeline, with whatever adapters it has.
+        methods: recipes, or names: what ``Recipe.of`` takes, ``steps=14``, a peer
+            (``diffusers.mag:threshold=.12``).
+        prompts: texts.
+        seeds: of the initial noise.
+        call: further arguments of the pipeline's call (``height``, ``guidance_scale``, ...).
+        steps: denoising steps; the pipeline's own if neither this nor ``call`` says it.
+        batch: prompts in one call where only pictures are looked at, not times. Methods that decide
+            by what they see decide for one picture alone, whatever this says.
+        rounds: timed generations of each method, of single pictures.
+        seconds: when so many have passed no further method is begun; :attr:`Comparison.left_out`
+            names those that are missing.
+        measures: scores that need weights, by name, and where these are; see
+            :func:`flashomni.lab.fidelity.measures.load_measures`.
+        backend: kernel backend of recipes.
+        on_method: told the name of each method, how many are done, and of how many.
+
+    Raises:
+        ValueError: there is no method, prompt or seed; a method is named twice; a path of weights
+            holds none.
+        NotImplementedError: a peer or a measure that cannot run here.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    chosen = [_method(each, backend) for each in methods]
+    for name, values in (("methods", chosen), ("prompts", prompts), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"{name} must not be empty")
+    names = [method.name for method in chosen]
+    if len(set(names)) < len(names) or DENSE in names:
+        raise ValueError(f"methods must differ and leave out {DENSE!r}, got {', '.join(names)}")
+    scores = load_measures(measures or {}, torch.device(pipe._execution_device))
+    pipe.set_progress_bar_config(disable=True)
+    work = _Work(pipe, dict(call or {}), steps, prompts, list(seeds), batch, rounds, scores)
+    return work.run(chosen, seconds, on_method)
+
+
+def _method(given: str | Recipe | Method, backend: str | None) -> Method:
+    if isinstance(given, Method):
+        return given
+    if isinstance(given, Recipe):
+        return of_recipe(given.name, given, backend)
+    return parse_method(str(given), backend)
+
+
+@dataclass
+class _Work:
+    """One comparison under way."""
+
+    pipe: Any
+    call: dict[str, Any]
+    steps: int | None
+    prompts: list[str]
+    seeds: list[int]
+    batch: int
+    rounds: int
+    scores: Mapping[str, Measure]
+
+    def run(self, methods: list[Method], seconds: float | None, tell: OnMethod) -> Comparison:
+        start = time.perf_counter()
+        if self.steps is not None:
+            self.call["num_inference_steps"] = self.steps
+        self.num_steps = int(self.call.get("num_inference_steps", 50))
+        self.references: dict[int, dict[tuple[int, int], Tensor]] = {}
+        pictures: list[Picture] = []
+        times: list[Timed] = []
+        left_out: list[str] = []
+        tell(DENSE, 0, len(methods))
+        for _ in range(WARM):
+            self._generate([self.prompts[0]], self.seeds[0])
+        dense = [self._once(self.num_steps) for _ in range(self.rounds)]
+        for number, method in enumerate(methods):
+            if seconds is not None and time.perf_counter() - start > seconds:
+                left_out.append(method.name)
+                continue
+            tell(method.name, number, len(methods))
+            method.prepare(self.pipe, self.num_steps, self._discard)
+            size = 1 if method.alone else self.batch
+            references = self._dense_of(size)
+            count = self.num_steps if method.steps is None else method.steps
+            with method.attach(self.pipe, count) as attached:
+                for _ in range(WARM):
+                    self._generate([self.prompts[0]], self.seeds[0], count)
+                mine = [self._once(count) for _ in range(self.rounds)]
+                pictures += self._pictures(method, size, count, references, attached)
+            after = [self._once(self.num_steps) for _ in range(self.rounds)]
+            around = statistics.median(dense + after)
+            times.append(Timed(method.name, method.family, statistics.median(mine), around))
+            dense = after
+        self.references.clear()
+        device = torch.device(self.pipe._execution_device)
+        return Comparison.of(pictures, times, device, left_out, time.perf_counter() - start)
+
+    def _dense_of(self, size: int) -> dict[tuple[int, int], Tensor]:
+        """What the pipeline makes as it is, in batches of a size; made once."""
+        if size not in self.references:
+            made = self._calls(size, self.num_steps)
+            self.references[size] = {
+                (start + place, seed): pixels
+                for seed, start, batch in made
+                for place, pixels in enumerate(batch)
+            }
+        return self.references[size]
+
+    def _pictures(
+        self, method: Method, size: int, steps: int,
+        references: Mapping[tuple[int, int], Tensor], attached: Attached,
+    ) -> Iterator[Picture]:  # fmt: skip
+        for seed, start, batch in self._calls(size, steps):
+            computed = attached.computed() if method.steps is None else steps
+            skipped = (
+                attached.flops_skipped() if method.steps is None else 1 - steps / self.num_steps
+            )
+            for place, pixels in enumerate(batch):
+                reference, prompt = references[start + place, seed], start + place
+                distance = metrics.compare(reference, pixels, (DENSE, method.name))
+                failed = not distance.identical and distance.psnr_db is None
+                temporal = None
+                if len(pixels) > 1 and not failed:
+                    temporal = min(metrics.temporal_psnr(reference, pixels), CAP_DB)
+                yield Picture(
+                    method=method.name,
+                    prompt=prompt,
+                    seed=seed,
+                    psnr_db=CAP_DB if distance.identical else distance.psnr_db,
+                    ssim=distance.ssim,
+                    temporal_db=temporal,
+                    computed=computed,
+                    flops_skipped=skipped,
+                    measures={
+                        name: score(reference, pixels, self.prompts[prompt])
+                        for name, score in self.scores.items()
+                        if not failed
+                    },
+                )
+
+    def _calls(self, size: int, steps: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Seed, number of the first prompt, and the pictures of every call."""
+        for seed in self.seeds:
+            for start in range(0, len(self.prompts), size):
+                some = self.prompts[start : start + size]
+                yield seed, start, self._generate(some, seed, steps)
+
+    def _generate(self, prompts: list[str], seed: int, steps: int | None = None) -> Tensor:
+        """Pixels fp32 ``[B, F, 3, H, W]`` in [0, 1], on the device; F is 1 for pictures."""
+        noise = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
+        output = self.pipe(
+            prompts if len(prompts) > 1 else prompts[0],
+            **{**self.call, "num_inference_steps": self.num_steps if steps is None else steps},
+            generator=noise if len(prompts) > 1 else noise[0],
+            output_type="pt",
+        )
+        pixels = output.frames if hasattr(output, "frames") else output.images[:, None]
+        return pixels.detach().float().clamp(0, 1)
+
+    def _discard(self) -> None:
+        self._generate([self.prompts[0]], self.seeds[0])
+
+    def _once(self, steps: int) -> float:
+        """Seconds of one picture."""
+        self._wait()
+        start = time.perf_counter()
+        self._generate([self.prompts[0]], self.seeds[0], steps)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if torch.device(self.pipe._execution_device).type == "cuda":
+            torch.cuda.synchronize()

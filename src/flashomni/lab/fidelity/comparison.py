@@ -1,0 +1,264 @@
+"""What a comparison found: rows, and differences at equal time, paired over prompts and seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashomni.lab import results as files
+from flashomni.lab.versions import device_name
+
+CAP_DB = 120.0  # of identical pictures, so that means exist
+AT_MOST = 1.03  # times that differ by less than this are equal
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture or video of one method, against the pipeline's own.
+
+    Args:
+        method: its name.
+        prompt: number of the prompt.
+        seed: of the noise.
+        psnr_db: ``None`` where values are not finite; at most ``CAP_DB``.
+        ssim: mean over frames, or ``None``.
+        temporal_db: PSNR of the changes from frame to frame, of videos.
+        computed: steps that were not left out, or ``None`` where nobody counts.
+        flops_skipped: share of the blocks' FLOPs, or ``None``.
+        measures: scores that were asked for.
+    """
+
+    method: str
+    prompt: int
+    seed: int
+    psnr_db: float | None
+    ssim: float | None
+    temporal_db: float | None
+    computed: float | None
+    flops_skipped: float | None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one picture, and of the stock pipeline's around it."""
+
+    method: str
+    family: str
+    seconds: float
+    dense_seconds: float
+
+
+@dataclass(frozen=True)
+class Summed:
+    """One method: means over its pictures, standard errors over prompts. Empty: not known."""
+
+    model: str
+    method: str
+    family: str
+    device: str
+    seconds: float
+    dense_seconds: float
+    speedup: float
+    psnr_db: float | str
+    psnr_error: float | str
+    worst_psnr_db: float | str
+    ssim: float | str
+    temporal_db: float | str
+    computed: float | str
+    flops_skipped: float | str
+    prompts: int
+    seeds: int
+    measures: str
+
+
+@dataclass(frozen=True)
+class Rivalry:
+    """A method against the best rival that is not slower: PSNR, in dB, picture by picture.
+
+    Args:
+        method: its name.
+        rival: the best of the others at equal time.
+        seconds: of the method.
+        rival_seconds: of the rival.
+        gain_db: mean of the differences.
+        error_db: standard error of that mean, over prompts.
+        worst_db: lowest difference.
+    """
+
+    method: str
+    rival: str
+    seconds: float
+    rival_seconds: float
+    gain_db: float
+    error_db: float | None
+    worst_db: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pictures and times of several methods on one pipeline.
+
+    Args:
+        rows: one a method, in the order in which they ran.
+        pictures: each picture.
+        left_out: methods that there was no time for.
+        seconds: that it took.
+    """
+
+    rows: tuple[Summed, ...]
+    pictures: tuple[Picture, ...]
+    left_out: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        pictures: Sequence[Picture],
+        times: Sequence[Timed],
+        device: torch.device,
+        left_out: Iterable[str] = (),
+        seconds: float = 0.0,
+        model: str = "",
+    ) -> Comparison:
+        """Sum up what was found."""
+        name = device_name(device)
+        rows = [
+            _summed(timed, [p for p in pictures if p.method == timed.method], name, model)
+            for timed in times
+        ]
+        return cls(tuple(rows), tuple(pictures), tuple(left_out), seconds)
+
+    def equal_time(
+        self, rivals: Sequence[str] = ("peers", "stock"), methods: Sequence[str] | None = None
+    ) -> list[Rivalry]:
+        """Each method against the best rival that takes at most 3 % longer.
+
+        Args:
+            rivals: families, or names of methods.
+            methods: which; all that are no rivals if left out. One without a rival that is as fast
+                is left out.
+        """
+        sound = [row for row in self.rows if isinstance(row.psnr_db, float)]
+        others = [row for row in sound if row.family in rivals or row.method in rivals]
+        mine = [row for row in sound if row not in others]
+        if methods is not None:
+            mine = [row for row in sound if row.method in methods]
+        found = []
+        for row in mine:
+            fast = [o for o in others if o.seconds <= AT_MOST * row.seconds and o != row]
+            if not fast:
+                continue
+            best = max(fast, key=lambda other: float(other.psnr_db))
+            gaps = self._gaps(row.method, best.method)
+            mean, error = mean_and_error(gaps)
+            worst = min(gap for by_seed in gaps.values() for gap in by_seed)
+            found.append(
+                Rivalry(
+                    row.method, best.method, row.seconds, best.seconds, round(mean, 2),
+                    None if error is None else round(error, 2), round(worst, 2),
+                )
+            )  # fmt: skip
+        return found
+
+    def _gaps(self, method: str, rival: str) -> dict[int, list[float]]:
+        """Differences in dB of each prompt, one a seed."""
+        values = {
+            (p.method, p.prompt, p.seed): p.psnr_db
+            for p in self.pictures
+            if p.method in (method, rival)
+        }
+        gaps: dict[int, list[float]] = {}
+        for (name, prompt, seed), mine in values.items():
+            theirs = values.get((rival, prompt, seed))
+            if name == method and mine is not None and theirs is not None:
+                gaps.setdefault(prompt, []).append(mine - theirs)
+        return gaps
+
+    def save(self, path: str | Path, model: str) -> None:
+        """Put the rows into a CSV; older ones of the same model, method and device are replaced.
+
+        Args:
+            path: of the file.
+            model: what rows call the pipeline.
+        """
+        rows = [Summed(**{**asdict(row), "model": model}) for row in self.rows]
+        files.replace(path, rows, ("model", "method", "device"))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'method':44} {'s':>7} {'speed':>6} {'PSNR':>6} {'+-':>4} {'worst':>6} {'SSIM':>6}"
+        ]
+        for row in self.rows:
+            lines.append(
+                f"{row.method[:44]:44} {row.seconds:7.3f} {row.speedup:5.2f}x {_show(row.psnr_db)}"
+                f" {_show(row.psnr_error, 4)} {_show(row.worst_psnr_db)} {_show(row.ssim, 6, 4)}"
+                f" {row.measures}"
+            )
+        lines += [
+            f"{r.method} - {r.rival}: {r.gain_db:+.2f} dB"
+            + ("" if r.error_db is None else f" +- {r.error_db:.2f}")
+            + f", worst {r.worst_db:+.2f} ({r.seconds:.3f} s, {r.rival_seconds:.3f} s)"
+            for r in self.equal_time()
+        ]
+        lines += [f"not run, there was no time: {', '.join(self.left_out)}"] * bool(self.left_out)
+        return "\n".join(lines)
+
+
+def mean_and_error(by_prompt: Mapping[int, Sequence[float]]) -> tuple[float, float | None]:
+    """Mean over all, and its standard error: prompts are drawn, the seeds of one belong together.
+
+    With one prompt the seeds are what is drawn; with one number there is no error.
+    """
+    means = [statistics.fmean(values) for values in by_prompt.values()]
+    drawn = means if len(means) > 1 else [x for values in by_prompt.values() for x in values]
+    error = statistics.stdev(drawn) / math.sqrt(len(drawn)) if len(drawn) > 1 else None
+    return statistics.fmean(means), error
+
+
+def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) -> Summed:
+    decibels: dict[int, list[float]] = {}
+    for picture in pictures:
+        if picture.psnr_db is not None:
+            decibels.setdefault(picture.prompt, []).append(picture.psnr_db)
+    finite = all(picture.psnr_db is not None for picture in pictures)
+    mean, error = mean_and_error(decibels) if finite and decibels else (None, None)
+    names = pictures[0].measures if pictures else ()
+    scores = {name: statistics.fmean(p.measures[name] for p in pictures) for name in names}
+    return Summed(
+        model=model,
+        method=timed.method,
+        family=timed.family,
+        device=device,
+        seconds=round(timed.seconds, 4),
+        dense_seconds=round(timed.dense_seconds, 4),
+        speedup=round(timed.dense_seconds / timed.seconds, 3),
+        psnr_db="not finite" if mean is None else round(mean, 2),
+        psnr_error="" if error is None else round(error, 2),
+        worst_psnr_db="not finite"
+        if mean is None
+        else round(min(x for values in decibels.values() for x in values), 2),
+        ssim=_mean([p.ssim for p in pictures], 5),
+        temporal_db=_mean([p.temporal_db for p in pictures], 2),
+        computed=_mean([p.computed for p in pictures], 2),
+        flops_skipped=_mean([p.flops_skipped for p in pictures], 4),
+        prompts=len({p.prompt for p in pictures}),
+        seeds=len({p.seed for p in pictures}),
+        measures=" ".join(f"{name}={value:.4f}" for name, value in scores.items()),
+    )
+
+
+def _mean(values: Sequence[float | None], digits: int) -> float | str:
+    known = [value for value in values if value is not None]
+    return round(statistics.fmean(known), digits) if known else ""
+
+
+def _show(value: Any, width: int = 6, digits: int = 1) -> str:
+    text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{text:>{width}}"

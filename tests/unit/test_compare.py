@@ -1,0 +1,206 @@
+"""``flashomni.compare``: any pipeline, paired differences, equal time; measures by path."""
+
+import json
+import math
+import statistics
+
+import pytest
+import safetensors.torch
+import torch
+
+import flashomni
+from flashomni.engine import Recipe
+from flashomni.lab import zoo
+from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed, mean_and_error
+from flashomni.lab.fidelity.measures import _AlexNet, load_measures
+from flashomni.lab.fidelity.methods import parse_method
+from flashomni.lab.fidelity.peers import make_peer
+
+PROMPTS = ["a red circle", "a small blue square left of a ring", "a cat"]
+CALL = {"height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": 64}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1).pipe
+
+
+def brightness(reference, pixels, prompt):
+    """A measure of ours."""
+    assert reference.shape == pixels.shape and prompt in PROMPTS
+    return float(pixels.mean())
+
+
+@pytest.mark.slow
+def test_a_pipeline_object_is_compared(pipe):
+    """Every method, prompt and seed; batches give what single pictures give; nothing stays on."""
+    own = Recipe.of("fora", interval=3, name="mine")
+    settings = {"call": CALL, "steps": 6, "rounds": 1}
+    given = ["lossless", own, "steps=3", "easycache:first=2", "diffusers.mag:steps=[0,2,5]"]
+    found = flashomni.compare(
+        pipe, given, PROMPTS, batch=2, measures={"light": f"{__name__}:brightness"}, **settings
+    )
+    rows = {row.method: row for row in found.rows}
+    assert list(rows) == ["lossless", "mine", *given[2:]] and len(found.pictures) == 5 * 3 * 2
+    assert rows["lossless"].psnr_db > 60 > rows["mine"].worst_psnr_db
+    assert (rows["mine"].computed, rows["steps=3"].computed) == (3, 3)
+    assert rows["mine"].flops_skipped > 0.2 and rows["steps=3"].flops_skipped == 0.5
+    assert all(row.seconds > 0 and "light=0." in row.measures for row in found.rows)
+    alone = flashomni.compare(pipe, [own], PROMPTS, **settings)
+    both = [[p.psnr_db for p in each.pictures if p.method == "mine"] for each in (found, alone)]
+    assert both[0] == pytest.approx(both[1], abs=0.05)
+    assert flashomni.engine_of(pipe) is None and not pipe.transformer.is_cache_enabled
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(pipe):
+    for methods, prompts, seeds in ([], PROMPTS, [0]), (["fora"], [], [0]), (["fora"], PROMPTS, []):
+        with pytest.raises(ValueError, match="must not be empty"):
+            flashomni.compare(pipe, methods, prompts, seeds=seeds)
+    with pytest.raises(ValueError, match="methods must differ"):
+        flashomni.compare(pipe, ["fora", "fora"], PROMPTS)
+
+
+def test_methods_that_there_is_no_time_for_are_named(pipe):
+    found = flashomni.compare(
+        pipe, ["fora", "lossless"], PROMPTS[:1], seeds=[0], call=CALL, steps=2, seconds=0.0
+    )
+    assert found.left_out == ("fora", "lossless") and "no time: fora, lossless" in str(found)
+
+
+def picture(method, prompt, seed, db):
+    return Picture(method, prompt, seed, db, 0.9, None, 5, 0.5)
+
+
+def test_errors_are_over_prompts_and_differences_are_paired():
+    """Seeds of one prompt belong together; the rival is the best that is not slower."""
+    values = {
+        "ours": [[40, 42], [30, 33], [50, 51]],
+        "fast peer": [[38, 39], [29, 30], [45, 49]],
+        "slow peer": [[60, 60], [60, 60], [60, 60]],
+        "bad peer": [[20, 20], [20, 20], [20, 20]],
+    }
+    pictures = [
+        picture(name, prompt, seed, float(db))
+        for name, rows in values.items()
+        for prompt, row in enumerate(rows)
+        for seed, db in enumerate(row)
+    ]
+    times = [
+        Timed("ours", "recipes", 1.0, 2.0), Timed("fast peer", "peers", 1.02, 2.0),
+        Timed("slow peer", "peers", 1.5, 2.0), Timed("bad peer", "peers", 0.5, 2.0),
+    ]  # fmt: skip
+    found = Comparison.of(pictures, times, CPU)
+    row = found.rows[0]
+    means = [41, 31.5, 50.5]
+    assert row.psnr_db == pytest.approx(41.0) and row.worst_psnr_db == 30
+    assert row.psnr_error == pytest.approx(statistics.stdev(means) / math.sqrt(3), abs=0.01)
+    assert row.speedup == 2.0
+    (rivalry,) = found.equal_time()
+    gaps = [2.5, 2.0, 3.5]
+    assert (rivalry.method, rivalry.rival) == ("ours", "fast peer")
+    assert rivalry.gain_db == pytest.approx(statistics.fmean(gaps), abs=0.01)
+    assert rivalry.error_db == pytest.approx(statistics.stdev(gaps) / math.sqrt(3), abs=0.01)
+    assert rivalry.worst_db == 1
+    assert found.equal_time(["slow peer"]) == []
+
+
+def test_one_prompt_takes_its_seeds_and_one_picture_has_no_error():
+    assert mean_and_error({0: [1.0, 3.0]}) == (2.0, pytest.approx(1.0))
+    assert mean_and_error({0: [1.0]}) == (1.0, None)
+
+
+def test_a_picture_that_is_not_finite_leaves_no_mean():
+    pictures = [picture("a", 0, 0, None), picture("a", 1, 0, 40.0)]
+    found = Comparison.of(pictures, [Timed("a", "recipes", 1.0, 1.0)], CPU)
+    assert found.rows[0].psnr_db == "not finite" and found.equal_time() == []
+
+
+def test_rows_go_into_a_csv_once(tmp_path):
+    found = Comparison.of([picture("a", 0, 0, 40.0)], [Timed("a", "recipes", 1.0, 1.0)], CPU)
+    for _ in range(2):
+        found.save(tmp_path / "methods.csv", "tiny")
+    lines = (tmp_path / "methods.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[1].startswith("tiny,a,recipes,")
+
+
+@pytest.mark.parametrize("text", ["diffusers.mag:steps=[0,3,6]", "diffusers.mag:steps=[0]"])
+def test_mag_computes_the_steps_it_is_given(pipe, text):
+    """Its own rule, made to follow a list; counted at a block inside."""
+    method, calls = parse_method(text), []
+    method.prepare(pipe, 7, lambda: pytest.fail("nothing has to be learnt"))
+    pipe.set_progress_bar_config(disable=True)
+    block = pipe.transformer.single_transformer_blocks[0].attn
+    handle = block.register_forward_pre_hook(lambda *_: calls.append(1))
+    with method.attach(pipe, 7):
+        pipe("a cat", **CALL, num_inference_steps=7, output_type="latent")
+    handle.remove()
+    assert len(calls) == len(json.loads(text.partition("=")[2]))
+
+
+@pytest.mark.parametrize("steps", [[], [1, 2], [0, 2, 2], [0, "x"], 3, [0, True]])
+def test_steps_of_a_peer_are_checked(steps):
+    with pytest.raises(ValueError, match="steps must be ascending step numbers from 0"):
+        make_peer(f"diffusers.mag:steps={json.dumps(steps).replace(' ', '')}")
+
+
+def test_lpips_by_path(tmp_path):
+    """Zero of equal pictures, positive and symmetric otherwise; a wrong file is named."""
+    torch.manual_seed(0)
+    network = _AlexNet()
+    for number in range(5):
+        getattr(network, f"lin{number}").model[1].weight.data.abs_()
+    weights = network.state_dict()
+    weights["classifier.1.weight"] = torch.zeros(3)  # torchvision's file has more
+    safetensors.torch.save_file(weights, tmp_path / "alex.safetensors")
+    score = load_measures({"lpips": str(tmp_path / "alex.safetensors")}, CPU)["lpips"]
+    a, b = torch.rand(2, 2, 3, 64, 64)
+    assert score(a, a, "") == 0 and score(a, b, "") == pytest.approx(score(b, a, ""))
+    assert score(a, b, "") > score(a, (a + 0.01).clamp(0, 1), "") > 0
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"lpips: .*other.safetensors does not hold its weights"):
+        load_measures({"lpips": str(tmp_path / "other.safetensors")}, CPU)
+
+
+def test_clip_by_path(tmp_path):
+    """A small random model of transformers, saved and found by its folder."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "a",
+        "c",
+        "t",
+        "a</w>",
+        "t</w>",
+        "at</w>",
+        "cat</w>",
+    ]
+    ids = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
+    text = {**small, **ids, "num_attention_heads": 2, "max_position_embeddings": 77}
+    vision = {**small, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na t</w>\nc at</w>\n")
+    score = load_measures({"clip": str(tmp_path)}, CPU)["clip"]
+    pixels = torch.rand(1, 3, 40, 40)
+    assert -100 <= score(pixels, pixels, "a cat") <= 100
+    assert score(pixels, pixels, "a cat") != score(pixels, 1 - pixels, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"lpips": "nowhere"}, ValueError, "never downloaded; there is nothing at 'nowhere'"),
+        ({"clip": "openai/clip"}, ValueError, "clip must be given by the path of its weights"),
+        ({"image_reward": "x"}, NotImplementedError, "a pickle, which may run code"),
+        ({"vbench": "x"}, NotImplementedError, "by address, not by path"),
+        ({"mine": "nofunction"}, ValueError, "measure mine must be MODULE:FUNCTION"),
+    ],
+)
+def test_measures_that_cannot_run_say_why(given, error, words):
+    with pytest.raises(error, match=words):
+        load_measures(given, CPU)
