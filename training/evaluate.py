@@ -170,6 +170,9 @@ def main() -> None:
             for size in args.sizes:
                 shares = model.shares(batch[1], size, args.frames, (24 / 28, 16 / 28))
                 result["maps"][f"{name} {size}"] = shares
+                for order, values in shares.items():
+                    listed = " ".join(f"{value:.2f}" for value in values)
+                    print(f"top quarter of blocks by layer, {name} {size}, {order} order: {listed}")
         print(f"{elapsed():6.1f} s  maps", flush=True)
     pending, shown, took = {}, defaultdict(list), defaultdict(float)
     late = False
@@ -205,10 +208,6 @@ def main() -> None:
         result["scores"][f"{name} {size}"] = {"clips": len(rows), "gap": gap, "error": error} | row
         cells = "".join(f"{row.get(k, float('nan')):16.3f}" for k in kinds)
         print(f"{name:>10}{size:6}{len(rows):7}{cells}  {gap:+.3f} +- {error:.3f} ({common})")
-    for title, shares in result["maps"].items():
-        for order, values in shares.items():
-            listed = " ".join(f"{v:.2f}" for v in values)
-            print(f"top quarter of blocks, {title:>12}, {order:>6} order, by layer: {listed}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     if args.sheet:
