@@ -188,6 +188,9 @@ def bench_e2e(
     whole: Annotated[
         bool, typer.Option("--whole", help="Complete generations of lossless recipes too.")
     ] = False,
+    generation: Annotated[
+        int, typer.Option(help="Which one of a recipe counts; from the 3rd on CUDA graphs replay.")
+    ] = 1,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     backend: BackendName = None,
@@ -218,7 +221,7 @@ def bench_e2e(
 
         _check_plot(plot, csv)
         target = pick_device(device)
-        plan = Plan(steps, stock_steps, whole, backend)
+        plan = Plan(steps, stock_steps, whole, backend, generation)
         baselines = make_stocks(baseline or ["eager"])
         names = recipe or ["lossless", "quality", "balanced", "fast"]
         if profile:
@@ -342,6 +345,9 @@ def _time(
     for line in drifts(results):
         console.print(line, highlight=False)
     console.print("~: steps x median. A run that compiles came first and does not count.")
+    for name, timing in results.methods.items():
+        for note in timing.notes:
+            console.print(f"{name}: {note}", highlight=False)
     _print_missing(results.missing)
 
 

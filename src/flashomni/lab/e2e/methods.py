@@ -32,14 +32,19 @@ class Plan:
         stock_steps: of a run where all steps are alike; its first does not count.
         whole: run complete generations also where steps are alike (never of stock methods).
         backend: kernel backend of recipes.
+        generation: which one of a recipe counts, in a process; from the third on CUDA graphs of
+            steps, where the recipe and the model have some, replay.
     """
 
     steps: int = 50
     stock_steps: int = 4
     whole: bool = False
     backend: str | None = None
+    generation: int = 1
 
     def __post_init__(self) -> None:
+        if self.generation < 1:
+            raise ValueError(f"generation must be at least 1, got {self.generation}")
         if self.steps < 4:
             raise ValueError(f"steps must be at least 4, got {self.steps}")
         if not 2 <= self.stock_steps <= self.steps:
@@ -63,6 +68,7 @@ class Timing:
         peak_gib: see ``Clocked``.
         host_gib: pinned host memory of the caches.
         runs: medians of the stock runs in order: how far the machine drifts.
+        notes: what the engine's report said beside its figures.
     """
 
     calls: dict[str, list[float]]
@@ -73,6 +79,7 @@ class Timing:
     peak_gib: float | None = None
     host_gib: float = 0.0
     runs: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 Measure = Callable[[Model, Plan, OnStep], Timing]
@@ -126,7 +133,7 @@ def merged(first: Timing, second: Timing, steps: int) -> Timing:
 
 
 def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
-    """One complete generation, after a short one that compiles every kernel.
+    """One complete generation, after a short one that compiles and those that the plan asks for.
 
     Where all steps do the same (policy ``dense``) a few steps of each kind stand for all.
     """
@@ -134,6 +141,8 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
     alike = not recipe.skips and recipe.plan(plan.steps) is not None and not plan.whole
     count = few_steps(recipe, plan) if alike else plan.steps
     with accelerate(model.pipe, recipe, backend=plan.backend) as engine:
+        for _ in range(plan.generation - 1):
+            generate(model, count)
         run = generate(model, count, on_step)
         summary = engine.report()
     kinds = [step["kind"] for step in summary.steps]
@@ -150,6 +159,7 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
         flops_skipped=summary.flops_skipped,
         peak_gib=run.peak_gib,
         host_gib=summary.cache_bytes_host / 2**30,
+        notes=tuple(summary.notes),
     )
 
 

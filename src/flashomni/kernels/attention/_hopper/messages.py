@@ -49,6 +49,7 @@ def send(inbox, inbox_full, number, batch, head, row, visits, valid):
     put(inbox, number, ROW, row)
     put(inbox, number, VISITS, visits)
     put(inbox, number, VALID, valid)
+    gl.thread_barrier()  # every lane has written; one of them announces it
     mbarrier.arrive(inbox_full.index(slot(number, DEPTH)), count=1)
 
 
