@@ -19,8 +19,9 @@ from flashomni.kernels.elementwise import portable as elementwise
 from flashomni.kernels.gemm_o.portable import gemm_o_kernel
 from flashomni.kernels.gemm_q.portable import gemm_q_kernel
 from flashomni.kernels.summarise.portable import summarise_kernel
+from flashomni.symbols.choice import _counts as counts
+from flashomni.symbols.choice import _fine_kernels as fine
 from flashomni.symbols.choice import _kernels as choice
-from flashomni.symbols.choice._counts import measure_kernel
 
 pytestmark = pytest.mark.skipif(portable.INTERPRETED, reason="kernels are interpreted")
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes that a program may use
@@ -253,14 +254,22 @@ CHOICE_POINTERS = dict.fromkeys(
 CHOICE = {
     "pool_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "TILE_M": 128, "TILE_N": 128, "HEAD_DIM": 128,
                     "PADDED_DIM": 128, "PADDED_Q": True, "GATED": True},
-    "visit_kernel": {"BLOCK_N": 128, "HEAD_DIM": 128, "DIMS": 16, "ROWS": 8, "COLUMNS": 1024,
-                     "VISIT": "mass", "GIVEN": "text", "GROWS": True, "TEXT_ROWS": True,
-                     "TEXT_COLUMNS": True, "CENTER": False},
+    "visit_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "HEAD_DIM": 128, "DIMS": 16, "ROWS": 8,
+                     "COLUMNS": 1024, "VISIT": "mass", "GIVEN": "text", "GROWS": True,
+                     "TEXT_ROWS": True, "TEXT_COLUMNS": True, "CENTER": False, "DIAGONAL": True,
+                     "masses": None},
+    "means_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "TILE_M": 128, "TILE_N": 128, "SIZE": 8,
+                     "HEAD_DIM": 128, "PADDED_DIM": 128, "PADDED_Q": True, "GATED": True},
+    "map_kernel": {"Q_PARTS": 16, "Q_PADDED": 16, "K_PARTS": 16, "K_PADDED": 16, "SIZE": 8,
+                   "HEAD_DIM": 128, "PADDED_DIM": 128, "ROWS": 64, "COLUMNS": 128,
+                   "PADDED_Q": True},
     "cache_kernel": {"ROWS": 1024, "PARTS": 8, "COMPUTE": "and", "MAP": "area", "WINDOW": 3,
                      "GROWS": True, "SHARED": False},
     "measure_kernel": {"HEADS": 1, "ROWS": 256, "WORDS": 32},
 }  # fmt: skip
-CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32}
+CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32, "means_kernel": 8,
+                "map_kernel": 8}  # fmt: skip
+FINE = {"q_means": "*fp16", "k_means": "*fp16", "masses": "*fp32", "scale": "fp32"}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -268,6 +277,7 @@ CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32}
 def test_choice(name, arch, tmp_path):
     """131,072 tokens, with everything that a policy may ask for."""
     config = Config(0, 0, 0, num_warps=CHOICE_WARPS.get(name, 4), num_stages=1)
-    kernel = measure_kernel if name == "measure_kernel" else getattr(choice, name)
-    compiled = compile_kernel(kernel, arch, "bf16", CHOICE[name], config, types=CHOICE_POINTERS)
+    kernel = next(getattr(m, name) for m in (choice, fine, counts) if hasattr(m, name))
+    types = CHOICE_POINTERS | (FINE if hasattr(fine, name) else {})
+    compiled = compile_kernel(kernel, arch, "bf16", CHOICE[name], config, types=types)
     check(compiled, arch, tmp_path)

@@ -121,6 +121,9 @@ SETTINGS = [
     ("topk", {"q_density": 0.4, "kv_density": 0.3}),
     ("topk", {"q_density": 0.4, "kv_density": 0.3, "share_heads": True}),
     ("spargeattn", {"mass": 0.6, "similarity_gate": 0.2}),
+    ("flashomni", {"tau_q": 0.6, "tau_kv": 0.3, "resolution": 8}),
+    ("topk", {"kv_density": 0.3, "resolution": 16, "diagonal": True, "text_rows": True}),
+    ("spargeattn", {"mass": 0.6, "similarity_gate": 0.2, "resolution": 32}),
 ]
 GRIDS = {
     "text first": Grid(500, 500, (0, 77), block_m=32, block_n=32),

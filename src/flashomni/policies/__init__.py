@@ -14,9 +14,11 @@ from flashomni.policies._site import AttentionSite
 from flashomni.policies._trained import refuse_trained
 from flashomni.registry import Registry
 from flashomni.symbols import Grid, Symbols
+from flashomni.symbols.choice.op import RESOLUTIONS
 
 __all__ = [
-    "POLICIES", "AttentionSite", "Policy", "check_bool", "check_int", "check_range", "fields",
+    "POLICIES", "AttentionSite", "Policy", "check_bool", "check_int", "check_range",
+    "check_resolution", "fields",
     "make_policy", "parse_extent", "policies", "policy", "refuse_trained",
     "require_text",
 ]  # fmt: skip
@@ -172,6 +174,14 @@ def check_int(name: str, value: Any, low: int, high: int) -> None:
     """Refuse a setting that is not an integer in ``[low, high]``."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def check_resolution(resolution: Any) -> None:
+    """Refuse a setting ``resolution`` that the choice of symbols does not know."""
+    is_number = isinstance(resolution, int) and not isinstance(resolution, bool)
+    if not is_number or resolution not in RESOLUTIONS:
+        known = ", ".join(map(str, RESOLUTIONS))
+        raise ValueError(f"resolution must be one of {known}, got {resolution!r}")
 
 
 def check_bool(name: str, value: Any) -> None:

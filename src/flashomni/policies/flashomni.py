@@ -21,6 +21,7 @@ from flashomni.policies import (
     Policy,
     check_bool,
     check_range,
+    check_resolution,
     policy,
 )
 from flashomni.symbols import Symbols
@@ -46,6 +47,7 @@ class FlashOmni(Policy):
         center_k: subtract the mean key before pooling.
         protect_text: text rows visit every key, and every row visits the text keys. Without it
             skipping treats text like the rest; caching leaves text alone either way.
+        resolution: make the pooled map of means of so few tokens: 8, 16 or 32; 0 is whole blocks.
 
     Raises:
         ValueError: a setting is out of range; or, when called, ``combine`` is ``g`` and there is
@@ -62,6 +64,7 @@ class FlashOmni(Policy):
     similarity_gate: float | None = None
     center_k: bool = False
     protect_text: bool = True
+    resolution: int = 0
 
     def __post_init__(self) -> None:
         check_range("tau_q", self.tau_q, 0.0, 1.0)
@@ -72,6 +75,7 @@ class FlashOmni(Policy):
         check_bool("share_heads", self.share_heads)
         check_bool("center_k", self.center_k)
         check_bool("protect_text", self.protect_text)
+        check_resolution(self.resolution)
         if self.similarity_gate is not None:
             check_range("similarity_gate", self.similarity_gate, -1.0, 1.0)
 
@@ -94,5 +98,6 @@ class FlashOmni(Policy):
             center_k=self.center_k,
             text_rows=self.protect_text,  # they carry the prompt
             text_columns=self.protect_text,
+            resolution=self.resolution,
         )
         return choose(site.q, site.k, grid, rule, site.progress, guide=guide, backend=site.backend)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashomni.policies import AttentionSite, Policy, check_bool, check_range, policy
+from flashomni.policies import (
+    AttentionSite,
+    Policy,
+    check_bool,
+    check_range,
+    check_resolution,
+    policy,
+)
 from flashomni.symbols import Grid, Symbols
 from flashomni.symbols.choice.op import Rule, choose
 
@@ -21,16 +28,25 @@ class TopK(Policy):
         q_density: fraction of query blocks to compute in each head.
         kv_density: fraction of key blocks to visit in each row.
         share_heads: one S_c for all heads.
+        resolution: make the pooled map of means of so few tokens: 8, 16 or 32; 0 is whole blocks.
+        diagonal: every row visits the blocks of its own tokens, beside the heaviest ones.
+        text_rows: text rows visit everything.
     """
 
     q_density: float = 0.5
     kv_density: float = 0.5
     share_heads: bool = False
+    resolution: int = 0
+    diagonal: bool = False
+    text_rows: bool = False
 
     def __post_init__(self) -> None:
         check_range("q_density", self.q_density, 0.0, 1.0)
         check_range("kv_density", self.kv_density, 0.0, 1.0)
         check_bool("share_heads", self.share_heads)
+        check_resolution(self.resolution)
+        check_bool("diagonal", self.diagonal)
+        check_bool("text_rows", self.text_rows)
 
     def __call__(self, site: AttentionSite) -> Symbols:
         grid = site.grid
@@ -40,6 +56,9 @@ class TopK(Policy):
             count_q=_count(self.q_density, grid.num_q_blocks, least=0),
             count_kv=_count(self.kv_density, grid.num_kv_blocks, least=1),
             share_heads=self.share_heads,
+            resolution=self.resolution,
+            diagonal=self.diagonal,
+            text_rows=self.text_rows,
         )
         return choose(site.q, site.k, grid, rule, backend=site.backend)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flashomni.symbols.bits import pack_bits, q_bytes, row_bytes, unpack_bits
+from flashomni.symbols.choice._fine import fine_map
+from flashomni.symbols.choice._pool import is_text_last, pool
 from flashomni.symbols.grid import Grid
 from flashomni.symbols.symbols import Symbols
 
@@ -15,31 +17,6 @@ if TYPE_CHECKING:
     from flashomni.symbols.choice.op import ChooseCall, LiveCall, MeasureCall, Rule
 
 Ranges = tuple[tuple[int, int], ...]
-
-
-def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
-    """Mean of the tokens of each block, over the tokens that exist.
-
-    Args:
-        x: ``[B, S, H, D]``.
-        block: tokens per block.
-        length: optional int32 ``[B]``: tokens from there on are padding and are left out.
-
-    Returns:
-        fp32 ``[B, H, ceil(S / block), D]``; a block of padding alone is zero.
-    """
-    seqlen = x.shape[1]
-    num_blocks = -(-seqlen // block)
-    position = torch.arange(num_blocks * block, device=x.device).view(1, num_blocks, block)
-    limit = seqlen if length is None else length.view(-1, 1, 1)
-    valid = position < limit  # [1 | B, blocks, block]
-    count = valid.sum(-1).clamp(min=1)[..., None, None]  # [1 | B, blocks, 1, 1]
-    if length is not None:
-        x = x * valid.flatten(1)[:, :seqlen, None, None].to(x.dtype)
-    tail = num_blocks * block - seqlen
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x
-    total = x.unflatten(1, (num_blocks, block)).sum(2, dtype=torch.float32)
-    return (total / count).permute(0, 2, 1, 3)
 
 
 def self_similarity(x: Tensor, block: int, length: Tensor | None) -> Tensor:
@@ -71,11 +48,6 @@ def pooled_map(q: Tensor, k: Tensor, grid: Grid, center_k: bool = False) -> Tens
         padding = first >= grid.kv_len[:, None]  # [B, Nb]
         score = score.masked_fill(padding[:, None, None], -torch.inf)
     return score.softmax(-1)
-
-
-def is_text_last(grid: Grid) -> bool:
-    """Whether the sequence ends with text, so that padding is among the queries too."""
-    return any(first > 0 and last == grid.seqlen_q for first, last in grid.text_spans)
 
 
 def low_mass(mass: Tensor, tau: Tensor | float) -> Tensor:
@@ -113,7 +85,10 @@ def choose(call: ChooseCall) -> list[Tensor]:
     if rule.power:
         assert call.progress is not None, "power needs progress"
         growth = call.progress**rule.power
-    attention = pooled_map(q, k, grid, rule.center_k)  # [B, H, Mb, Nb]
+    if rule.resolution:
+        attention = fine_map(q, k, grid, rule.resolution)  # [B, H, Mb, Nb]
+    else:
+        attention = pooled_map(q, k, grid, rule.center_k)
     if rule.visit == "count":  # text counts towards the density, above every vision block
         for start, stop in grid.text_kv_ranges:
             attention[..., start:stop] = 2.0
@@ -140,11 +115,22 @@ def _visited(attention: Tensor, grid: Grid, rule: Rule, tau: Tensor | float) -> 
     if rule.visit == "all":
         return grid.all_kv_bits(device).expand(*attention.shape[:3], -1)
     if rule.visit == "count":
-        return pack_bits(heaviest(attention, rule.count_kv), width)
-    kv_bits = pack_bits(~low_mass(attention, tau), width)
+        visited = heaviest(attention, rule.count_kv)
+    else:
+        visited = ~low_mass(attention, tau)
+    if rule.diagonal:
+        visited = visited | _diagonal(grid, device)
+    kv_bits = pack_bits(visited, width)
     if rule.text_rows:
         kv_bits = kv_bits | grid.text_q_mask(device)[..., None] * grid.all_kv_bits(device)
     return kv_bits
+
+
+def _diagonal(grid: Grid, device: torch.device) -> Tensor:
+    """True where a query and a key block share tokens: bool ``[Mb, Nb]``."""
+    row = torch.arange(grid.num_q_blocks, device=device)[:, None] * grid.block_m
+    column = torch.arange(grid.num_kv_blocks, device=device) * grid.block_n
+    return (row < column + grid.block_n) & (column < row + grid.block_m)
 
 
 def _computed(

@@ -176,21 +176,26 @@ def _probabilities(
 
 @triton.jit(do_not_specialize=[
     "scale", "tau", "power", "gate", "count", "rows", "columns", "num_words", "group", "texts",
-    "part_first", "parts",
+    "part_first", "parts", "first", "held",
 ])  # fmt: skip
 def visit_kernel(
     q_means, k_means, q_similarity, k_similarity, kv_len, text_q, text_kv, progress, words, given,
-    guide, scale, tau, power, gate, count, rows, columns, num_words, group, texts, part_first,
-    parts, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, VISIT: tl.constexpr, GIVEN: tl.constexpr, GROWS: tl.constexpr,
-    TEXT_ROWS: tl.constexpr, TEXT_COLUMNS: tl.constexpr, CENTER: tl.constexpr,
+    guide, masses, scale, tau, power, gate, count, rows, columns, num_words, group, texts,
+    part_first, parts, first, held, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    VISIT: tl.constexpr, GIVEN: tl.constexpr, GROWS: tl.constexpr, TEXT_ROWS: tl.constexpr,
+    TEXT_COLUMNS: tl.constexpr, CENTER: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """S_s words of ROWS query blocks of one head; sums for S_c that need whole rows.
+
+    masses ``[B, H, held, Nb]``: of ``held`` query blocks, program ``first``'s first; ``None`` makes
+    them of block means.
 
     given ``[B, H, parts, Nb]``: sums over the rows of a program, of text rows (GIVEN = "text") or
     of all ("all"). guide ``[B, H, texts, Mb]``: text columns of the map, one after the other.
     """
-    part, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    part = tl.program_id(0) + first
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     head = b * num_heads + h
     kv_head = b * (num_heads // group) + h // group
@@ -203,10 +208,14 @@ def visit_kernel(
     exists = real
     if kv_len is not None:
         exists = real & (column * BLOCK_N < tl.load(kv_len + b))
-    mass = _probabilities(
-        q_means + head * rows * HEAD_DIM, k_means + kv_head * HEAD_DIM * columns, row, rows, column,
-        columns, exists, scale, HEAD_DIM, DIMS, ROWS, COLUMNS, CENTER,
-    )  # fmt: skip
+    if masses is None:
+        mass = _probabilities(
+            q_means + head * rows * HEAD_DIM, k_means + kv_head * HEAD_DIM * columns, row, rows,
+            column, columns, exists, scale, HEAD_DIM, DIMS, ROWS, COLUMNS, CENTER,
+        )  # fmt: skip
+    else:
+        at = (head * held + row - first * ROWS) * columns + column
+        mass = tl.load(masses + at, mask=real_row & real, other=0.0)
     if VISIT == "count":  # text counts, above every other block
         mass = tl.where(is_text, 2.0, mass)
 
@@ -230,6 +239,9 @@ def visit_kernel(
         chosen = most(mass, real & (row >= 0), count)
     else:
         chosen = real & (row >= 0)
+    if DIAGONAL:
+        begins, ends = row * BLOCK_M, (row + 1) * BLOCK_M
+        chosen = chosen | ((begins < (column + 1) * BLOCK_N) & (column * BLOCK_N < ends))
     if TEXT_ROWS:
         chosen = chosen | is_text_row
     if TEXT_COLUMNS:

@@ -23,21 +23,26 @@ from flashomni.symbols.choice._checks import (
     check_symbols,
 )
 from flashomni.symbols.choice._definition import heaviest, low_mass, pool, pooled_map
+from flashomni.symbols.choice._fine import fine_map
 from flashomni.symbols.grid import Grid
 from flashomni.symbols.symbols import Symbols
 
 __all__ = [
-    "ChooseCall", "LiveCall", "MeasureCall", "Rule", "choose", "heaviest", "live_share", "low_mass",
-    "measure", "pool", "pooled_map",
+    "ChooseCall", "LiveCall", "MeasureCall", "Rule", "choose", "fine_map", "heaviest", "live_share",
+    "low_mass", "measure", "pool", "pooled_map",
 ]  # fmt: skip
 
 VISIT = ("all", "mass", "count")
 COMPUTE = ("all", "count", "and", "mean", "c", "g")
+RESOLUTIONS = (0, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Rule:
     """What is chosen on the pooled map P ``[B, H, Mb, Nb]`` (:func:`pooled_map`).
+
+    With a resolution P is :func:`fine_map`: the map of means of so few tokens, summed over the
+    parts of a block pair. It finds what is alike within a block only in part.
 
     C of a vision block is what text rows of P give to it; G is the softmax over vision rows of the
     text columns of P, summed over these (arXiv 2509.25401, 3.5). Without text in the sequence C is
@@ -61,9 +66,12 @@ class Rule:
         center_k: subtract the mean key before the scores.
         text_rows: text rows visit everything.
         text_columns: every row visits the text keys.
+        diagonal: every row visits the blocks that hold its own tokens, beside what else it visits.
+        resolution: 8, 16 or 32 tokens whose means make P, a divisor of both blocks; 0 takes whole
+            blocks. Means are rounded to fp16, and ``center_k`` changes nothing.
 
     Raises:
-        ValueError: ``visit`` or ``compute`` is none of these.
+        ValueError: ``visit``, ``compute`` or ``resolution`` is none of these.
     """
 
     visit: str = "all"
@@ -78,12 +86,16 @@ class Rule:
     center_k: bool = False
     text_rows: bool = False
     text_columns: bool = True
+    diagonal: bool = False
+    resolution: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("visit", VISIT), ("compute", COMPUTE)):
+        named = {"visit": VISIT, "compute": COMPUTE, "resolution": RESOLUTIONS}
+        for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}"
                 )
 
 
@@ -151,7 +163,8 @@ def choose(
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype or device; or the rule needs a
-            progress, or text or a guide, and there is none; or a guide although there is text.
+            progress, or text or a guide, and there is none; or a guide although there is text; or
+            its resolution does not divide the blocks.
     """
     check_choose(q, k, grid, progress)
     if rule.compute in ("and", "mean", "g") and not grid.text_spans and guide is None:
@@ -160,6 +173,11 @@ def choose(
         _check_guide(guide, (q.shape[0], q.shape[2], grid.num_q_blocks), grid)
     if rule.power and progress is None:
         raise ValueError(f"progress must be given where power is not 0, got None and {rule}")
+    if rule.resolution and (grid.block_m % rule.resolution or grid.block_n % rule.resolution):
+        raise ValueError(
+            f"resolution must divide blocks of {grid.block_m} x {grid.block_n}, "
+            f"got {rule.resolution}"
+        )
     q_bits, kv_bits = execute("choose", ChooseCall(q, k, grid, rule, progress, guide), backend)
     return Symbols(q_bits, kv_bits, grid)
 

@@ -1,4 +1,8 @@
-"""Choosing symbols in three Triton launches, and measuring them in one: the ops of ``op.py``."""
+"""Choosing symbols in few Triton launches, and measuring them in one: the ops of ``op.py``.
+
+Three of them: `pool`, `visit` and, where S_c is chosen, `cache`. With a resolution `visit` reads
+the masses that `map_kernel` leaves, in chunks of rows where they are many.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from flashomni.dispatch import register
 from flashomni.symbols.bits import q_bytes, row_bytes
 from flashomni.symbols.choice._counts import live_kernel, measure_kernel
 from flashomni.symbols.choice._definition import computes_all, is_text_last
+from flashomni.symbols.choice._fine_launch import FineMap
 from flashomni.symbols.choice._kernels import cache_kernel, pool_kernel, visit_kernel
 from flashomni.symbols.choice.op import ChooseCall, LiveCall, MeasureCall, first_tensor
 from flashomni.symbols.grid import Grid
@@ -25,16 +30,17 @@ BINS = 8192  # words that the counting program looks at at a time
 
 
 def choose(call: ChooseCall) -> list[Tensor]:
-    """``[q_bits, kv_bits]``, in ``pool``, ``visit`` and, where S_c is chosen, ``cache``."""
+    """``[q_bits, kv_bits]``."""
     q, k, grid, rule = _rows_apart(call.q), _rows_apart(call.k), call.grid, call.rule
     device, (batch, _, num_heads, head_dim) = q.device, q.shape
     kv_heads, rows, columns = k.shape[2], grid.num_q_blocks, grid.num_kv_blocks
     all_q = computes_all(rule, grid)
     parts = _parts(grid, _givers(call), _row_tile(columns))
     texts = sum(stop - start for start, stop in grid.text_kv_ranges)
+    fine = rule.resolution
     sizes = {
-        "q_means": batch * num_heads * rows * head_dim,
-        "k_means": batch * kv_heads * head_dim * columns,
+        "q_means": 0 if fine else batch * num_heads * rows * head_dim,
+        "k_means": 0 if fine else batch * kv_heads * head_dim * columns,
         "given": 0 if all_q else batch * num_heads * (parts[1] - parts[0]) * columns,
         "guide": 0 if all_q or rule.compute == "count" else batch * num_heads * texts * rows,
         "q_similarity": 0 if rule.gate is None else batch * num_heads * rows,
@@ -42,8 +48,12 @@ def choose(call: ChooseCall) -> list[Tensor]:
     }
     scratch = dict(zip(sizes, _split(sizes.values(), device), strict=True))
     with torch.cuda.device_of(q):
-        _pool(q, k, grid, rule.gate is not None, scratch)
-        kv_bits = _visit(call, k.shape[2], scratch, parts, texts)
+        if fine:
+            masses = FineMap(q, k, grid, fine, rule.gate is not None, scratch)
+            kv_bits = _visit(call, kv_heads, scratch, parts, texts, masses)
+        else:
+            _pool(q, k, grid, rule.gate is not None, scratch)
+            kv_bits = _visit(call, kv_heads, scratch, parts, texts)
         if all_q:
             q_bits = grid.all_q_bits(device).expand(batch, num_heads, -1)
         else:
@@ -101,7 +111,12 @@ def _pool(q: Tensor, k: Tensor, grid: Grid, gated: bool, scratch: dict) -> None:
 
 
 def _visit(
-    call: ChooseCall, kv_heads: int, scratch: dict, parts: tuple[int, int], texts: int
+    call: ChooseCall,
+    kv_heads: int,
+    scratch: dict,
+    parts: tuple[int, int],
+    texts: int,
+    fine: FineMap | None = None,
 ) -> Tensor:
     grid, rule, device = call.grid, call.rule, call.q.device
     batch, _, num_heads, head_dim = call.q.shape
@@ -114,17 +129,20 @@ def _visit(
     has_text = bool(grid.text_spans)
     # Without a guide nothing is stored there; the pointer must be one all the same.
     guide = scratch["given"] if scratch["guide"] is None else scratch["guide"]
-    visit_kernel[(triton.cdiv(rows, tile), num_heads, batch)](
-        scratch["q_means"], scratch["k_means"], scratch["q_similarity"], scratch["k_similarity"],
-        grid.kv_len, grid.text_q_bits(device) if has_text else None,
-        grid.text_kv_bits(device) if has_text else None, call.progress, words, scratch["given"],
-        guide, head_dim**-0.5, rule.tau_kv, rule.power, rule.gate or 0.0, rule.count_kv, rows,
-        columns, num_words, num_heads // kv_heads, texts, parts[0], parts[1] - parts[0],
-        BLOCK_N=grid.block_n, HEAD_DIM=head_dim, DIMS=16 if width <= LONG else 1, ROWS=tile,
-        COLUMNS=width, VISIT=rule.visit, GIVEN=given, GROWS=rule.power != 0,
-        TEXT_ROWS=rule.text_rows and rule.visit == "mass", TEXT_COLUMNS=rule.text_columns,
-        CENTER=rule.center_k, num_warps=_warps(tile * width), num_stages=2 if width < 256 else 1,
-    )  # fmt: skip
+    for start, count, masses in [(0, rows, None)] if fine is None else fine.chunks(tile):
+        visit_kernel[(triton.cdiv(count, tile), num_heads, batch)](
+            scratch["q_means"], scratch["k_means"], scratch["q_similarity"],
+            scratch["k_similarity"], grid.kv_len, grid.text_q_bits(device) if has_text else None,
+            grid.text_kv_bits(device) if has_text else None, call.progress, words,
+            scratch["given"], guide, masses, head_dim**-0.5, rule.tau_kv, rule.power,
+            rule.gate or 0.0, rule.count_kv, rows, columns, num_words, num_heads // kv_heads,
+            texts, parts[0], parts[1] - parts[0], start // tile, count, BLOCK_M=grid.block_m,
+            BLOCK_N=grid.block_n, HEAD_DIM=head_dim, DIMS=16 if width <= LONG else 1, ROWS=tile,
+            COLUMNS=width, VISIT=rule.visit, GIVEN=given, GROWS=rule.power != 0,
+            TEXT_ROWS=rule.text_rows, TEXT_COLUMNS=rule.text_columns, CENTER=rule.center_k,
+            DIAGONAL=rule.diagonal, num_warps=_warps(tile * width),
+            num_stages=2 if width < 256 else 1,
+        )  # fmt: skip
     return words.view(torch.uint8)
 
 
