@@ -57,6 +57,9 @@ def test_published_sizes():
     """Tokens of the three real models, and the heads and blocks of their transformers."""
     sizes = {name: models.MODELS[name].tokens for name in ("hunyuan-33k", "flux-1024", "flux-2048")}
     assert sizes == {"hunyuan-33k": 32_656, "flux-1024": 4_608, "flux-2048": 16_896}
+    wan = models.MODELS["wan22"]
+    assert wan.tokens == 75_600 and wan.config["num_attention_heads"] * 128 == 5120
+    assert wan.note == "8 of the 40 blocks of each of the two transformers"
     for name, dual, single in (("hunyuan-33k", 20, 40), ("flux-1024", 19, 38)):
         config = models.MODELS[name].config
         assert (config["num_layers"], config["num_single_layers"]) == (dual, single)

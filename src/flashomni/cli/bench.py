@@ -313,8 +313,9 @@ def _build(name: str, device: torch.device, dtype: str, seed: int, structure: fl
     with status(f"building {name}"):
         quiet()
         model = build(name, device, pick_dtype(dtype, device), seed, structure)
+    note = f"; {model.note}" if model.note else ""
     console.print(
-        f"{name}: {model.tokens} tokens, random weights of {weights_gib(model):.1f} GiB",
+        f"{name}: {model.tokens} tokens, random weights of {weights_gib(model):.1f} GiB{note}",
         highlight=False,
     )
     return model

@@ -141,7 +141,7 @@ class Generation:
 
     def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
         """The stock pipeline: frames, seconds, seconds of each call of the transformer."""
-        with clocked(self.pipe.transformer, self.device) as watches:
+        with clocked(self.pipe.transformer, device=self.device) as watches:
             pixels, seconds = self.run(on_step)
         return pixels, seconds, [watch.seconds() for watch in watches]
 

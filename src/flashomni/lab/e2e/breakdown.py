@@ -58,6 +58,7 @@ class Step:
 
 def profile_stock(stock: Stock, model: Model) -> dict[str, Step]:
     """One step of a stock method, after two that compile."""
+    model.refuse_shared("a profile")
     with stock.attached(model.pipe.transformer):
         generate(model, 2)
         with _profiled(model, {1: "full"}) as found:
@@ -67,6 +68,7 @@ def profile_stock(stock: Stock, model: Model) -> dict[str, Step]:
 
 def profile_recipe(recipe: Recipe, model: Model, backend: str | None = None) -> dict[str, Step]:
     """The last step of each kind of a short run (see ``methods.short``), compiled before."""
+    model.refuse_shared("a profile")
     warm_up(recipe, model, backend)
     brief, steps = short(recipe)
     kinds = planned_kinds(brief, steps)
@@ -128,7 +130,8 @@ def profile_all(
             changed(name, run())
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
-        check_restored(name, model.pipe.transformer)
+        for each in model.transformers:
+            check_restored(name, each)
     return missing
 
 

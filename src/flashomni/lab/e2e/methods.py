@@ -98,14 +98,14 @@ def parse_measure(text: str) -> tuple[str, Measure]:
 
 def time_stock(stock: Stock, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
     """A few steps of the real pipeline, after one that compiles; the first does not count."""
-    with stock.attached(model.pipe.transformer):
-        generate(model, 1)
+    with stock.attached(*model.transformers):
+        generate(model, plan.stock_steps if model.shared else 1)  # it reaches each of them
         run = generate(model, plan.stock_steps, on_step)
     calls = run.calls[1:]
     middle = statistics.median(calls)
     return Timing(
         {"full": calls},
-        plan.steps * middle,
+        plan.steps * model.calls * middle,
         estimated=True,
         densities={"full": 1.0, GENERATION: 1.0},
         flops_skipped=0.0,
@@ -114,13 +114,19 @@ def time_stock(stock: Stock, model: Model, plan: Plan, on_step: OnStep = silent)
     )
 
 
-def merged(first: Timing, second: Timing, steps: int) -> Timing:
-    """Two runs of the same stock method, as one."""
+def merged(first: Timing, second: Timing, calls_made: int) -> Timing:
+    """Two runs of the same stock method, as one.
+
+    Args:
+        first: the one.
+        second: the other.
+        calls_made: of the transformer in a whole generation.
+    """
     calls = first.calls["full"] + second.calls["full"]
     peaks = [x.peak_gib for x in (first, second) if x.peak_gib is not None]
     return Timing(
         {"full": calls},
-        steps * statistics.median(calls),
+        calls_made * statistics.median(calls),
         estimated=True,
         densities=first.densities,
         flops_skipped=0.0,
@@ -150,7 +156,7 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
     seconds, planned = run.seconds, kinds
     if alike:
         planned = [kind.value for kind in planned_kinds(recipe, plan.steps)]
-        seconds = sum(statistics.median(calls[kind]) for kind in planned)
+        seconds = model.calls * sum(statistics.median(calls[kind]) for kind in planned)
     return Timing(
         calls,
         seconds,
@@ -238,6 +244,9 @@ def grouped(
 
 def time_peer(peer: Peer, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
     """One complete generation as the peer ships, after a few steps that nobody counts."""
+
+    if model.shared:
+        raise NotImplementedError("peers are put on one transformer, and the pipeline has two")
 
     def once() -> Any:
         return generate(model, plan.steps)

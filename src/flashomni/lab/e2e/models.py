@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from flashomni.models.flux import Flux
 from flashomni.models.hunyuan_video import HunyuanVideo
+from flashomni.models.wan import Wan
 
+WAN = Wan.sizes["published"]
 HUNYUAN = HunyuanVideo.sizes["published"]
 FLUX_DEV = Flux.sizes["published"]
 TINY = {
@@ -36,13 +38,14 @@ class Size:
     """A model and what it generates.
 
     Args:
-        family: ``flux`` or ``hunyuan``.
-        config: of the transformer.
+        family: ``flux``, ``hunyuan`` or ``wan22``.
+        config: of the transformer; of each, where there are two.
         text: tokens of the text.
         valid: of these, tokens that are not padding (FLUX attends to its padding).
         height: of the picture, in pixels.
         width: of the picture, in pixels.
         frames: of the video.
+        note: what is not as published.
     """
 
     family: str
@@ -52,18 +55,25 @@ class Size:
     height: int
     width: int
     frames: int = 1
+    note: str = ""
 
     @property
     def tokens(self) -> int:
-        """Length of the joint sequence, padding included."""
+        """Length of the sequence that attends to itself, padding included."""
         latent_frames = (self.frames - 1) // 4 + 1
-        return latent_frames * (self.height // 16) * (self.width // 16) + self.text
+        text = 0 if self.family == "wan22" else self.text
+        return latent_frames * (self.height // 16) * (self.width // 16) + text
 
 
 MODELS = {
     "hunyuan-33k": Size("hunyuan", HUNYUAN, 256, 200, 720, 1280, 33),
     "flux-1024": Size("flux", FLUX_DEV, 512, 512, 1024, 1024),
     "flux-2048": Size("flux", FLUX_DEV, 512, 512, 2048, 2048),
+    # Two transformers of 40 blocks would be 80 blocks of 0.2 s in half of the steps each.
+    "wan22": Size(
+        "wan22", {**WAN, "num_layers": 8}, 512, 512, 720, 1280, 81,
+        note="8 of the 40 blocks of each of the two transformers",
+    ),
     "tiny-hunyuan": Size(
         "hunyuan",
         {**HUNYUAN, **TINY, "num_refiner_layers": 1, "text_embed_dim": 24}
@@ -74,6 +84,12 @@ MODELS = {
         "flux",
         {**FLUX_DEV, **TINY, "joint_attention_dim": 24, "axes_dims_rope": (4, 14, 14)},
         text=77, valid=77, height=288, width=304,
+    ),
+    "tiny-wan22": Size(
+        "wan22",
+        {**WAN, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}
+        | {"text_dim": 24, "freq_dim": 32, "ffn_dim": 96},
+        text=77, valid=77, height=160, width=128, frames=13,
     ),
 }  # fmt: skip
 
@@ -86,9 +102,11 @@ class Model:
         name: one of ``MODELS``.
         pipe: a diffusers pipeline without text encoders and VAE.
         call: arguments of the call besides steps, generator and callback.
-        tokens: length of the joint sequence.
+        tokens: length of the sequence that attends to itself.
         device: where it runs.
         seed: of the initial noise.
+        calls: of a transformer in each step: guidance in a call of its own makes two.
+        note: what is not as published.
     """
 
     name: str
@@ -97,6 +115,30 @@ class Model:
     tokens: int
     device: torch.device
     seed: int = 0
+    calls: int = 1
+    note: str = ""
+
+    @property
+    def transformers(self) -> list[Any]:
+        """Of the pipeline, in the order in which they run."""
+        return _transformers(self.pipe)
+
+    @property
+    def shared(self) -> bool:
+        """Whether several transformers share the steps."""
+        return len(self.transformers) > 1
+
+    def refuse_shared(self, what: str) -> None:
+        """Refuse what looks at the calls of one transformer.
+
+        Raises:
+            NotImplementedError: there are several, or a step has more than one call.
+        """
+        if self.shared or self.calls > 1:
+            raise NotImplementedError(
+                f"{what} of {self.name} is not supported: it follows one transformer that is "
+                "called once a step"
+            )
 
 
 def build(
@@ -126,10 +168,17 @@ def build(
     size = MODELS[name]
     with _defaults(device, dtype, seed):
         pipe, call = _FAMILIES[size.family](size)
-    pipe.transformer.eval().requires_grad_(False)
-    _structure(pipe.transformer, structure, seed)
+    for number, transformer in enumerate(_transformers(pipe)):
+        transformer.eval().requires_grad_(False)
+        _structure(transformer, structure, seed + number)
     pipe.set_progress_bar_config(disable=True)
-    return Model(name, pipe, call, size.tokens, device, seed)
+    calls = 2 if "negative_prompt_embeds" in call else 1
+    return Model(name, pipe, call, size.tokens, device, seed, calls, size.note)
+
+
+def _transformers(pipe: Any) -> list[Any]:
+    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [part for part in parts if part is not None]
 
 
 @contextmanager
@@ -179,9 +228,36 @@ def _flux(size: Size) -> tuple[Any, dict[str, Any]]:
     return pipe, {**call, "guidance_scale": 3.5, "max_sequence_length": size.text}
 
 
+def _wan22(size: Size) -> tuple[Any, dict[str, Any]]:
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    pipe = WanPipeline(
+        transformer=WanTransformer3DModel(**size.config),
+        transformer_2=WanTransformer3DModel(**size.config),
+        # as published with Wan 2.2 T2V A14B
+        boundary_ratio=0.875,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        text_encoder=None, tokenizer=None, vae=None,
+    )  # fmt: skip
+    text, negative = torch.randn(2, 1, size.text, size.config["text_dim"])
+    return pipe, {
+        "prompt_embeds": text,
+        "negative_prompt_embeds": negative,
+        "height": size.height,
+        "width": size.width,
+        "num_frames": size.frames,
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+        "output_type": "latent",
+    }
+
+
 _FAMILIES: dict[str, Callable[[Size], tuple[Any, dict[str, Any]]]] = {
     "hunyuan": _hunyuan,
     "flux": _flux,
+    "wan22": _wan22,
 }
 
 
@@ -208,13 +284,15 @@ def _structure(model: Any, structure: float, seed: int) -> None:
     """
     if structure == 0:
         return
-    blocks: list[Any] = [*model.transformer_blocks, *model.single_transformer_blocks]
+    lists = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    blocks: list[Any] = [block for name in lists for block in getattr(model, name, ())]
     generator = torch.Generator().manual_seed(seed)
     for index, block in enumerate(blocks):
-        direction = torch.randn(block.attn.to_q.out_features, generator=generator)
+        attn = block.attn1 if hasattr(block, "attn1") else block.attn
+        direction = torch.randn(attn.to_q.out_features, generator=generator)
         direction *= structure * index / max(len(blocks) - 1, 1)
         for name in ("to_q", "to_k", "add_q_proj", "add_k_proj"):
-            linear: nn.Module | None = getattr(block.attn, name, None)
+            linear: nn.Module | None = getattr(attn, name, None)
             bias = getattr(linear, "bias", None)
             if bias is not None:
                 bias.add_(direction.to(bias))

@@ -61,7 +61,7 @@ def generate(
     _wait(model.device)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with clocked(model.pipe.transformer, model.device) as watches:
+    with clocked(*model.transformers, device=model.device) as watches:
         start = time.perf_counter()
         latents = model.pipe(
             **model.call,
@@ -93,8 +93,8 @@ def peak_gib(device: torch.device) -> float | None:
 
 
 def weights_gib(model: Model) -> float:
-    """Memory of the transformer's weights, in GiB."""
-    parameters = model.pipe.transformer.parameters()
+    """Memory of the transformers' weights, in GiB."""
+    parameters = (parameter for each in model.transformers for parameter in each.parameters())
     return sum(x.numel() * x.element_size() for x in parameters) / 2**30
 
 

@@ -80,7 +80,7 @@ class Session:
             stock = self._baselines[name]
             after = self._try(name, partial(self._stock, stock, name))
             if after is not None:
-                found.baselines[name] = merged(before, after, self.plan.steps)
+                found.baselines[name] = merged(before, after, self.plan.steps * self.model.calls)
         self.changed(found)
         return found
 
@@ -99,5 +99,6 @@ class Session:
             self.results.missing[name] = (
                 f"{type(error).__name__}: {text} ({where.name}, line {where.lineno})"
             )
-        check_restored(name, self.model.pipe.transformer)
+        for each in self.model.transformers:
+            check_restored(name, each)
         return timing

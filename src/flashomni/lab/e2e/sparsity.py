@@ -106,6 +106,7 @@ def sweep(
     model: Model, points: list[Point], command: str, backend: str | None = None
 ) -> Iterator[SparsityRow]:
     """A row for each point, after a run that compiles."""
+    model.refuse_shared("a sweep")
     free(model.device)
     warm_up(points[0].recipe, model, backend)
     mode, full_ms = "", 0.0

@@ -27,8 +27,8 @@ class Stock:
     _blocks: dict[nn.Module, Any] = field(default_factory=dict, repr=False)
 
     @contextmanager
-    def attached(self, model: Any) -> Iterator[None]:
-        """Put it on a transformer, and take it off whatever happens.
+    def attached(self, *models: Any) -> Iterator[None]:
+        """Put it on the transformers of a pipeline, and take it off whatever happens.
 
         What was compiled is kept here for the next time, not on the model.
 
@@ -43,22 +43,25 @@ class Stock:
             # Setting a model's backend also changes the process's; leaving this restores that.
             with attention_backend(self.attention), limit:
                 if self.attention != "native":
-                    model.set_attention_backend(self.attention)
+                    for model in models:
+                        model.set_attention_backend(self.attention)
                 if self.compiled:
-                    self._compile(model)
+                    self._compile(*models)
                 yield
         finally:
-            for block in model.modules():
+            for block in (block for model in models for block in model.modules()):
                 block.__dict__.pop("_compiled_call_impl", None)
                 processor: Any = getattr(block, "processor", None)
                 if processor is not None:  # reset_attention_backend would leave a None behind
                     vars(processor).pop("_attention_backend", None)
 
-    def _compile(self, model: Any) -> None:
+    def _compile(self, *models: Any) -> None:
         if not self._blocks:
-            model.compile_repeated_blocks(**COMPILE)
+            for model in models:
+                model.compile_repeated_blocks(**COMPILE)
             self._blocks = {
                 block: block.__dict__["_compiled_call_impl"]
+                for model in models
                 for block in model.modules()
                 if "_compiled_call_impl" in block.__dict__
             }
