@@ -177,12 +177,22 @@ def tiny(request):
     for name, parameter in model.named_parameters():
         if "norm_q" in name or "norm_k" in name:
             parameter.mul_(2.0)
-    return model.eval(), dict(inputs)
+    known = {own: usual for usual, own in own_names(model).items()}
+    return model.eval(), {known.get(key, key): value for key, value in inputs.items()}
+
+
+def own_names(model):
+    """What a model calls its latents and its text, by their usual names, which tests use."""
+    text = {"ZImageTransformer2DModel": "cap_feats"}.get(type(model).__name__)
+    latents = find_adapter(model).latents
+    return {"hidden_states": latents, "encoder_hidden_states": text or "encoder_hidden_states"}
 
 
 def self_attention(block):
-    """The attention that an adapter takes apart: Wan's blocks have another one behind it."""
-    return block.attn1 if hasattr(block, "attn1") else block.attn
+    """The attention that an adapter takes apart: some blocks have others behind it."""
+    return next(
+        getattr(block, name) for name in ("attn1", "attn", "attention") if name in block._modules
+    )
 
 
 def has_sparse_queries(model):
@@ -191,8 +201,16 @@ def has_sparse_queries(model):
     return attention.norm_q.weight.numel() < attention.inner_dim
 
 
+def own_arguments(model, inputs):
+    """Arguments by usual names -> by the model's."""
+    names = own_names(model) if type(model).__name__ in ADAPTERS else {}
+    return {names.get(key, key): value for key, value in inputs.items()}
+
+
 def call(model, inputs):
-    return model(**inputs, return_dict=False)[0]
+    """The model's first output; a list of items as one tensor."""
+    output = model(**own_arguments(model, inputs), return_dict=False)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def generation(engine, model, inputs, steps=STEPS, branch=None):

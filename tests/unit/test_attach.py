@@ -70,7 +70,7 @@ def test_refusals_leave_nothing_installed(tiny):
         flashomni.accelerate(model)
     engine.remove()
     site.block.forward = lambda *args, **kwargs: None
-    with pytest.raises(NotImplementedError, match=r"blocks\.0 carries the hook"):
+    with pytest.raises(NotImplementedError, match=rf"{site.name} carries the hook"):
         flashomni.accelerate(model)
     del site.block.forward
     with pytest.raises(NotImplementedError, match="accelerate it first, then compile"):
@@ -94,7 +94,7 @@ def test_a_diffusers_cache_is_refused_until_it_is_disabled(tiny, name):
     }[name]
     try:
         model.enable_cache(getattr(diffusers, name)(**settings))
-    except ValueError as refusal:
+    except (AttributeError, ValueError) as refusal:
         pytest.skip(f"diffusers does not offer it for this model: {refusal}")
     with pytest.raises(NotImplementedError, match=r"carries the hook (fbc|pyramid)"):
         flashomni.accelerate(model)

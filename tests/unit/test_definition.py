@@ -40,10 +40,10 @@ class ByHand(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         q, k, v, *rest = args if args else (kwargs.pop(name) for name in ("query", "key", "value"))
-        seqlen = self.symbols[0].grid.seqlen_q
-        if not q.shape[2] == k.shape[2] == seqlen:  # attention to the text, or of a refiner
-            return func(q, k, v, *rest, **kwargs)
         place = len(self.kept)
+        sizes = {symbols.grid.seqlen_q for symbols in self.symbols[place : place + 1]}
+        if {q.shape[2], k.shape[2]} != sizes:  # attention to the text, or of a refiner
+            return func(q, k, v, *rest, **kwargs)
         if self.before is None:
             self.kept.append(func(q, k, v, *rest, **kwargs))
             return self.kept[-1]

@@ -38,6 +38,17 @@ def flux2(name, **changes):
     return getattr(diffusers, name)(vae=vae.eval(), transformer=model, **parts)
 
 
+def z_image():
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,) * 2, norm_num_groups=1, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    parts = {"text_encoder": None, "tokenizer": None, "scheduler": scheduler()}
+    model = transformer("ZImageTransformer2DModel")
+    return diffusers.ZImagePipeline(vae=vae.eval(), transformer=model, **parts)
+
+
 def image(width, height):
     from PIL import Image
 
@@ -48,11 +59,18 @@ TEXT = torch.randn(1, 13, 24, generator=torch.Generator().manual_seed(1))
 PICTURE = {"height": 26, "width": 22, "prompt_embeds": TEXT}
 GUIDED = {"negative_prompt_embeds": -TEXT, "guidance_scale": 4.0}
 KLEIN = {"guidance_embeds": False}
+# Prompts of two lengths; guidance doubles the batch.
+LISTED = {
+    "height": 68, "width": 52, "prompt_embeds": [TEXT[0], TEXT[0, :5]],
+    "negative_prompt_embeds": [-TEXT[0, :2], TEXT[0].repeat(3, 1)],
+}  # fmt: skip
 
 PIPELINES = {
     "flux2": (lambda: flux2("Flux2Pipeline"), PICTURE),
     "flux2 with a reference": (lambda: flux2("Flux2Pipeline"), {**PICTURE, "image": image(64, 64)}),
     "flux2 klein": (lambda: flux2("Flux2KleinPipeline", **KLEIN), {**PICTURE, **GUIDED}),
+    "z-image": (z_image, {**LISTED, "guidance_scale": 5.0}),
+    "z-image turbo": (z_image, {**LISTED, "guidance_scale": 0.0}),
 }
 
 

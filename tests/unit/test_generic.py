@@ -215,7 +215,6 @@ def test_the_tiers_agree(name):
         ("Kandinsky5Transformer3DModel", {"text_transformer_blocks"}),
         ("Lumina2Transformer2DModel", {"noise_refiner", "context_refiner"}),
         ("SD3Transformer2DModel", set()),
-        ("ZImageTransformer2DModel", {"noise_refiner", "context_refiner"}),
     ],
 )
 @pytest.mark.parametrize("schedule", ["first_block", "easycache"])

@@ -20,6 +20,7 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "QwenImageTransformer2DModel": (1, 18, 19),
     "HunyuanVideoTransformer3DModel": (5, 9, 7),
     "WanTransformer3DModel": (5, 9, 7),
+    "ZImageTransformer2DModel": (1, 18, 16),
 }
 WANTS = ("window", {"reach": 0.2})
 

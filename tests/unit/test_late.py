@@ -22,7 +22,7 @@ class Drift(Schedule):
     least: float = 0.2
 
     def kind(self, step, num_steps, signals):
-        now = signals.inputs["hidden_states"]
+        now = signals.latents
         last = signals.memory.get("input")
         if last is None or step == num_steps - 1:
             moved = True

@@ -15,7 +15,11 @@ from flashomni.policies import make_policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 # Models that read or add something between blocks, which are not cached in one then.
-SPANS = {"WanAnimateTransformer3DModel": 2, "WanVACETransformer3DModel": 4}
+SPANS = {
+    "WanAnimateTransformer3DModel": 2,
+    "WanVACETransformer3DModel": 4,
+    "ZImageTransformer2DModel": 2,
+}
 
 
 def lowered(value):

@@ -58,14 +58,16 @@ class TokenOrder:
         """
         return self._taken(x, self._there, dim, start)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def leave(self, x: Tensor, vision: str = "last") -> Tensor:
         """The inverse of :meth:`enter`: the call is over, and what :meth:`once` kept is dropped.
 
         Args:
-            x: ``[B, R, K]``, the vision tokens, behind those of the text if there are others.
+            x: ``[B, R, K]``, the vision tokens, and others maybe.
+            vision: whether they come ``first`` or ``last`` then.
         """
         self._made.clear()
-        return self._taken(x, self._back, 1, x.shape[1] - self.count)
+        start = 0 if vision == "first" else x.shape[1] - self.count
+        return self._taken(x, self._back, 1, start)
 
     def once(self, x: Tensor) -> Tensor:
         """:meth:`enter`, done once in a call for what all blocks get."""
@@ -76,8 +78,8 @@ class TokenOrder:
         return self._made[id(x)][1]
 
     def tables(self, start: int, *tables: Tensor) -> tuple[Tensor, ...]:
-        """Tables with a row for each token, those of the vision stream from ``start`` on."""
-        return tuple(self.enter(table, 0, start) for table in tables)
+        """RoPE tables, ``[R, D / 2]`` or ``[B, R, H, D / 2]``; vision tokens begin at ``start``."""
+        return tuple(self.enter(table, table.ndim // 4, start) for table in tables)
 
     def residuals(self, name: str, given: Any) -> Any:
         """What a model adds to its tokens between blocks, ``[B, R, K]`` each, in this order.

@@ -39,6 +39,8 @@ class Site:
             returns ``None``; names in it that are no streams are those of ``derived``.
         chain: whether the block may be cached in one with its neighbours. ``False`` where something
             but the next block reads what it returns (skip connections, collected hidden states).
+        vision: whether the vision tokens are ``first`` or ``last`` in their stream, where it holds
+            others as well.
         by_token: other parameters of ``run`` that may have an entry for each vision token, and how
             many dims they have then: ``[B, R, ...]``.
         modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
@@ -54,6 +56,7 @@ class Site:
     streams: tuple[str, ...]
     returns: str | tuple[str | None, ...] | None = None
     chain: bool = True
+    vision: str = "last"
     by_token: Mapping[str, int] = field(default_factory=dict)
     modulated: Callable[..., Tensor] | None = None
     derived: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

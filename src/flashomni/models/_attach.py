@@ -70,7 +70,7 @@ class BlockForward(InsteadOfForward):
         place = Place(streams, site.main, None if site.modulated is None else modulated)
         behind = list(runtime.block(self.index, place, compute, site.chain))
         if tokens is not None and self.leaves:
-            behind[site.main] = tokens.leave(behind[site.main])
+            behind[site.main] = tokens.leave(behind[site.main], site.vision)
         return site.pack(tuple(behind))
 
 

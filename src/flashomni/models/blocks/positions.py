@@ -18,7 +18,7 @@ def rope_in_order(run: LayerRun, rope: Rope, start: int = 0) -> Rope:
 
     Args:
         run: of a block; its first use in a call makes them for all.
-        rope: ``(cos, sin)``, ``[R, D / 2]`` each.
+        rope: ``(cos, sin)``, ``[R, D / 2]`` each, or ``[B or 1, R, H or 1, D / 2]``.
         start: the first row of a vision token.
     """
     tokens = None if run.geometry is None else run.geometry.tokens
