@@ -39,6 +39,7 @@ FOLDERS = {
         "differences",
         "weighted_sum",
     ),
+    "flashomni.kernels.merge": ("difference",),
     "flashomni.kernels.summarise": ("summarise",),
     "flashomni.symbols.choice": ("choose", "measure", "live_share"),
 }
@@ -47,6 +48,7 @@ _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
 # Every generation uses these; who adds a backend of attention need not write the others.
 HELPERS = (
     *FOLDERS["flashomni.kernels.elementwise"],
+    *FOLDERS["flashomni.kernels.merge"],
     *FOLDERS["flashomni.kernels.summarise"],
     *FOLDERS["flashomni.symbols.choice"],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Signals, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.state.generation import Generation, Tick
@@ -88,11 +89,15 @@ class Call:
                 whole = group.spans.finish(plan.step)
                 # Where a block's output was written to before it could be kept, nothing was stored.
                 group.stored = plan.step if whole else None
+            group.mark(plan.sparse, plan.step)
 
     @property
     def changes(self) -> bool:
         """Whether it changes what the branch remembers, or only reads it."""
-        return any(plan.stores or plan.probes for plan in self.plans)
+        return any(
+            plan.stores or plan.probes or plan.sparse.chooses or plan.sparse.refreshes
+            for plan in self.plans
+        )
 
     @property
     def key(self) -> Hashable:
@@ -100,9 +105,13 @@ class Call:
 
         A plain full step is like any other; what others do depends on when they come.
         """
-        if not self.changes and set(self.kinds) == {StepKind.FULL}:
+        skips = any(plan.sparse.skips for plan in self.plans)
+        if not self.changes and not skips and set(self.kinds) == {StepKind.FULL}:
             return StepKind.FULL
-        does = tuple((plan.kind, plan.records, plan.probes, plan.optimistic) for plan in self.plans)
+        does = tuple(
+            (plan.kind, plan.records, plan.probes, plan.optimistic, plan.sparse)
+            for plan in self.plans
+        )
         whole: list[bool] = []
         layers, of = self.branch.layers, self.branch.division.of
         for cache, number in zip(layers, of, strict=True):
@@ -124,8 +133,8 @@ class Call:
     def prepare(self, numbers: list[dict]) -> None:
         """Make the coefficients now that it is going to use; see :meth:`numbers`."""
         for plan, wanted in zip(self.plans, numbers, strict=True):
-            for *times, halved in wanted:
-                plan.coefficients(tuple(times), halved)
+            for key in wanted:
+                plan.weights(key)
 
     def rewind(self) -> None:
         """Forget that the blocks have run."""
@@ -193,6 +202,37 @@ def kinds_now(
             if group.stored is None or missed:
                 kinds[number] = StepKind.UPDATE
     return kinds
+
+
+def plans_now(
+    recipes: tuple[Recipe, ...],
+    generation: Generation,
+    branch: Branch,
+    tick: Tick,
+    kinds: list[StepKind],
+    is_new: bool,
+    shared: dict[str, Any],
+) -> list[StepPlan]:
+    """The plan of a call, of each group of layers.
+
+    Args:
+        recipes: that the groups follow.
+        generation: of the call.
+        branch: of the call.
+        tick: where it stands.
+        kinds: what it does in each group.
+        is_new: whether the model is watched in it, and nothing recorded.
+        shared: what all of them have.
+    """
+    plans = []
+    for each in zip(recipes, generation.plans, kinds, branch.groups, strict=True):
+        recipe, planned, kind, group = each
+        at = (tick.step, tick.num_steps, tick.branch)
+        plan = StepPlan.of(recipe, planned, kind, *at, marks=group.marks, **shared)
+        plan.records = plan.records and not is_new
+        group.spans.measure = plan.coefficients if recipe.schedule.measures else None
+        plans.append(plan)
+    return plans
 
 
 def _joined(latents: Any) -> Tensor | None:

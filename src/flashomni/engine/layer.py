@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.layer_step import LayerStep
+from flashomni.engine.layer_carry import LayerCarry
 from flashomni.engine.linear import (
     Projection,
     is_rms_norm,
@@ -44,7 +44,7 @@ from flashomni.kernels.elementwise.op import norm_rope_
 from flashomni.symbols.choice.op import measure
 
 
-class LayerRun(LayerStep):
+class LayerRun(LayerCarry):
     """One layer in one step. Made by the runtime, used by an adapter, thrown away."""
 
     def project_q(
@@ -154,29 +154,26 @@ class LayerRun(LayerStep):
         options: dict[str, Any] = {"kv_len": kv_len, "softmax_scale": scale, "redone": redone}
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
-            self._record.add("attention", flops)
-            o = sparse_attention(q, k, v, **options, backend=self.backend)
+            site = self._site(q, k, v, scale, guide)
+            self._choose(site)
+            o = self._attend_computed(q, k, v, flops, options)
             cache.attended = q.shape
-            if self.kind is StepKind.UPDATE:
-                self._choose_symbols(self._site(q, k, v, scale, guide))
-            elif self._plan.probes and self._cacheable:
-                symbols = self._policy(self._site(q, k, v, scale, guide))
-                self._send(measure(symbols, backend=self.backend)[1])
+            if self.kind is StepKind.FULL and self._plan.probes and self._cacheable:
+                self._send(measure(self._policy(site), backend=self.backend)[1])
             if self._stores and self._caches_heads:
                 plain = None if out_projection is None else plain_weights(out_projection, q)
                 cache.projected = plain is not None
                 if out_projection is None:
                     self._push_history(o, 0)
-            return o
-        self._record.add("attention", flops, self._record.q_density * self._record.kv_density)
-        forecast = None
+            return o if out_projection is not None else self._carried(o, 0)
+        symbols, forecast = self._dispatched(flops), None
+        options["summary"] = self._summary(k, v)
         if self._caches_heads and not cache.projected:
             assert cache.history is not None
             scales = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
             forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
-        return sparse_attention(
-            q, k, v, self._symbols(), **options, forecast=forecast, backend=self.backend
-        )
+        o = sparse_attention(q, k, v, symbols, **options, forecast=forecast, backend=self.backend)
+        return o if out_projection is not None else self._carried(o, 0)
 
     def project_o(
         self,
@@ -209,7 +206,7 @@ class LayerRun(LayerStep):
             if self.kind is StepKind.UPDATE and weights is not None:
                 # 1 + (count - 1) * (1 - live), in one launch.
                 count, live = len(terms), self._live_share(row_offset, o.shape[1])
-                share = torch.rsub(live, count, alpha=count - 1)
+                share = torch.rsub(live, count + self._projects_difference, alpha=count - 1)
                 self._record.add("gemm_o", flops, share)
                 y, bias_terms = gemm_o_update(
                     terms,
@@ -224,7 +221,7 @@ class LayerRun(LayerStep):
                 cache.bias_terms.put(bias_terms)
                 assert cache.history is not None
                 cache.bias_times = cache.history.times
-                return y
+                return self._carried(y, row_offset, weights)
         elif self.kind is StepKind.DISPATCH and self._caches_heads and cache.projected:
             if weights is None or cache.bias_terms is None:
                 raise RuntimeError(
@@ -233,7 +230,7 @@ class LayerRun(LayerStep):
                 )
             self._record.add("gemm_o", flops, self._live_share(row_offset, o.shape[1]))
             bias_terms, is_half = cache.bias_terms.get(), o.dtype == torch.float16
-            return sparse_gemm_o(
+            y = sparse_gemm_o(
                 o,
                 *weights,
                 self._symbols(),
@@ -243,8 +240,12 @@ class LayerRun(LayerStep):
                 row_offset=row_offset,
                 backend=self.backend,
             )
-        self._record.add("gemm_o", flops)
-        return project_joined(linear, o, always)
+            return self._carried(y, row_offset, weights)
+        extra = self._projects_difference if weights is not None else 0
+        self._record.add("gemm_o", flops, 1.0 + extra)
+        if weights is None:
+            return project_joined(linear, self._carried(o, row_offset), always)
+        return self._carried(project_joined(linear, o, always), row_offset, weights)
 
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from flashomni.engine.linear import Projection, linear_flops
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, LayerCache
+from flashomni.engine.state.columns import Columns, every_column
 from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord
 from flashomni.policies import AttentionSite
@@ -139,15 +140,38 @@ class LayerStep:
             backend=self.backend,
         )  # fmt: skip
 
-    def _choose_symbols(self, site: AttentionSite) -> None:
-        cache, min_skip = self._cache, self.recipe.sparse.min_skip
-        symbols, q_density, kv_density = measure(self._policy(site), min_skip, backend=self.backend)
+    def _choose(self, site: AttentionSite) -> None:
+        """Choose what this computed step chooses: columns, and at an Update tiles."""
+        cache, settings, found = self._cache, self.recipe.sparse, None
+        sparse = self._plan.sparse
+        needs = cache.columns is None and (sparse.skips or sparse.refreshes)
+        if sparse.chooses or needs:
+            policy = settings.policy_at(self._policy, (site.step + 1) / site.num_steps)
+            found = measure(policy(site), settings.min_skip, backend=self.backend)
+            if settings.keeps_columns:
+                cache.keep(Columns.of(found[0], text_rows=settings.carries))
+                if settings.carries:  # it was of another sparse O
+                    cache.history = None
+        if self.kind is not StepKind.UPDATE:
+            return
+        if settings.keeps_columns:
+            found = measure(self._joined(site, found), backend=self.backend)
+        assert found is not None
+        symbols, q_density, kv_density = found
         self._send(q_density)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for
             cache.symbols = None
             return
         cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
+
+    def _joined(self, site: AttentionSite, found: tuple[Symbols, Any, Any] | None) -> Symbols:
+        """Tiles, chosen at every Update, and the columns that are kept; before a choice all."""
+        columns = self._cache.columns
+        if columns is not None and (columns.q_bits is not None or self._known == 1.0):
+            return columns.symbols if columns.q_bits is None else columns.under(columns.q_bits)
+        tiles = self._policy(site) if found is None else found[0]
+        return every_column(tiles) if columns is None else columns.under(tiles.q_bits)
 
     def _send(self, q_density: Tensor) -> None:
         """Keep the computed fraction for the host, where S_q depends on it."""

@@ -75,6 +75,7 @@ class Recipe:
         other = self.policy_without_text
         if other is not None and not isinstance(other, Policy):
             raise ValueError(f"policy_without_text must be a Policy or None, got {other!r}")
+        self.sparse.check_policies(self.policy, other)
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a non-empty string, got {self.name!r}")
         if not isinstance(self.source, str):
@@ -129,8 +130,9 @@ class Recipe:
         Args:
             changes: parts (``policy``, ``schedule``, ...) as objects, as names, or as mappings of
                 some of their settings (``groups``: the whole list); or settings of any part by
-                their own names. A setting that only another schedule has selects that schedule:
-                ``interval=3`` on a list of steps gives the schedule ``interval``.
+                their own names, alone or behind that of the part (``sparse.carry``). A setting that
+                only another schedule has selects that schedule: ``interval=3`` on a list of steps
+                gives the schedule ``interval``.
 
         Raises:
             ValueError: a key is no setting, or a value is not allowed.

@@ -1,15 +1,14 @@
-"""The flat sections of a recipe: what is carried forward and how, how it is kept, sparsity."""
+"""The flat sections of a recipe: what is carried forward and how, how it is kept, guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from flashomni.engine.forecasts import Fitted, Known, difference_weights, forecasts
+from flashomni.engine.sparse_settings import SparseSettings, check_choice
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import check_int, check_range
-from flashomni.symbols.order import ORDERS
 
 HISTORY_DTYPES = ("compute", *DTYPES)
 HISTORY_DEVICES = ("compute", "host")
@@ -37,10 +36,10 @@ class ForecastSettings:
     fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("forecast", self.name, tuple(forecasts()))
+        check_choice("forecast", self.name, tuple(forecasts()))
         check_int("order", self.order, 0, 3)
         check_int("layer_order", self.layer_order, 0, 3)
-        _check_choice("level", self.level, LEVELS)
+        check_choice("level", self.level, LEVELS)
         if isinstance(self.fitted, Mapping):
             object.__setattr__(self, "fitted", Fitted(**self.fitted))
         if self.fitted is not None and not isinstance(self.fitted, Fitted):
@@ -72,40 +71,8 @@ class StorageSettings:
     history_device: str = "compute"
 
     def __post_init__(self) -> None:
-        _check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
-        _check_choice("history_device", self.history_device, HISTORY_DEVICES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseSettings:
-    """What is done with the symbols.
-
-    Args:
-        degrade_below: S_q: a layer whose computed fraction is this or less is cached whole,
-            attention and MLP, until it rises again; 0 never does that.
-        min_skip: a row that would skip less than this share of its key blocks visits all of them:
-            below break-even, skipping costs more than it saves.
-        block_m: query tokens per block.
-        block_n: key tokens per block.
-        token_order: how vision tokens run through the sequence, so that a block of them is compact:
-            ``raster`` leaves them, ``tile`` and ``hilbert`` reorder them in front of the first
-            block and back behind the last. Of models with an adapter.
-    """
-
-    degrade_below: float = 0.0
-    min_skip: float = 0.0
-    block_m: int = 128
-    block_n: int = 128
-    token_order: str = "raster"
-
-    def __post_init__(self) -> None:
-        _check_choice("token_order", self.token_order, ORDERS)
-        check_range("degrade_below", self.degrade_below, 0.0, 1.0)
-        check_range("min_skip", self.min_skip, 0.0, 1.0)
-        for name in ("block_m", "block_n"):
-            check_int(name, getattr(self, name), 16, 1024)
-            if getattr(self, name) % 16:
-                raise ValueError(f"{name} must be a multiple of 16, got {getattr(self, name)}")
+        check_choice("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        check_choice("history_device", self.history_device, HISTORY_DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +111,3 @@ SECTIONS: dict[str, type] = {
     "sparse": SparseSettings,
     "guidance": GuidanceSettings,
 }
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

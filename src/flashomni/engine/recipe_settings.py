@@ -55,9 +55,12 @@ def place_settings(parts: dict[str, Any], settings: Mapping[str, Any]) -> None:
     others: dict[str, Any] = {}
     elsewhere = {name for kind in schedules().values() for name in _names(kind)}
     for key, value in settings.items():
-        place = next((part for part, names in own.items() if key in names), None)
+        part, _, name = key.rpartition(".")  # sparse.carry, or carry alone
+        place = next((p for p, names in own.items() if name in names and part in ("", p)), None)
         if place is not None:
-            found.setdefault(place, {})[key] = value
+            if name in found.setdefault(place, {}):
+                raise ValueError(f"{name} of {place} is given twice")
+            found[place][name] = value
         elif key in elsewhere:
             others[key] = value
         else:

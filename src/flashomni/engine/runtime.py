@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashomni.engine.call import Call, Place, by_name, first_tensor, kinds_now, overall
+from flashomni.engine.call import (
+    Call,
+    Place,
+    by_name,
+    first_tensor,
+    kinds_now,
+    overall,
+    plans_now,
+)
 from flashomni.engine.clock import Clock
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs, why_none
@@ -28,7 +36,6 @@ from flashomni.engine.state.branch import signature
 from flashomni.engine.state.generation import Generation
 from flashomni.engine.state.span import Streams
 from flashomni.engine.state.storage import Lane, Storage
-from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord, Trace
 
 MAX_GENERATIONS = 8  # that have begun and not ended
@@ -158,11 +165,9 @@ class Runtime:
         inputs = by_name(self.model, args, kwargs)
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
-        ends = [None if plan is None else plan.kinds[-1] for plan in generation.plans]
         left_out = not is_new and generation.leaves_out(tick)
-        is_last = tick.step == tick.num_steps - 1 and not left_out
-        if is_last and not {None, StepKind.DISPATCH} & set(ends):
-            branch.reset()  # the last step is dense: its memory can go before it peaks
+        if not left_out and generation.ends_dense(tick):
+            branch.reset()  # its memory can go before it peaks
         kinds = [StepKind.DISPATCH if left_out else StepKind.FULL] * len(branch.groups)
         if not is_new and not left_out:
             kinds = kinds_now(generation, branch, tick, inputs, self._latents)
@@ -172,13 +177,7 @@ class Runtime:
         shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
         shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}
         shared |= {"inputs": inputs}
-        plans = [
-            StepPlan.of(*each, tick.step, tick.num_steps, tick.branch, **shared)
-            for each in zip(self.division.recipes, generation.plans, kinds, strict=True)
-        ]
-        for plan, group in zip(plans, branch.groups, strict=True):
-            plan.records = plan.records and not is_new
-            group.spans.measure = plan.coefficients if self.recipe.schedule.measures else None
+        plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
         return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
 

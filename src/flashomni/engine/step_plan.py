@@ -12,8 +12,11 @@ from torch import Tensor
 from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Plan, StepKind
+from flashomni.engine.sparse_settings import Marks, SparseStep
 from flashomni.engine.state.storage import Storage
 from flashomni.symbols import Grid
+
+Wanted = tuple[str, tuple[int, ...], bool]
 
 
 @dataclass
@@ -39,7 +42,8 @@ class StepPlan:
         redone: memory of what attention did again, of each layer; empty where nothing anchors.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
         inputs: the model's arguments by name.
-        numbers: the coefficients that were asked for so far, by their anchors.
+        marks: what was done with the columns of the symbols before this step.
+        numbers: the coefficients that were asked for so far, by what they are for.
     """
 
     kind: StepKind
@@ -59,7 +63,8 @@ class StepPlan:
     redone: tuple[Tensor, ...] = ()
     geometry: Geometry | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)
+    numbers: dict[Wanted, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -102,6 +107,11 @@ class StepPlan:
         )
 
     @property
+    def sparse(self) -> SparseStep:
+        """What the step does with the columns of the symbols."""
+        return self.recipe.sparse.step(self.kind, self.step, self.marks)
+
+    @property
     def stores(self) -> bool:
         """Whether this step adds to the histories."""
         return self.kind is StepKind.UPDATE or (self.kind is StepKind.FULL and self.records)
@@ -120,12 +130,24 @@ class StepPlan:
             times: the anchors.
             halved: for terms that a history of that name keeps of fp16 values.
         """
-        key = (*times, halved)
-        if key not in self.numbers:
-            values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
+        return self.weights(("forecast", times, halved))
+
+    def carried(self, times: tuple[int, ...], halved: bool = False) -> Tensor:
+        """Weights of D and of its last change, of refreshes at these steps; see above."""
+        return self.weights(("carry", times, halved))
+
+    def weights(self, wanted: Wanted) -> Tensor:
+        """Coefficients by what they are for, their anchors, and whether terms are halved."""
+        if wanted not in self.numbers:
+            rule, times, halved = wanted
+            if rule == "carry":
+                share = self.recipe.sparse.extrapolation
+                values = (1.0, share * (self.step - times[-1]))[: len(times)]
+            else:
+                values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
             values = tuple(x * 2**i for i, x in enumerate(values)) if halved else values
-            self.numbers[key] = _to_device(values, self.device)
-        return self.numbers[key]
+            self.numbers[wanted] = _to_device(values, self.device)
+        return self.numbers[wanted]
 
 
 def _to_device(values: Sequence[float], device: torch.device) -> Tensor:

@@ -32,12 +32,14 @@ class Policy:
         needs_text: whether it chooses by the text, so that a grid without text is refused.
         prefers_text: whether it chooses by the text where there is any. For a policy of either kind
             a recipe may name another that runs where there is none.
+        amount: its setting that says how much S_s visits or skips, a share; empty if there is none.
     """
 
     name: ClassVar[str]
     caches: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
     prefers_text: ClassVar[bool] = False
+    amount: ClassVar[str] = ""
 
     def __call__(self, site: AttentionSite) -> Symbols:
         """Choose what the coming Dispatch steps compute. Never synchronises with the host.

@@ -55,6 +55,7 @@ class FlashOmni(Policy):
     """
 
     prefers_text: ClassVar[bool] = True
+    amount: ClassVar[str] = "tau_kv"
 
     tau_q: float = 0.5
     tau_kv: float = 0.15

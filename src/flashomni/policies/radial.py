@@ -33,6 +33,7 @@ class Radial(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "width"
 
     frames: int | None = None
     width: float = 0.5

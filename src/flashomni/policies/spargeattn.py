@@ -37,6 +37,7 @@ class SpargeAttn(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "mass"
 
     mass: float = 0.95
     similarity_gate: float = 0.1

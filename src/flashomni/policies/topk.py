@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from flashomni.policies import (
     AttentionSite,
@@ -32,6 +33,8 @@ class TopK(Policy):
         diagonal: every row visits the blocks of its own tokens, beside the heaviest ones.
         text_rows: text rows visit everything.
     """
+
+    amount: ClassVar[str] = "kv_density"
 
     q_density: float = 0.5
     kv_density: float = 0.5

@@ -27,6 +27,7 @@ class Window(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "reach"
 
     reach: float = 0.25
 

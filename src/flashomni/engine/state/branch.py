@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashomni.engine.groups import Division
+from flashomni.engine.sparse_settings import Marks, SparseStep
 from flashomni.engine.state.cache import Fraction, LayerCache, send
 from flashomni.engine.state.output import Output
 from flashomni.engine.state.span import Spans
@@ -24,12 +25,31 @@ class GroupState:
         spans: layers that are cached whole.
         computed: the steps that this branch has computed in them, in order.
         stored: the last of them that added to the histories, ``None`` before the first.
+        chosen: the last of them in which columns were chosen, likewise.
+        refreshed: the last of them that was a refresh, likewise.
     """
 
     def __init__(self) -> None:
         self.computed: list[int] = []
         self.spans: Spans
         self.stored: int | None = None
+        self.chosen: int | None = None
+        self.refreshed: int | None = None
+
+    @property
+    def marks(self) -> Marks:
+        """What the next step depends on."""
+        behind = (
+            self.computed
+            if self.refreshed is None
+            else [step for step in self.computed if step > self.refreshed]
+        )
+        return Marks(self.chosen, self.refreshed, len(behind))
+
+    def mark(self, did: SparseStep, step: int) -> None:
+        """A step is over."""
+        self.chosen = step if did.chooses else self.chosen
+        self.refreshed = step if did.refreshes else self.refreshed
 
 
 class Branch:
@@ -62,7 +82,7 @@ class Branch:
         self.layers = [LayerCache() for _ in self.division.of]
         for group, recipe in zip(self.groups, recipes, strict=True):
             group.spans = Spans(recipe.forecast.layer_order, kept)
-            group.stored = None
+            group.stored = group.chosen = group.refreshed = None
         self.output = Output(recipes[0].forecast.layer_order, kept)
         self.error: Fraction | None = None
         self.at, self.resets = START, self.resets + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from flashomni.engine.state.storage import Kept, Storage
 from flashomni.kernels.elementwise.op import differences, weighted_sum
 from flashomni.symbols import Symbols
+
+if TYPE_CHECKING:
+    from flashomni.engine.state.columns import Carry, Columns
 
 
 class History:
@@ -155,6 +158,8 @@ class LayerCache:
         measured: the step of that.
         bias_times: anchors of ``bias_terms``.
         attended: shape of the queries that were last attended in full.
+        columns: S_s where it is kept from one choice to the next.
+        carry: what sparse attention with these columns misses.
     """
 
     symbols: Symbols | None = None
@@ -171,6 +176,12 @@ class LayerCache:
     measured: int = -1
     bias_times: tuple[int, ...] = ()
     attended: tuple[int, ...] = ()
+    columns: Columns | None = None
+    carry: Carry | None = None
+
+    def keep(self, columns: Columns) -> None:
+        """Other columns than before: what was carried is of no use any more."""
+        self.columns, self.carry = columns, None
 
     def degrade(self, known: float | None, step: int, threshold: float, hopeful: bool) -> None:
         """Decide whether the layer is cached whole.
@@ -212,6 +223,8 @@ class LayerCache:
             self.history.prefetch()
         if self.bias_terms is not None and not stores:
             self.bias_terms.prefetch()
+        if self.carry is not None:
+            self.carry.prefetch()
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""
@@ -220,4 +233,8 @@ class LayerCache:
             kept += self.bias_terms.tensors()
         if self.symbols is not None:
             kept += [self.symbols.q_bits, self.symbols.kv_bits]
+        if self.columns is not None:
+            kept.append(self.columns.symbols.kv_bits)
+        if self.carry is not None:
+            kept += self.carry.tensors()
         return kept

@@ -159,6 +159,13 @@ class Generation:
         rules = self.guidance
         return rules is not None and rules.leaves_out(tick.branch, tick.step, tick.num_steps)
 
+    def ends_dense(self, tick: Tick) -> bool:
+        """Whether this is the last step, known before, and nothing that is kept is used in it."""
+        last = [None if plan is None else plan.kinds[-1] for plan in self.plans]
+        is_dense = not self._division.recipes[0].sparse.in_computed
+        is_dense = is_dense and not {None, StepKind.DISPATCH} & set(last)
+        return is_dense and tick.step == tick.num_steps - 1
+
     def computed_before(self, group: int) -> int | None:
         """The last step before this one that was to be computed, as far as it is known."""
         plan = self.plans[group]
