@@ -190,9 +190,12 @@ def test_what_is_not_cached_is_named(name):
     assert any("attention" in note for note in notes)  # whose it was
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in REFUSED])
 def test_the_tiers_agree(name):
-    """A class that has an adapter, with it and without: the same pictures from cached layers."""
+    """A class that has an adapter, with it and without: the same pictures from cached layers.
+
+    Where both cache the same layers, that is.
+    """
     model, inputs = adapters()[name].tiny()
     model.eval()
     fill_gates(model)

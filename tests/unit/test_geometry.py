@@ -20,6 +20,10 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "QwenImageTransformer2DModel": (1, 18, 19),
     "HunyuanVideoTransformer3DModel": (5, 9, 7),
     "WanTransformer3DModel": (5, 9, 7),
+    "ChronoEditTransformer3DModel": (5, 9, 7),
+    "SkyReelsV2Transformer3DModel": (5, 9, 7),
+    "WanAnimateTransformer3DModel": (5, 9, 7),
+    "WanVACETransformer3DModel": (5, 9, 7),
     "ZImageTransformer2DModel": (1, 18, 16),
 }
 WANTS = ("window", {"reach": 0.2})

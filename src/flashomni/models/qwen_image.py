@@ -1,4 +1,7 @@
-"""QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit.
+"""QwenImageTransformer2DModel: Qwen-Image, its Edit and Edit-Plus, and Layered.
+
+Pictures that are given are vision tokens behind those that are generated (in Layered, behind those
+of all layers); since Edit-Plus 2511 they may be modulated for timestep 0, token by token.
 
 Dual-stream blocks only. Diffusers puts the text first, and its padding in the middle of the
 sequence. Attention does not mind the order of its tokens, so here the text comes last, and its
@@ -106,7 +109,8 @@ class QwenImage(MMDiTAdapter):
     }
 
     def geometry(self, model: nn.Module, arguments: Mapping[str, Any]) -> Geometry:
-        return of_image_shapes(arguments.get("img_shapes"))
+        layered = getattr(model.config, "use_layer3d_rope", False)
+        return of_image_shapes(arguments.get("img_shapes"), layered=layered)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         height, width = 18, 19

@@ -62,14 +62,26 @@ def _raster(place: Tensor) -> Shape | None:
     return (1, height, width) if torch.equal(place, raster.double()) else None
 
 
-def of_image_shapes(shapes: Any, name: str = "img_shapes") -> Geometry:
-    """Of lists of ``(T, H, W)``, one for each item of the batch, as Qwen-Image takes them."""
+def of_image_shapes(shapes: Any, name: str = "img_shapes", layered: bool = False) -> Geometry:
+    """Of lists of ``(T, H, W)``, one for each item of the batch, as Qwen-Image takes them.
+
+    Args:
+        shapes: of all images of each item.
+        name: of the model's argument, for the reason where there is no shape.
+        layered: whether the last image is the one that is given, and those in front of it are
+            layers of one size, which are generated together; otherwise the first is generated.
+    """
     try:
         items = {tuple(_images(item)) for item in shapes}
         (images,) = items
     except (TypeError, ValueError):
         return Geometry(why=f"{name} is not one list of (T, H, W) for the whole batch")
-    return Geometry.of_images(images)
+    if not layered:
+        return Geometry.of_images(images)
+    *layers, given = images
+    if not layers or len(set(layers)) > 1 or layers[0][0] != 1:
+        return Geometry(why=f"{name} does not name layers of one size and an image behind them")
+    return Geometry.of_images([(len(layers), *layers[0][1:]), given])
 
 
 def _images(item: Any) -> list[Shape]:
