@@ -326,7 +326,7 @@ def test_the_page_is_whole_and_escaped(loaded, tmp_path):
     rows = summarise("small", list(some.run(silent)), "flashomni eval <b>")
     page = write_page(some, rows, tmp_path, "flashomni eval <b>").read_text()
     assert "<script>" not in page and "eval &lt;b&gt;" in page
-    assert page.count("data:image/png;base64,") == 2 and "steps=4" in page
+    assert page.count("data:image/png;base64,") == 3 and "steps=4" in page
     assert (metrics.why_no_lpips() is None) or "LPIPS was not measured" in page
 
 
@@ -382,7 +382,7 @@ def test_the_command_line(tmp_path):
         assert done.exit_code == 0, done.output
         assert "LPIPS not measured" in done.output or metrics.why_no_lpips() is None
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"cases", "fidelity.csv", "index.html", "pareto.png", "sheet.png"}
+    assert names == {"cases", "fidelity.csv", "flip.png", "index.html", "pareto.png", "sheet.png"}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<th>SSIM</th>" in page and "<th>caption</th>" not in page  # of no row
     with (tmp_path / "all.csv").open() as file:

@@ -97,6 +97,24 @@ def test_a_file_of_others_is_left_alone(content, tmp_path):
     assert path.read_text() == content
 
 
+def test_rows_with_a_new_last_column_go_on_in_an_old_file(tmp_path):
+    """What was written before it has an empty cell there; a column in between is another file."""
+
+    @dataclass(frozen=True)
+    class Longer:
+        name: str
+        value: float
+        more: float | str = ""
+
+    path = tmp_path / "rows.csv"
+    results.append(path, [Row("a", 1.0)])
+    results.append(path, [Longer("b", 2.0, 3.0)])
+    found = [tuple(row.values()) for row in results.read(path, Longer)]
+    assert found == [("a", "1.0", ""), ("b", "2.0", "3.0")]
+    with pytest.raises(ValueError, match="other columns"):
+        results.append(path, [Row("c", 1.0)])
+
+
 def test_permissions_and_links_stay(tmp_path):
     """A new file follows the umask; a link stays a link, and both ends hold the rows."""
     path, link = tmp_path / "real" / "rows.csv", tmp_path / "rows.csv"

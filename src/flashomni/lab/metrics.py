@@ -96,6 +96,45 @@ def lpips(reference: Tensor, image: Tensor) -> float:
     )
 
 
+def why_no_flip() -> str | None:
+    """Why :func:`flip` cannot run here, or ``None``."""
+    missing = importlib.util.find_spec("flip_evaluator") is None
+    return "flip-evaluator is not installed" if missing else None
+
+
+def flip(reference: Tensor, image: Tensor) -> float:
+    """LDR-FLIP: the difference that is seen when both alternate, mean over pixels and frames.
+
+    0 for equal inputs, at most 1; at 67 pixels per degree of the field of view (Andersson et al.,
+    FLIP: A Difference Evaluator for Alternating Images, 2020).
+
+    Raises:
+        ValueError: as :func:`psnr`.
+        NotImplementedError: flip-evaluator is not installed.
+    """
+    return float(flip_map(reference, image).mean())
+
+
+def flip_map(reference: Tensor, image: Tensor) -> Tensor:
+    """FLIP of each pixel: fp32 ``[F, H, W]`` on the CPU, 0 to 1.
+
+    Raises:
+        ValueError: as :func:`psnr`.
+        NotImplementedError: flip-evaluator is not installed.
+    """
+    _check(reference, image)
+    why = why_no_flip()
+    if why is not None:
+        raise NotImplementedError(f"FLIP cannot be measured: {why}")
+    from flip_evaluator import evaluate
+
+    maps = []
+    for one, other in zip(reference, image, strict=True):
+        pair = (x.float().cpu().permute(1, 2, 0).contiguous().numpy() for x in (one, other))
+        maps.append(torch.from_numpy(evaluate(*pair, "LDR", applyMagma=False)[0][..., 0].copy()))
+    return torch.stack(maps)
+
+
 def max_abs_diff(reference: Tensor, image: Tensor) -> float:
     """Largest difference of a channel of a pixel, 0 to 1.
 

@@ -56,7 +56,7 @@ def read(path: str | Path, row: type | None = None) -> list[Cells]:
 
     Args:
         path: the file.
-        row: class of the rows that it must hold.
+        row: class of the rows that it must hold; last columns that it has not yet are empty.
 
     Raises:
         ValueError: the file has other columns, or is no CSV.
@@ -70,12 +70,13 @@ def read(path: str | Path, row: type | None = None) -> list[Cells]:
             names, rows = list(reader.fieldnames or ()), list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"csv: {path} cannot be read as one: {error}") from error
-    if row is not None and names and names != columns(row):
+    if row is not None and names and names != columns(row)[: len(names)]:
         raise ValueError(f"csv: {path} has other columns; allowed are {', '.join(columns(row))}")
     for line in rows:
         if None in line or None in line.values():
             raise ValueError(f"csv: {path} has a line with more or fewer cells than columns")
-    return [{name: _plain(value) for name, value in line.items()} for line in rows]
+    later = dict.fromkeys(columns(row)[len(names) :], "") if row is not None else {}
+    return [{name: _plain(value) for name, value in line.items()} | later for line in rows]
 
 
 def text(names: Sequence[str], rows: Sequence[Cells]) -> str:

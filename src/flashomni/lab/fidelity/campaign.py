@@ -266,11 +266,13 @@ class Campaign:
         pixels, is_video = run.pixels, len(run.pixels) > 1
         distance = metrics.compare(reference, pixels, (DENSE, case.method.name))
         failed = not distance.identical and distance.psnr_db is None
-        lpips, temporal = None, math.inf
+        lpips, flip, temporal = None, None, math.inf
         if not failed:
             small = min(pixels.shape[-2:]) < metrics.LPIPS_PIXELS
             if not small and metrics.why_no_lpips() is None:
                 lpips = metrics.lpips(reference, pixels)
+            if metrics.why_no_flip() is None:
+                flip = metrics.flip(reference, pixels)
             temporal = metrics.temporal_psnr(reference, pixels) if is_video else math.inf
         result = Result(
             method=case.method.name,
@@ -290,6 +292,7 @@ class Campaign:
             versions=versions(self._device),
             bracketed=False,
             failure="; ".join(distance.notes) if failed else None,
+            flip=flip,
         )
         self._save_picture(case, pixels)
         self._keep(case, result)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from flashomni.lab import metrics
 from flashomni.lab.fidelity.campaign import Campaign
@@ -24,8 +28,9 @@ COLOURS = dict(zip(FAMILIES, ("#2563eb", "#0d9488", "#6b7280", "#d97706"), stric
 MARKERS = dict(zip(FAMILIES, ("*", "o", "s", "^"), strict=True))
 COLUMNS = {
     "recipe": "method", "seconds": "seconds", "speedup": "speed-up", "psnr_db": "PSNR, dB",
-    "worst_psnr_db": "worst", "ssim": "SSIM", "lpips": "LPIPS", "temporal_db": "temporal, dB",
-    "caption_score": "caption", "flops_skipped": "FLOPs skipped", "generations": "pictures",
+    "worst_psnr_db": "worst", "ssim": "SSIM", "lpips": "LPIPS", "flip": "FLIP",
+    "temporal_db": "temporal, dB", "caption_score": "caption", "flops_skipped": "FLOPs skipped",
+    "generations": "pictures",
 }  # fmt: skip
 SHEET_ROWS, SHEET_COLUMNS = 4, 8
 
@@ -87,6 +92,45 @@ def frontier(rows: Sequence[Row], x: str) -> list[Row]:
 def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
     """The stock pipeline's pictures and each method's, for a few prompts."""
     decibels = {(r.method, r.prompt, r.seed): r.psnr_db for r in campaign.results()}
+
+    def draw(axis: Axes, path: Path, case: Case) -> str:
+        axis.imshow(Image.open(path))
+        decibel = decibels.get((case.method.name, case.prompt, case.seed))
+        return "" if decibel is None else f"{decibel:.1f} dB"
+
+    return _sheet(campaign, draw)
+
+
+def differences(campaign: Campaign, rows: Sequence[Row]) -> Figure:
+    """Where each method's pictures differ from the stock pipeline's: maps of FLIP.
+
+    Of the pictures as they were saved; black is equal, yellow as far apart as can be.
+    """
+    stock = parse_method(DENSE)
+
+    def draw(axis: Axes, path: Path, case: Case) -> str:
+        reference = campaign.picture(Case(stock, case.prompt, case.seed))
+        if not reference.exists():
+            return ""
+        found = metrics.flip_map(_pixels(reference), _pixels(path))[0]
+        axis.imshow(found.numpy(), cmap="magma", vmin=0.0, vmax=1.0)
+        return f"FLIP {float(found.mean()):.4f}"
+
+    return _sheet(campaign, draw)
+
+
+def _pixels(path: Path) -> Tensor:
+    """A picture of a file: ``[1, 3, H, W]`` in [0, 1]."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    return pixels.permute(2, 0, 1)[None] / 255
+
+
+def _sheet(campaign: Campaign, draw: Callable[[Axes, Path, Case], str]) -> Figure:
+    """A picture for each method, the stock pipeline first, and for each of a few prompts.
+
+    Args:
+        draw: draws the picture of a file, of a case; gives a line for its title.
+    """
     seed = campaign.seeds[0]
     methods = [parse_method(DENSE), *campaign.methods][: SHEET_COLUMNS * 4]
     # One line of methods has room for more prompts than several.
@@ -103,11 +147,9 @@ def sheet(campaign: Campaign, rows: Sequence[Row]) -> Figure:
             if not path.exists():
                 continue
             axis = axes[column // width * len(prompts) + line][column % width]
-            axis.imshow(Image.open(path))
-            decibel = decibels.get((method.name, prompt, seed))
-            value = "" if decibel is None else f"\n{decibel:.1f} dB"
+            value = draw(axis, path, Case(method, prompt, seed))
             name = textwrap.fill(one_line(method.name, 120), 30)
-            axis.set_title(f"{name}{value}", fontsize=6, parse_math=False)
+            axis.set_title(f"{name}\n{value}".rstrip(), fontsize=6, parse_math=False)
     return figure
 
 
@@ -136,16 +178,21 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         "pareto": save_figure(pareto(rows), folder / "pareto.png"),
         "sheet": save_figure(sheet(campaign, rows), folder / "sheet.png"),
     }
+    why_no_flip = metrics.why_no_flip()
+    if why_no_flip is None:
+        pictures["flip"] = save_figure(differences(campaign, rows), folder / "flip.png")
     why = metrics.why_no_lpips()
     lines = [
         *notes(campaign.results()),
         *([] if why is None else [f"LPIPS was not measured: {why}"]),
+        *([] if why_no_flip is None else [f"FLIP was not measured: {why_no_flip}"]),
     ]
     remarks = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     shown = [name for name in COLUMNS if any(getattr(row, name) != "" for row in rows)]
+    images = {name: data_uri(path) for name, path in pictures.items()}
     text = page(
         "evaluation",
-        {name: data_uri(path) for name, path in pictures.items()},
+        {**images, "flip": _picture(images.get("flip", ""))},
         title=html.escape(f"{campaign.model}, {rows[0].device}"),
         head="".join(f"<th>{html.escape(COLUMNS[name])}</th>" for name in shown),
         rows="".join(_table_row(row, shown) for row in rows),
@@ -157,6 +204,16 @@ def _write_files(campaign: Campaign, rows: Sequence[Row], folder: Path, command:
         command=html.escape(command),
     )
     write_text(folder / "index.html", text)
+
+
+def _picture(uri: str) -> str:
+    """The section of the maps of FLIP, if there are any."""
+    if not uri:
+        return ""
+    return (
+        "<h2>Differences that are seen</h2><p>FLIP of each pixel, 0 black to 1 yellow.</p>"
+        f'<div class="scroll"><img class="plot" src="{uri}" alt="maps of FLIP"></div>'
+    )
 
 
 def _table_row(row: Row, shown: Sequence[str]) -> str:

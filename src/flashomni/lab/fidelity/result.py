@@ -40,6 +40,7 @@ class Result:
             ``dense_seconds`` is the run before it alone.
         failure: why nothing can be said of the picture, or ``None``.
         scorer: what gave the captions; ``None`` without, or while the score is owed.
+        flip: mean over pixels and frames; ``None`` where it cannot be measured.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Result:
     bracketed: bool = True
     failure: str | None = None
     scorer: str | None = None
+    flip: float | None = None
 
     @property
     def speedup(self) -> float:

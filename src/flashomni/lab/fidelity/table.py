@@ -47,6 +47,7 @@ class Row:
     torch: str
     diffusers: str
     command: str
+    flip: float | str = ""
 
 
 def summarise(model: str, results: Sequence[Result], command: str) -> list[Row]:
@@ -86,6 +87,7 @@ def _row(model: str, group: list[Result], command: str) -> Row:
         torch=first.versions["torch"],
         diffusers=first.versions["diffusers"],
         command=command,
+        flip=_mean([r.flip for r in sound if r.flip is not None], 5),
     )
 
 
@@ -103,6 +105,7 @@ def _dense_row(like: Row, results: Sequence[Result]) -> Row:
             "worst_psnr_db": IDENTICAL,
             "ssim": 1.0,
             "lpips": 0.0 if like.lpips != "" else "",
+            "flip": 0.0 if like.flip != "" else "",
             "temporal_db": "",
             "caption_score": like.dense_caption_score,
             "flops_skipped": 0.0,
