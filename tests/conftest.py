@@ -188,6 +188,12 @@ def own_names(model):
     return {"hidden_states": latents, "encoder_hidden_states": text or "encoder_hidden_states"}
 
 
+def first_item(inputs):
+    """The arguments of a batch of one."""
+    shared = ("ids", "indices")  # of tokens, of frames
+    return {k: v if any(word in k for word in shared) else v[:1] for k, v in inputs.items()}
+
+
 def self_attention(block):
     """The attention that an adapter takes apart: some blocks have others behind it."""
     return next(

@@ -119,27 +119,6 @@ def test_unsupported_models_name_what_is_supported():
         flashomni.accelerate("a string")
 
 
-def test_hunyuan_token_replace_is_refused():
-    """Its blocks modulate the first frame apart: refused by name."""
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-        rope_axes_dim=(4, 6, 6),
-        image_condition_type="token_replace",
-    )
-    with pytest.raises(NotImplementedError, match="token_replace"):
-        flashomni.accelerate(model)
-
-
 def test_flux_attention_kwargs_are_refused():
     """joint_attention_kwargs would be lost: refused by name, and the engine stays usable."""
     model, inputs = adapters()["FluxTransformer2DModel"].tiny()

@@ -5,6 +5,8 @@ masked, and rows of cached blocks get what attention gave when they were chosen.
 RoPE and whatever else a block does are the stock model's.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import fill_gates
@@ -47,7 +49,8 @@ class ByHand(TorchFunctionMode):
         if self.before is None:
             self.kept.append(func(q, k, v, *rest, **kwargs))
             return self.kept[-1]
-        rows, pairs = token_masks(self.symbols[place])
+        symbols = self.symbols[place]  # whose padding the stock model masks itself
+        rows, pairs = token_masks(replace(symbols, grid=replace(symbols.grid, kv_len=None)))
         rows, pairs = rows.roll(self.moved, -1), pairs.roll((self.moved,) * 2, (-2, -1))
         given = kwargs.pop("attn_mask", None)
         mask = pairs if given is None else pairs & given

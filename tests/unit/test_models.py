@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 import flashomni
-from conftest import ONES, SPARSE, STEPS, call, generation, has_sparse_queries, residue, run
+from conftest import (
+    ONES,
+    SPARSE,
+    STEPS,
+    call,
+    first_item,
+    generation,
+    has_sparse_queries,
+    residue,
+    run,
+)
 from flashomni.engine import Recipe
 from flashomni.models import find_adapter
 from flashomni.policies import make_policy
@@ -174,7 +184,7 @@ def test_a_generation_depends_on_nothing_before_it(tiny):
 def test_number_of_steps_and_batch_may_change(tiny):
     """Another number of steps or another batch starts afresh and equals a run of its own."""
     model, inputs = tiny
-    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    single = first_item(inputs)
     short, _ = run(model, inputs, SPARSE, steps=6)
     small, _ = run(model, single, SPARSE)
     with flashomni.accelerate(model, SPARSE) as engine:
@@ -202,7 +212,7 @@ def test_a_generation_that_breaks_off_leaves_nothing(tiny):
 def test_another_shape_within_a_generation_starts_afresh(tiny):
     """The batch changes on a Dispatch step: that step becomes an Update, nothing is mixed up."""
     model, inputs = tiny
-    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    single = first_item(inputs)
     with flashomni.accelerate(model, SPARSE) as engine:
         for step in range(4):
             engine.step(step, STEPS)
@@ -215,7 +225,7 @@ def test_another_shape_within_a_generation_starts_afresh(tiny):
 def test_batch_items_do_not_touch_each_other(tiny):
     """Item 0 of a batch of two gives what it gives alone."""
     model, inputs = tiny
-    single = {key: value if "ids" in key else value[:1] for key, value in inputs.items()}
+    single = first_item(inputs)
     both, _ = run(model, inputs, SPARSE)
     alone, _ = run(model, single, SPARSE)
     torch.testing.assert_close(both[:, :1], alone, atol=1e-4, rtol=1e-3)

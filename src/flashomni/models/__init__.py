@@ -163,7 +163,7 @@ class Adapter:
         """A small random model and the arguments of one call, for the contract tests.
 
         The sequence must not be a multiple of 128 tokens, and neither must the text. Arguments are
-        tensors or lists with the batch (2) first, except those with "ids" in their name;
+        tensors or lists with the batch (2) first, except where "ids" or "indices" is in their name;
         ``hidden_states`` has the shape of the output, ``encoder_hidden_states`` is the text.
         """
         raise TypeError(f"{type(self).__name__} does not implement tiny")

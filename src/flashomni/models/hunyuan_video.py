@@ -65,13 +65,10 @@ class HunyuanVideo(MMDiTAdapter):
         },
     }
 
-    def check(self, model: Any) -> None:
-        if getattr(model.config, "image_condition_type", None) == "token_replace":
-            raise NotImplementedError(
-                "HunyuanVideo with image_condition_type='token_replace' is not supported: its "
-                "blocks modulate the first frame apart; text-to-video and 'latent_concat' are"
-            )
-        super().check(model)
+    def variant(self, model: Any) -> str:
+        if getattr(model.config, "image_condition_type", None) != "token_replace":
+            return ""
+        return "blocks that modulate the first frame apart (image_condition_type='token_replace')"
 
     def geometry(self, model: Any, arguments: Mapping[str, Any]) -> Geometry:
         frames, height, width = arguments["hidden_states"].shape[2:]

@@ -28,7 +28,6 @@ from flashomni.models.blocks import (
     dual_attention,
     feed_forward,
     own_stream,
-    valid_first,
 )
 from flashomni.models.blocks.positions import of_image_shapes, rope_in_order
 
@@ -36,12 +35,8 @@ from flashomni.models.blocks.positions import of_image_shapes, rope_in_order
 class QwenBlocks(MMDiT):
     """Modulation by Linears of the block itself; RoPE tables are complex, one for each stream."""
 
-    def kv_len(self, run: LayerRun, inputs: Inputs) -> Tensor | None:
-        mask = inputs.rest[self.mask]
-        return None if mask is None else run.shared(_count_valid, mask, inputs.x.shape[1])
-
     def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
-        x, c, temb, mask = inputs.x, inputs.c, inputs.rest["temb"], inputs.rest[self.mask]
+        x, c, temb = inputs.x, inputs.c, inputs.rest["temb"]
         modulate_index = inputs.rest.get("modulate_index")
         vision, text = self.begin(run, inputs)
         mod_x, mod_x2 = block.img_mod(temb).chunk(2, dim=-1)
@@ -54,12 +49,11 @@ class QwenBlocks(MMDiT):
         angles = inputs.rest["image_rotary_emb"]
         ropes = [run.shared(_real_tables, table) for table in angles]
         ropes[0] = rope_in_order(run, ropes[0])
-        order = None if mask is None else run.shared(valid_first, mask)
         y, c_y = dual_attention(
             run,
             block.attn,
             own_stream(block.attn, norm_x, vision, ropes[0]),
-            added_stream(block.attn, norm_c, text, ropes[1], order),
+            added_stream(block.attn, norm_c, text, ropes[1], self.order(run, inputs)),
         )
         x, c = x + gate * y, c + c_gate * c_y
         norm_x, gate = block._modulate(block.img_norm2(x), mod_x2, modulate_index)
@@ -81,6 +75,7 @@ class QwenImage(MMDiTAdapter):
         attention=("Attention", "QwenDoubleStreamAttnProcessor2_0"),
         text="last",
         mask="encoder_hidden_states_mask",
+        unsorted=True,
         by_token={"modulate_index": 2},
         clip=True,
     )
@@ -122,11 +117,6 @@ class QwenImage(MMDiTAdapter):
             "timestep": torch.full((2,), 0.5),
             "img_shapes": [[(1, height, width)]] * 2,
         }
-
-
-def _count_valid(mask: Tensor, num_vision: int) -> Tensor:
-    """Valid keys of each batch item: int32 ``[B]``."""
-    return num_vision + (mask != 0).sum(-1, dtype=torch.int32)
 
 
 def _real_tables(angles: Tensor) -> Rope:

@@ -51,12 +51,13 @@ def own_stream(
     x: Tensor,
     span: tuple[int, int],
     rope: Rope | None,
+    order: Tensor | None = None,
     rope_layout: str = "interleaved",
 ) -> Stream:
     """A stream through the attention's main projections."""
     projections = (attn.to_q, attn.to_k, attn.to_v)
     norms = (attn.norm_q, attn.norm_k)
-    return Stream(x, span, *projections, *norms, rope, rope_layout=rope_layout)
+    return Stream(x, span, *projections, *norms, rope, order, rope_layout)
 
 
 def added_stream(

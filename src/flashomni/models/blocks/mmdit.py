@@ -33,6 +33,7 @@ from flashomni.models.blocks.joint import (
     gelu_up,
     joint_attention,
     own_stream,
+    valid_first,
 )
 from flashomni.models.blocks.positions import rope_in_order
 
@@ -71,7 +72,9 @@ class MMDiT:
         returns: the streams in the order in which a block returns them.
         rope: the block's arguments that may hold RoPE tables, ``(cos, sin)`` ``[S, D]``.
         rope_on_text: whether they cover the text too, or vision only.
-        mask: the block's argument that masks padding at the end of the sequence, if it has one.
+        mask: the block's argument that masks padding of the text, if it has one: ``[B, ..., N]``,
+            of the N tokens of the sequence, or of the text, which is last then.
+        unsorted: whether the padding may be anywhere in the text; else it is at the end.
         refused: the block's argument of extra attention inputs, which must be empty.
         by_token: see :class:`Site`.
         clip: whether the stock blocks clip what would overflow fp16: the dual ones their text, the
@@ -88,6 +91,7 @@ class MMDiT:
     rope: tuple[str, ...] = ("image_rotary_emb",)
     rope_on_text: bool = True
     mask: str = ""
+    unsorted: bool = False
     refused: str = "joint_attention_kwargs"
     by_token: Mapping[str, int] = field(default_factory=dict)
     clip: bool = False
@@ -154,7 +158,13 @@ class MMDiT:
         The models build their blocks' masks themselves, of a count: valid keys come first.
         """
         mask = inputs.rest.get(self.mask)
-        return None if mask is None else run.shared(_count_valid, mask)
+        seqlen = inputs.x.shape[1] + inputs.c.shape[1]
+        return None if mask is None else run.shared(_count_valid, mask, seqlen)
+
+    def order(self, run: LayerRun, inputs: Inputs) -> Tensor | None:
+        """Keys of the text with valid ones first, see :class:`Stream`, where they may not be so."""
+        mask = inputs.rest.get(self.mask) if self.unsorted else None
+        return None if mask is None else run.shared(_valid_text, mask, inputs.c.shape[1])
 
     def ropes(
         self, run: LayerRun, inputs: Inputs, vision: Span, text: Span
@@ -187,7 +197,7 @@ class MMDiT:
             run,
             block.attn,
             own_stream(block.attn, norm_x, vision, rope),
-            added_stream(block.attn, norm_c, text, c_rope),
+            added_stream(block.attn, norm_c, text, c_rope, self.order(run, inputs)),
         )
         x, norm_x = residual_norm(
             x, y, gate, block.norm2, scale_mlp, shift_mlp, backend=run.backend
@@ -227,7 +237,7 @@ class MMDiT:
             return [own_stream(attn, x, (0, x.shape[1]), tables)]
         return [
             own_stream(attn, x[:, slice(*vision)], vision, tables),
-            own_stream(attn, x[:, slice(*text)], text, None),
+            own_stream(attn, x[:, slice(*text)], text, None, self.order(run, inputs)),
         ]
 
     def output(self, x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
@@ -284,9 +294,14 @@ class _Named:
         return Inputs(rest.pop(VISION), rest.pop(TEXT), rest)
 
 
-def _count_valid(mask: Tensor) -> Tensor:
-    """Valid keys of each batch item: int32 ``[B]``."""
-    return mask.flatten(1).sum(-1, dtype=torch.int32)
+def _count_valid(mask: Tensor, seqlen: int) -> Tensor:
+    """Valid keys of each batch item in a sequence whose other tokens all are: int32 ``[B]``."""
+    mask = mask.flatten(1)
+    return seqlen - mask.shape[1] + (mask != 0).sum(-1, dtype=torch.int32)
+
+
+def _valid_text(mask: Tensor, num_text: int) -> Tensor:
+    return valid_first(mask.flatten(1)[:, -num_text:])
 
 
 def _rows(rope: Rope, span: Span) -> Rope:

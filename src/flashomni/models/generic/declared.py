@@ -26,6 +26,7 @@ DECLARED: dict[str, dict[str, Any]] = {
     "HunyuanImageTransformer2DModel": {"text": "last"},
     "HunyuanVideo15Transformer3DModel": {"text": "last"},
     "HunyuanVideoFramepackTransformer3DModel": {"text": "last"},
+    "HunyuanVideoTransformer3DModel": {"text": "last"},
     "JoyImageEditTransformer3DModel": {"text": "last"},
     "MochiTransformer3DModel": {"text": "last"},
     "OvisImageTransformer2DModel": {"text": "first"},
