@@ -20,7 +20,7 @@ from flashomni.kernels.attention.sm90 import (  # noqa: E402
 from flashomni.kernels.common.hopper import MOVES_OPERANDS  # noqa: E402
 
 POINTERS = {"lse_ptr": "*fp32", "q_bits": "*u8", "kv_bits": "*i32", "kv_len_ptr": "*i32",
-            "order": "*i32", "redo": "*i32", "redone": "*i32"}  # fmt: skip
+            "order": "*i32", "redo": "*i32", "redone": "*i32", "log_n": "*fp32"}  # fmt: skip
 FULL = {"IS_SPARSE": True, "IS_RAGGED": True, "HAS_KV_LEN": True, "HAS_LSE": True}
 # (dtype, head_dim, block_n, what the call has)
 CASES = {
@@ -36,6 +36,14 @@ CASES = {
     "head_dim 80": ("bf16", 80, 128, FULL),
     "head_dim 256": ("bf16", 256, 128, FULL),
     "block_n 64": ("bf16", 128, 64, FULL),
+    "summaries": ("bf16", 128, 128, {**FULL, "SUMMARIES": 4}),
+    "summaries, without lse": ("bf16", 128, 128, {**FULL, "SUMMARIES": 4, "HAS_LSE": False}),
+    "summaries of whole blocks": ("bf16", 128, 128, {**FULL, "SUMMARIES": 1}),
+    "summaries, fp16": ("fp16", 128, 128, {**FULL, "SUMMARIES": 4}),
+    "summaries, head_dim 64": ("bf16", 64, 128, {**FULL, "SUMMARIES": 4}),
+    "summaries, head_dim 80": ("bf16", 80, 128, {**FULL, "SUMMARIES": 16}),
+    "summaries, head_dim 256": ("bf16", 256, 128, {**FULL, "SUMMARIES": 4}),
+    "summaries, block_n 64": ("bf16", 128, 64, {**FULL, "SUMMARIES": 4}),
 }
 
 
@@ -55,6 +63,7 @@ def compiled(dtype, head_dim, block_n, flags):
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
         "ANCHORED": dtype == "bf16",
+        "SUMMARIES": 0,
         **dict.fromkeys(FULL, False),
         **flags,
     }
@@ -65,7 +74,11 @@ def compiled(dtype, head_dim, block_n, flags):
     constants |= {name: None for name, flag in absent.items() if not constants[flag]}
     if not constants["ANCHORED"]:
         constants |= {"redo": None, "redone": None}
+    if not constants["SUMMARIES"]:
+        constants |= dict.fromkeys(["mean_k_desc", "mean_v_desc", "log_n", "log_n_stride"])
     types = {
+        "mean_k_desc": tensor_descriptor(dtype, kv_block),
+        "mean_v_desc": tensor_descriptor(dtype, kv_block),
         "q_desc": tensor_descriptor(dtype, block),
         "k_desc": tensor_descriptor(dtype, kv_block),
         "v_desc": tensor_descriptor(dtype, kv_block),
@@ -81,9 +94,11 @@ def compiled(dtype, head_dim, block_n, flags):
 MAY_SPILL = {
     **dict.fromkeys(
         ["sparse ragged", "sparse with everything", "more than 131k keys", "head_dim 96",
-         "head_dim 80"], 8,
+         "head_dim 80", "summaries", "summaries, without lse", "summaries of whole blocks",
+         "summaries, head_dim 80"], 8,
     ),
     "head_dim 256": 188,
+    "summaries, head_dim 256": 220,
 }  # fmt: skip
 MAY_SPILL_LATER = {"head_dim 256": 116}  # Triton 3.9
 

@@ -1,4 +1,4 @@
-"""Tiles that are computed but visit no key: zeros and -inf, written ahead of the attention kernel.
+"""Tiles that are computed but see no key: zeros and -inf, written ahead of the attention kernel.
 
 They are rare, and the attention kernel is faster without the code for them.
 """
@@ -40,8 +40,12 @@ def _write_tile(
 def write_empty_tiles(
     first, geometry, symbols, kv_len, seqlen_kv, outputs,
     BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILES: tl.constexpr, PADDED_DIM: tl.constexpr,
+    HAS_SUMMARY: tl.constexpr,
 ):  # fmt: skip
-    """Write what is empty of the tiles ``[first, first + TILES)``; ``symbols`` may be ``None``."""
+    """Write what is empty of the tiles ``[first, first + TILES)``; ``symbols`` may be ``None``.
+
+    With a summary, where blocks are skipped there are their summaries.
+    """
     num_tiles, num_heads, tiles_m, tiles_per_block = geometry
     index = tl.arange(0, TILES)
     tile = first + index
@@ -62,16 +66,17 @@ def write_empty_tiles(
             q_bits + batch * q_stride_b + head * q_stride_h + block // 8, inside, other=0
         )
         inside = inside & (((byte.to(tl.int32) >> (block % 8)) & 1) != 0)
-        words = kv_words + batch * kv_stride_b + head * kv_stride_h
-        words += block.to(tl.int64) * kv_stride_m
-        valid = tl.maximum(tl.cdiv(keys, BLOCK_N), 0)
-        visits = tl.zeros([TILES], tl.int32)
-        for i in range(row_words):
-            word = tl.load(words + i, inside, other=0)
-            left = valid - i * 32
-            some = word & ((1 << tl.minimum(tl.maximum(left, 0), 31)) - 1)
-            visits = visits | tl.where(left >= 32, word, some)
-        visits = (visits != 0).to(tl.int32)
+        if not HAS_SUMMARY:
+            words = kv_words + batch * kv_stride_b + head * kv_stride_h
+            words += block.to(tl.int64) * kv_stride_m
+            valid = tl.maximum(tl.cdiv(keys, BLOCK_N), 0)
+            visits = tl.zeros([TILES], tl.int32)
+            for i in range(row_words):
+                word = tl.load(words + i, inside, other=0)
+                left = valid - i * 32
+                some = word & ((1 << tl.minimum(tl.maximum(left, 0), 31)) - 1)
+                visits = visits | tl.where(left >= 32, word, some)
+            visits = (visits != 0).to(tl.int32)
     is_empty = (inside & (visits <= 0)).to(tl.int32)
     if tl.sum(is_empty, 0) > 0:
         for i in range(TILES):
@@ -96,7 +101,7 @@ def _empty_kernel(
     )  # fmt: skip
     write_empty_tiles(
         tl.program_id(0) * TILES, (num_tiles, num_heads, tiles_m, 1), None, kv_len, seqlen_kv,
-        outputs, 128, TILE_M, TILES, PADDED_DIM,
+        outputs, 128, TILE_M, TILES, PADDED_DIM, False,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def _order_kernel(
     kv_stride_m, seqlen_q, seqlen_kv, out_stride_b, out_stride_m, out_stride_h, lse_stride_b,
     lse_stride_h, lse_stride_m, head_dim, LISTED: tl.constexpr, RANKED: tl.constexpr,
     OVERLAPPED: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, HAS_SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Program p writes where the tiles at list positions p * RANKED ... go to.
 
@@ -93,7 +93,7 @@ def _order_kernel(
     )  # fmt: skip
     write_empty_tiles(
         tl.program_id(0) * RANKED, geometry, symbols, kv_len, seqlen_kv, outputs, BLOCK_N, TILE_M,
-        RANKED, PADDED_DIM,
+        RANKED, PADDED_DIM, HAS_SUMMARY,
     )  # fmt: skip
     DEAD: tl.constexpr = 1 << 30
     first_listed = tl.maximum(num_tiles - LISTED, 0)
@@ -168,6 +168,7 @@ def tile_order(
         BLOCK_N=grid.block_n,
         TILE_M=tile_m,
         PADDED_DIM=triton.next_power_of_2(call.out.shape[3]),
+        HAS_SUMMARY=call.summary is not None,
         num_warps=8,
     )
     return order

@@ -12,6 +12,8 @@ symbols and loads tiles through TMA, two consumer warpgroups own 64 query rows e
 * Scores of visit j + 1 are issued before the values of visit j, also across the border of two
   tiles, so that the tensor cores have work during the softmax and the epilogue.
 * A ragged last block of keys is visited first; only the first visit of a tile is ever masked.
+* Summaries of skipped blocks are visits behind the others. The producer turns the bits that were
+  left out into what is added to their scores, tile by tile, beside the keys.
 
 The parts are in ``_hopper``.
 """
@@ -56,7 +58,7 @@ LOG2_E = 1.4426950408889634
     do_not_specialize=[
         "num_tiles", "tiles_m", "num_heads", "group", "seqlen_q", "seqlen_kv",
         "row_words", "q_stride_b", "q_stride_h", "kv_stride_b", "kv_stride_h", "kv_stride_m",
-        "lse_stride_b", "lse_stride_h", "lse_stride_m",
+        "lse_stride_b", "lse_stride_h", "lse_stride_m", "log_n_stride",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -64,10 +66,11 @@ def attention_kernel(
     scale_log2, num_tiles, tiles_m, num_heads, group, seqlen_q, seqlen_kv, row_words,
     q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m,
     lse_stride_b, lse_stride_h, lse_stride_m,
+    mean_k_desc, mean_v_desc, log_n, log_n_stride,
     PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, LISTED: gl.constexpr, COLUMNS: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     IS_SPARSE: gl.constexpr, IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr,
-    HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr,
+    HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, SUMMARIES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -92,6 +95,10 @@ def attention_kernel(
     inbox_empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], flag)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     inbox = gl.allocate_shared_memory(gl.int32, [DEPTH * WORDS, 1], word)
+    bias_ring, summary = None, None
+    if SUMMARIES > 0:
+        bias_ring = gl.allocate_shared_memory(gl.float32, [K_STAGES, TILE_N], word)
+        summary = (mean_k_desc, mean_v_desc, log_n, log_n_stride, bias_ring)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -116,7 +123,7 @@ def attention_kernel(
             (
                 consumer,
                 (
-                    o_desc, q_smem, k_ring, v_ring, o_smem0, barriers, inbox, scale_log2,
+                    o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem0, barriers, inbox, scale_log2,
                     lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES,
                     V_STAGES, IS_RAGGED, HAS_LSE, ANCHORED, 0,
                 ),
@@ -124,7 +131,7 @@ def attention_kernel(
             (
                 consumer,
                 (
-                    o_desc, q_smem, k_ring, v_ring, o_smem1, barriers, inbox, scale_log2,
+                    o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem1, barriers, inbox, scale_log2,
                     lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES,
                     V_STAGES, IS_RAGGED, HAS_LSE, ANCHORED, 1,
                 ),
@@ -133,8 +140,9 @@ def attention_kernel(
                 producer,
                 (
                     q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols,
-                    sizes, kv_len_ptr, order, redo, redone, PER_BLOCK, MAX_WORDS, Q_STAGES,
-                    K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, ANCHORED,
+                    sizes, summary, kv_len_ptr, order, redo, redone, PER_BLOCK, MAX_WORDS,
+                    Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+                    SUMMARIES, ANCHORED,
                 ),
             ),
         ],
@@ -198,7 +206,7 @@ def _refuses(call: AttentionCall) -> list[str]:
         return [f"tensors are on {q.device.type}, this backend is for cuda"]
     if not is_hopper(q.device.index):
         return [f"{q.device} is not of compute capability 9.0"]
-    reasons = [] if call.summary is None else ["summary must be None"]
+    reasons = []
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"dtype must be bfloat16 or float16, got {str(q.dtype)[6:]}")
     head_dim = q.shape[3]
@@ -219,6 +227,19 @@ def _refuses(call: AttentionCall) -> list[str]:
         if grid.num_kv_blocks >= 1 << 20:
             reasons.append(f"there must be fewer than 2**20 key blocks, got {grid.num_kv_blocks}")
         reasons += _symbol_refusals(symbols)
+    if call.summary is not None:
+        reasons += _summary_refusals(call)
+    return reasons
+
+
+def _summary_refusals(call: AttentionCall) -> list[str]:
+    """A tile of summaries holds those of one block or of many whole words of blocks."""
+    summary, per_block = call.summary, call.summaries_per_block
+    if summary is None:
+        return []
+    reasons = layout_refusals("summary.k", summary.k) + layout_refusals("summary.v", summary.v)
+    if per_block & (per_block - 1) or per_block > 64:
+        reasons.append(f"summaries of a block must be a power of two up to 64, got {per_block}")
     return reasons
 
 
@@ -266,6 +287,10 @@ def launch(call: AttentionCall, config: Config) -> None:
         symbol_strides = (*q_bits.stride()[:2], *kv_bits.stride()[:3])
     elif call.kv_len is not None:
         empty_batch_items(call, TILE_M)
+    mean_k = mean_v = log_n = None
+    if call.summary is not None:
+        mean_k, mean_v = (descriptor(x, tile_n, columns) for x in (call.summary.k, call.summary.v))
+        log_n = call.summary.log_n.contiguous()
     anchored = q.dtype == torch.bfloat16 and not call.online
     # One word a tile, for the list of those that are done again: nobody reads what nobody wrote.
     redo = torch.empty(num_tiles, dtype=torch.int32, device=q.device) if anchored else None
@@ -291,6 +316,10 @@ def launch(call: AttentionCall, config: Config) -> None:
         row_words,
         *symbol_strides,
         *((0, 0, 0) if lse is None else lse.stride()),
+        mean_k,
+        mean_v,
+        log_n,
+        None if log_n is None else log_n.shape[1],
         PER_BLOCK=per_block,
         MAX_WORDS=max_words,
         LISTED=LISTED,
@@ -299,10 +328,11 @@ def launch(call: AttentionCall, config: Config) -> None:
         K_STAGES=config.k_stages,
         V_STAGES=config.v_stages,
         IS_SPARSE=symbols is not None,
-        IS_RAGGED=call.kv_len is not None or seqlen_kv % tile_n != 0,
+        IS_RAGGED=call.kv_len is not None or seqlen_kv % tile_n != 0 or log_n is not None,
         HAS_KV_LEN=call.kv_len is not None,
         HAS_LSE=lse is not None,
         ANCHORED=anchored,
+        SUMMARIES=call.summaries_per_block,
         CONSUMER_REGISTERS=config.registers[0],
         PRODUCER_REGISTERS=config.registers[1],
         num_warps=4,

@@ -32,6 +32,7 @@ OF_OP = {
     "gemm_o_update": GEMM_O,
     "differences": FORECAST,
     "weighted_sum": FORECAST,
+    "summarise": SYMBOLS,
     **dict.fromkeys(FOLDERS["flashomni.symbols.choice"], SYMBOLS),
 }
 # What a kernel does beside the op's own work, by a word of its name.

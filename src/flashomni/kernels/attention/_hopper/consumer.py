@@ -21,6 +21,7 @@ from flashomni.kernels.attention._hopper.messages import (
     BAD,
     BATCH,
     HEAD,
+    PER_LIVE,
     ROW,
     VALID,
     get,
@@ -32,6 +33,7 @@ from flashomni.kernels.attention._hopper.rings import parity, slot
 from flashomni.kernels.attention._hopper.softmax import (
     anchored,
     as_rounded,
+    biased,
     first,
     is_bad,
     online,
@@ -97,10 +99,12 @@ def _issue_values(
 
 
 @gluon.jit
-def _mask(s, inbox, number, IS_RAGGED: gl.constexpr):
+def _mask(s, inbox, number, IS_RAGGED: gl.constexpr, HAS_SUMMARY: gl.constexpr):
     """Keys of a tile's first visit that do not exist weigh nothing."""
     if IS_RAGGED:
         valid = get(inbox, number, VALID)
+        if HAS_SUMMARY:
+            valid = valid % PER_LIVE
         column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where((column < valid)[None, :], s, -float("inf"))
     return s
@@ -180,10 +184,13 @@ def _close(
 @gluon.jit
 def _finish(
     acc, total, o_desc, o_smem, inbox, inbox_empty, number,
-    ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
+    HAS_SUMMARY: gl.constexpr, ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Divide by the sums, store, and report a tile that has to be done again."""
-    out = _scaled(acc, 1.0 / total)
+    factor = 1.0 / total
+    if HAS_SUMMARY:  # none of which may take part
+        factor = gl.where(total == 0.0, 0.0, factor)
+    out = _scaled(acc, factor)
     if ANCHORED:
         put(inbox, number, BAD + WARPGROUP, is_bad(total, out), NUM_WARPS=4)
     _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP)
@@ -191,9 +198,47 @@ def _finish(
 
 
 @gluon.jit
+def _visit(
+    j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring, v_ring, bias_ring,
+    barriers, scale_log2, s_layout: gl.constexpr, p_layout: gl.constexpr, dtype: gl.constexpr,
+    TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
+    Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, PASS: gl.constexpr, WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """Visit j of a tile, not its first one; of summaries where there is a ``bias_ring``.
+
+    The values of the visit before are multiplied while this one's scores are weighed.
+    """
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
+    q = _rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
+    s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
+    acc = _issue_values(p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES)
+    if ANCHORED:
+        row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if bias_ring is not None:
+        bias = bias_ring.index(slot(count, K_STAGES)).load(gl.SliceLayout(0, s_layout))
+        s = biased(s, scale_log2, bias)
+        scale_log2 = 1.0
+    _release(k_empty, count, K_STAGES)
+    if ANCHORED:
+        weights = anchored(s, scale_log2, m)
+        sums = row_sums(weights)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _release(v_empty, count - 1, V_STAGES)
+    else:
+        weights, m, row_sum, alpha = online(s, scale_log2, m, row_sum)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _release(v_empty, count - 1, V_STAGES)
+        acc = _scaled(acc, alpha)
+    # The old weights are no longer read: their registers may be written.
+    return pack(weights, dtype, p_layout), acc, m, sums, row_sum, exact_sum
+
+
+@gluon.jit
 def _tiles(
-    number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
-    lse_strides, seqlen_q,
+    number, count, o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem, barriers, inbox, scale_log2,
+    lse_ptr, lse_strides, seqlen_q,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, PASS: gl.constexpr,
@@ -204,6 +249,7 @@ def _tiles(
     Message ``number`` has the queries of number ``number - PASS``: one ended each earlier pass.
     """
     q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty = barriers
+    HAS_SUMMARY: gl.constexpr = bias_ring is not None
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -215,39 +261,33 @@ def _tiles(
         s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
         s = warpgroup_mma_wait(0, deps=(s,))
         _release(k_empty, count, K_STAGES)
-        s = _mask(s, inbox, number, IS_RAGGED)
-        weights, m, row_sum = first(s, scale_log2)
+        s = _mask(s, inbox, number, IS_RAGGED, HAS_SUMMARY)
+        weights, m, row_sum = first(s, scale_log2, HAS_SUMMARY)
         sums = gl.full_like(row_sum, 0.0)  # of the visit before, where they are not added yet
         exact_sum = row_sum
         p = pack(weights, dtype, p_layout)
         count += 1
         while visits != 0:
             acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=acc_layout)
-            for j in range(1, visits):
-                q = _rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
-                s = _issue_scores(
-                    q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES
-                )
-                acc = _issue_values(
-                    p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES
-                )
-                if ANCHORED:
-                    row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                _release(k_empty, count, K_STAGES)
-                if ANCHORED:
-                    weights = anchored(s, scale_log2, m)
-                    sums = row_sums(weights)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    _release(v_empty, count - 1, V_STAGES)
-                else:
-                    weights, m, row_sum, alpha = online(s, scale_log2, m, row_sum)
-                    acc = warpgroup_mma_wait(0, deps=(acc,))
-                    _release(v_empty, count - 1, V_STAGES)
-                    acc = _scaled(acc, alpha)
-                # The old weights are no longer read: their registers may be written.
-                p = pack(weights, dtype, p_layout)
+            live = visits
+            if HAS_SUMMARY:
+                live = get(inbox, number, VALID) // PER_LIVE
+            for j in range(1, live):
+                p, acc, m, sums, row_sum, exact_sum = _visit(
+                    j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring, v_ring,
+                    None, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM,
+                    COLUMNS, Q_STAGES, K_STAGES, V_STAGES, HAS_LSE, ANCHORED, PASS, WARPGROUP,
+                )  # fmt: skip
                 count += 1
+            if HAS_SUMMARY:
+                for j in range(live, visits):
+                    p, acc, m, sums, row_sum, exact_sum = _visit(
+                        j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring,
+                        v_ring, bias_ring, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N,
+                        HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, HAS_LSE, ANCHORED, PASS,
+                        WARPGROUP,
+                    )  # fmt: skip
+                    count += 1
             # The last values of this tile, the first scores of the next one.
             mbarrier.arrive(q_empty.index(slot(number - PASS, Q_STAGES)), count=1)
             visits_after = receive(inbox, inbox_full, number + 1)
@@ -266,14 +306,17 @@ def _tiles(
                 )  # fmt: skip
                 s = warpgroup_mma_wait(1, deps=(s,))
                 _release(k_empty, count, K_STAGES)
-                s = _mask(s, inbox, number + 1, IS_RAGGED)
-                weights, m, row_sum = first(s, scale_log2)
+                s = _mask(s, inbox, number + 1, IS_RAGGED, HAS_SUMMARY)
+                weights, m, row_sum = first(s, scale_log2, HAS_SUMMARY)
                 sums = gl.full_like(row_sum, 0.0)
                 exact_sum = row_sum
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(v_empty, count - 1, V_STAGES)
                 p = pack(weights, dtype, p_layout)
-                _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
+                _finish(
+                    acc, total, o_desc, o_smem, inbox, inbox_empty, number, HAS_SUMMARY, ANCHORED,
+                    WARPGROUP,
+                )  # fmt: skip
                 count += 1
             else:
                 acc = _issue_values(
@@ -286,7 +329,10 @@ def _tiles(
                 )  # fmt: skip
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(v_empty, count - 1, V_STAGES)
-                _finish(acc, total, o_desc, o_smem, inbox, inbox_empty, number, ANCHORED, WARPGROUP)
+                _finish(
+                    acc, total, o_desc, o_smem, inbox, inbox_empty, number, HAS_SUMMARY, ANCHORED,
+                    WARPGROUP,
+                )  # fmt: skip
             number += 1
             visits = visits_after
     give_back(inbox_empty, number)
@@ -304,23 +350,23 @@ def _await_stores():
 
 @gluon.jit
 def consumer(
-    o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr, lse_strides,
-    seqlen_q,
+    o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
+    lse_strides, seqlen_q,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
     Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_LSE: gl.constexpr, ANCHORED: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     zero = gl.to_tensor(0)
     number, count = _tiles(
-        zero, zero, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2, lse_ptr,
-        lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, IS_RAGGED,
-        HAS_LSE, ANCHORED, 0, WARPGROUP,
+        zero, zero, o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem, barriers, inbox, scale_log2,
+        lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES,
+        IS_RAGGED, HAS_LSE, ANCHORED, 0, WARPGROUP,
     )  # fmt: skip
     if ANCHORED:
         _await_stores()  # of rows that may now be written a second time
         _tiles(
-            number, count, o_desc, q_smem, k_ring, v_ring, o_smem, barriers, inbox, scale_log2,
-            lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES,
-            IS_RAGGED, HAS_LSE, False, 1, WARPGROUP,
+            number, count, o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem, barriers, inbox,
+            scale_log2, lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES,
+            K_STAGES, V_STAGES, IS_RAGGED, HAS_LSE, False, 1, WARPGROUP,
         )  # fmt: skip
     tma.store_wait(0)

@@ -16,10 +16,12 @@ BATCH: gl.constexpr = gl.constexpr(0)
 HEAD: gl.constexpr = gl.constexpr(1)
 ROW: gl.constexpr = gl.constexpr(2)  # its first query token
 VISITS: gl.constexpr = gl.constexpr(3)  # 0 ends the stream
-VALID: gl.constexpr = gl.constexpr(4)  # valid keys of the first visit
+# Valid keys of the first visit; with summaries, plus PER_LIVE for each visit that is not of them.
+VALID: gl.constexpr = gl.constexpr(4)
 BAD: gl.constexpr = gl.constexpr(5)  # from each warpgroup: whether the tile has to be done again
 WORDS: gl.constexpr = gl.constexpr(7)
 DEPTH: gl.constexpr = gl.constexpr(4)  # messages under way
+PER_LIVE: gl.constexpr = gl.constexpr(256)  # more than the keys of a visit
 
 
 @gluon.jit

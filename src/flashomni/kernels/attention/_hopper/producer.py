@@ -13,11 +13,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.extra import libdevice
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from flashomni.kernels.attention._hopper.bits import (
+    count_blocks,
+    keep_valid,
+    pick,
+    read_symbols,
+    summary_weights,
+    valid_keys,
+)
 from flashomni.kernels.attention._hopper.messages import (
     BAD,
     BATCH,
     DEPTH,
     HEAD,
+    PER_LIVE,
     ROW,
     await_slot,
     get,
@@ -62,53 +71,17 @@ def _load_visit(
 
 
 @gluon.jit
-def _valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN: gl.constexpr):
-    if HAS_KV_LEN:
-        return gl.maximum(gl.minimum(gl.load(kv_len_ptr + batch), seqlen_kv), 0)
-    else:
-        return seqlen_kv
-
-
-@gluon.jit
-def _read_symbols(tile, symbols, num_heads, tiles_m, MAX_WORDS: gl.constexpr):
-    """The S_c byte of a tile and its row of S_s, a word a lane."""
-    q_bits, kv_bits, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m, row_words = (
-        symbols
-    )
-    # Offsets of 32 bits are enough: the backend's refusals see to it.
-    m = tile % tiles_m
-    head = tile // tiles_m % num_heads
-    batch = tile // tiles_m // num_heads
-    q_byte = gl.load(q_bits + (batch * q_stride_b + head * q_stride_h + m // 8))
-    row = kv_bits + (batch * kv_stride_b + head * kv_stride_h + m * kv_stride_m)
-    word = gl.arange(0, MAX_WORDS, layout=gl.BlockedLayout([MAX_WORDS // 32], [32], [1], [0]))
-    return q_byte.to(gl.int32), gl.load(row + word, mask=word < row_words, other=0)
-
-
-@gluon.jit
-def _keep_valid(words, num_blocks):
-    """Clear the bits of blocks from ``num_blocks`` on."""
-    word = gl.arange(0, words.shape[0], layout=words.type.layout)
-    left = num_blocks - word * 32
-    some = words & ((1 << gl.minimum(gl.maximum(left, 0), 31)) - 1)
-    return gl.where(left >= 32, words, some)
-
-
-@gluon.jit
-def _count_blocks(words, num_blocks):
-    """How many blocks a row visits, and whether the last one is among them."""
-    word = gl.arange(0, words.shape[0], layout=words.type.layout)
-    last = gl.maximum(num_blocks - 1, 0)
-    is_last = gl.where(word == last // 32, (words >> (last % 32)) & 1, 0)
-    # One sum for both: no row has 2 ** 20 blocks.
-    total = gl.sum(libdevice.popc(words) + (is_last << 20), axis=0)
-    return total & 0xFFFFF, total >> 20
-
-
-@gluon.jit
-def _pick(words, i):
-    word = gl.arange(0, words.shape[0], layout=words.type.layout)
-    return gl.sum(gl.where(word == i, words, 0), axis=0)
+def _load_summaries(
+    desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full, k_empty, count,
+    TILE_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the keys of summary tile t as those of visit ``count``, and what is added to scores."""
+    at = slot(count, STAGES)
+    mbarrier.wait(k_empty.index(at), parity(count, STAGES) ^ 1)
+    bias_ring.index(at).store(weights)
+    thread_barrier()  # one thread arrives for all
+    mbarrier.expect(k_full.index(at), desc.block_type.nbytes)
+    tma_load(desc, [batch, kv_head, t * TILE_N, 0], k_full.index(at), k_ring.index(at))
 
 
 @gluon.jit
@@ -135,11 +108,11 @@ def _retire(number, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M: gl.conste
 @gluon.jit
 def _stream(
     sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers,
-    inbox, symbols, sizes, kv_len_ptr, order, redo,
+    inbox, symbols, sizes, summary, kv_len_ptr, order, redo,
     PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
-    ANCHORED: gl.constexpr, IS_REDO: gl.constexpr,
+    SUMMARIES: gl.constexpr, ANCHORED: gl.constexpr, IS_REDO: gl.constexpr,
 ):  # fmt: skip
     """All tiles of this program, or those of its list of bad ones.
 
@@ -150,6 +123,9 @@ def _stream(
     TILE_M: gl.constexpr = q_desc.block_type.shape[2]
     TILE_N: gl.constexpr = k_desc.block_type.shape[2]
     TAKES_TURNS: gl.constexpr = IS_SPARSE and not IS_REDO  # tiles come from the grid's counter
+    HAS_SUMMARY: gl.constexpr = SUMMARIES > 0
+    if HAS_SUMMARY:
+        mean_k_desc, mean_v_desc, log_n, log_n_stride, bias_ring = summary
     first_listed = gl.maximum(num_tiles - LISTED, 0)
     position = gl.program_id(0)
     tile = position
@@ -161,7 +137,7 @@ def _stream(
             wait_for_previous_kernel()
             if position >= first_listed:
                 tile = gl.load(order + 1 + position - first_listed)
-        q_byte, words = _read_symbols(gl.maximum(tile, 0), symbols, num_heads, tiles_m, MAX_WORDS)
+        q_byte, words = read_symbols(gl.maximum(tile, 0), symbols, num_heads, tiles_m, MAX_WORDS)
     while position < num_tiles:
         is_live = tile >= 0
         tile = gl.maximum(tile, 0)
@@ -170,7 +146,7 @@ def _stream(
         head = tile // tiles_m % num_heads
         batch = tile // tiles_m // num_heads
         kv_head = head // group
-        valid = _valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN)
+        valid = valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN)
         num_visits = (valid + TILE_N - 1) // TILE_N
         visits = num_visits
         first_valid = TILE_N
@@ -179,14 +155,26 @@ def _stream(
         if IS_SPARSE:
             is_live = is_live & (((q_byte >> (m % 8)) & 1) != 0)
             num_blocks = (num_visits + PER_BLOCK - 1) // PER_BLOCK
-            words = _keep_valid(words, num_blocks)
+            if HAS_SUMMARY:
+                left_out = keep_valid(~words, num_blocks)
+                summary_visits = (num_blocks * SUMMARIES + TILE_N - 1) // TILE_N
+                skipped = gl.sum(libdevice.popc(left_out), axis=0)
+                summary_visits = gl.where(skipped > 0, summary_visits, 0)
+            words = keep_valid(words, num_blocks)
             if IS_RAGGED or PER_BLOCK > 1:
-                blocks, has_last = _count_blocks(words, num_blocks)
+                blocks, has_last = count_blocks(words, num_blocks)
                 visits = blocks * PER_BLOCK - has_last * (num_blocks * PER_BLOCK - num_visits)
                 if IS_RAGGED:
                     first_valid = gl.where(has_last != 0, first_valid, TILE_N)
             else:
                 visits = gl.sum(libdevice.popc(words), axis=0)
+        if HAS_SUMMARY:
+            # The first visit is never of summaries: without a block, it is of keys that are masked.
+            is_hollow = visits == 0
+            is_live = is_live & (valid > 0)
+            visits = gl.maximum(visits, 1)
+            first_valid = gl.where(is_hollow, 0, first_valid) + PER_LIVE * visits
+            visits += summary_visits
         held = gl.to_tensor(-1)  # the key tile that was loaded, its values not yet
         if is_live & (visits > 0):  # empty tiles are written already
             _load(q_desc, [batch, head, m * TILE_M, 0], q_smem, q_full, q_empty, loaded, Q_STAGES)
@@ -197,10 +185,20 @@ def _stream(
                 await_slot(inbox_empty, sent)
             send(inbox, inbox_full, sent, batch, head, m * TILE_M, visits, first_valid)
             sent += 1
+            if HAS_SUMMARY:  # noqa: SIM102 - a constant, the other is not
+                if is_hollow:
+                    _load_visit(
+                        k_desc, v_desc, batch, kv_head, 0, held, k_ring, v_ring, k_full, k_empty,
+                        v_full, v_empty, count, TILE_N, K_STAGES, V_STAGES,
+                    )  # fmt: skip
+                    if TAKES_TURNS:
+                        position = gl.atomic_add(order, 1, sem="relaxed")
+                    count += 1
+                    held = gl.to_tensor(0)
             if IS_SPARSE:
                 i = (num_blocks - 1) // 32
                 while i >= 0:
-                    word = _pick(words, i)
+                    word = pick(words, i)
                     while word != 0:
                         highest = 31 - libdevice.clz(word)
                         word = word ^ (1 << highest)
@@ -218,6 +216,26 @@ def _stream(
                                 count += 1
                                 held = n
                     i -= 1
+                if HAS_SUMMARY:
+                    log_n_row = log_n + batch * log_n_stride
+                    for t in range(summary_visits):
+                        weights = summary_weights(left_out, t, log_n_row, SUMMARIES, TILE_N)
+                        _load_summaries(
+                            mean_k_desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full,
+                            k_empty, count, TILE_N, K_STAGES,
+                        )  # fmt: skip
+                        if t == 0:
+                            _load(
+                                v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
+                                v_empty, count - 1, V_STAGES,
+                            )  # fmt: skip
+                        else:
+                            _load(
+                                mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
+                                v_empty, count - 1, V_STAGES,
+                            )  # fmt: skip
+                        count += 1
+                        held = t
             else:
                 for j in range(visits):
                     n = visits - 1 - j
@@ -241,9 +259,16 @@ def _stream(
             position += gl.num_programs(0)
             tile = position
         if IS_SPARSE:
-            q_byte, words = _read_symbols(
+            q_byte, words = read_symbols(
                 gl.maximum(tile, 0), symbols, num_heads, tiles_m, MAX_WORDS
             )
+        if HAS_SUMMARY:  # noqa: SIM102 - a constant, the other is not
+            if (held >= 0) & (summary_visits > 0):
+                _load(
+                    mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty,
+                    count - 1, V_STAGES,
+                )  # fmt: skip
+                held = gl.to_tensor(-1)
         if held >= 0:
             _load(
                 v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty, count - 1,
@@ -274,11 +299,12 @@ def _count(redone, again, num_tiles):
 
 @gluon.jit
 def _anchored(
-    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
-    order, redo, redone,
+    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, summary,
+    kv_len_ptr, order, redo, redone,
     PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+    SUMMARIES: gl.constexpr,
 ):  # fmt: skip
     """All tiles, then the bad ones."""
     TILE_M: gl.constexpr = q_desc.block_type.shape[2]
@@ -286,8 +312,9 @@ def _anchored(
     zero = gl.to_tensor(0)
     sent, count, loaded, bad_tile = _stream(
         zero, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
-        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
-        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, True, False,
+        barriers, inbox, symbols, sizes, summary, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
+        Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES, True,
+        False,
     )  # fmt: skip
     # The message before ``sent`` ended the stream; behind it up to DEPTH - 1 tiles are open.
     for i in range(DEPTH - 1):
@@ -296,8 +323,8 @@ def _anchored(
     started = loaded
     sent, count, loaded, bad_tile = _stream(
         sent, count, loaded, bad_tile, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers,
-        inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES,
-        V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, True, True,
+        inbox, symbols, sizes, summary, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
+        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES, True, True,
     )  # fmt: skip
     if redone is not None:
         _count(redone, loaded - started, sizes[0])
@@ -305,48 +332,50 @@ def _anchored(
 
 @gluon.jit
 def _online(
-    sent, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
+    sent, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, summary,
     kv_len_ptr, order, redo,
     PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
+    SUMMARIES: gl.constexpr,
 ):  # fmt: skip
     """All tiles, in the only pass or in that which is online."""
     zero = gl.to_tensor(0)
     _stream(
         sent, zero, zero, gl.to_tensor(-1), q_desc, k_desc, v_desc, q_smem, k_ring, v_ring,
-        barriers, inbox, symbols, sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES,
-        K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, False, False,
+        barriers, inbox, symbols, sizes, summary, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS,
+        Q_STAGES, K_STAGES, V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES, False,
+        False,
     )  # fmt: skip
 
 
 @gluon.jit
 def producer(
-    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, kv_len_ptr,
-    order, redo, redone,
+    q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes, summary,
+    kv_len_ptr, order, redo, redone,
     PER_BLOCK: gl.constexpr, MAX_WORDS: gl.constexpr, Q_STAGES: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, IS_SPARSE: gl.constexpr,
     IS_RAGGED: gl.constexpr, HAS_KV_LEN: gl.constexpr, LISTED: gl.constexpr,
-    ANCHORED: gl.constexpr,
+    SUMMARIES: gl.constexpr, ANCHORED: gl.constexpr,
 ):  # fmt: skip
     zero = gl.to_tensor(0)
     if not ANCHORED:
         _online(
             zero, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
-            kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
-            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+            summary, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
+            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES,
         )  # fmt: skip
     elif redone is None or gl.load(redone + CALLS) < PATIENCE:
         _anchored(
             q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols, sizes,
-            kv_len_ptr, order, redo, redone, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
-            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+            summary, kv_len_ptr, order, redo, redone, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES,
+            V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES,
         )  # fmt: skip
     else:  # the first pass is over before it begins
         await_slot(barriers[7], zero)
         send(inbox, barriers[6], zero, 0, 0, 0, 0, 0)
         _online(
             zero + 1, q_desc, k_desc, v_desc, q_smem, k_ring, v_ring, barriers, inbox, symbols,
-            sizes, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES, V_STAGES,
-            IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED,
+            sizes, summary, kv_len_ptr, order, redo, PER_BLOCK, MAX_WORDS, Q_STAGES, K_STAGES,
+            V_STAGES, IS_SPARSE, IS_RAGGED, HAS_KV_LEN, LISTED, SUMMARIES,
         )  # fmt: skip

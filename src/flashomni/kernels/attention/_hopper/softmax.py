@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 # An anchored row is done again unless its sum is below this: the reciprocal of the sum is a normal
 # number still. Where values are large, products overflow before; that shows in the output.
 SUM_LIMIT: gl.constexpr = gl.constexpr(2.0**96)
+LOWEST: gl.constexpr = gl.constexpr(-1e30)  # a reference below all scores
 
 
 @gluon.jit
@@ -40,11 +41,22 @@ def row_sums(p):
 
 
 @gluon.jit
-def first(s, scale_log2):
-    """Weights of a tile's first visit, the references of its rows, partial sums."""
+def first(s, scale_log2, MAY_BE_EMPTY: gl.constexpr):
+    """Weights of a tile's first visit, the references of its rows, partial sums.
+
+    Where no row has a key yet, online weights get another reference later; anchored ones overflow.
+    """
     m = _row_max(s) * scale_log2
+    if MAY_BE_EMPTY:
+        m = gl.maximum(m, LOWEST)
     weights = anchored(s, scale_log2, m)
     return weights, m, row_sums(weights)
+
+
+@gluon.jit
+def biased(s, scale_log2, bias):
+    """Scores of summaries, scaled: what a summary weighs is added, -inf leaves it out."""
+    return s * scale_log2 + bias[None, :]
 
 
 @gluon.jit
