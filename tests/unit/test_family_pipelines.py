@@ -49,6 +49,15 @@ def z_image():
     return diffusers.ZImagePipeline(vae=vae.eval(), transformer=model, **parts)
 
 
+def flux_like(name, model):
+    """Relatives of FLUX.1: latents in patches of 2 by 2, four channels of the VAE."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1)
+    parts = {"text_encoder": None, "tokenizer": None, "scheduler": scheduler()}
+    return getattr(diffusers, name)(vae=vae.eval(), transformer=transformer(model), **parts)
+
+
 def image(width, height):
     from PIL import Image
 
@@ -69,6 +78,14 @@ PIPELINES = {
     "flux2": (lambda: flux2("Flux2Pipeline"), PICTURE),
     "flux2 with a reference": (lambda: flux2("Flux2Pipeline"), {**PICTURE, "image": image(64, 64)}),
     "flux2 klein": (lambda: flux2("Flux2KleinPipeline", **KLEIN), {**PICTURE, **GUIDED}),
+    "ovis": (
+        lambda: flux_like("OvisImagePipeline", "OvisImageTransformer2DModel"),
+        {**PICTURE, **GUIDED, "negative_prompt": None},
+    ),
+    "bria": (
+        lambda: flux_like("BriaPipeline", "BriaTransformer2DModel"),
+        {**PICTURE, **GUIDED},
+    ),
     "z-image": (z_image, {**LISTED, "guidance_scale": 5.0}),
     "z-image turbo": (z_image, {**LISTED, "guidance_scale": 0.0}),
 }

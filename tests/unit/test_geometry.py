@@ -16,6 +16,8 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "Flux2Transformer2DModel": (1, 18, 19),
     "FluxTransformer2DModel": (1, 18, 19),
+    "BriaTransformer2DModel": (1, 18, 19),
+    "OvisImageTransformer2DModel": (1, 18, 19),
     "LongCatImageTransformer2DModel": (1, 18, 19),
     "QwenImageTransformer2DModel": (1, 18, 19),
     "HunyuanImageTransformer2DModel": (1, 18, 19),

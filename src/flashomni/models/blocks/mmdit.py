@@ -60,7 +60,7 @@ class Inputs:
 class MMDiT:
     """The blocks of one model.
 
-    A model whose blocks compute something else inside overrides :meth:`dual`.
+    A model whose blocks compute something else inside overrides :meth:`dual` or :meth:`up`.
 
     Args:
         dual_class: class of the blocks in ``transformer_blocks``.
@@ -221,12 +221,16 @@ class MMDiT:
         x, c = inputs.x, inputs.c
         x = join_tokens(c, x) if self.text == "first" else join_tokens(x, c)
         norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"], backend=run.backend)
-        mlp = gelu_up(run, block, norm_x)
+        mlp = self.up(run, block, norm_x)
         streams = self._single_streams(run, block.attn, norm_x, inputs, vision, text)
         o = joint_attention(run, block.attn, streams, block.proj_out)
         y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
         x = self._clipped(gated_residual(x, y, gate, backend=run.backend))
         return self.output(x[:, slice(*vision)], x[:, slice(*text)])
+
+    def up(self, run: LayerRun, block: Any, x: Tensor) -> Tensor:
+        """The first half of a single block's MLP, ``[B, S, E]``, counted."""
+        return gelu_up(run, block, x)
 
     def _single_streams(
         self, run: LayerRun, attn: Any, x: Tensor, inputs: Inputs, vision: Span, text: Span
