@@ -18,6 +18,7 @@ from flashomni.kernels.common.configs import DEFAULT, Config, tiles
 from flashomni.kernels.elementwise import portable as elementwise
 from flashomni.kernels.gemm_o.portable import gemm_o_kernel
 from flashomni.kernels.gemm_q.portable import gemm_q_kernel
+from flashomni.kernels.merge import portable as merge
 from flashomni.kernels.summarise.portable import summarise_kernel
 from flashomni.symbols.choice import _counts as counts
 from flashomni.symbols.choice import _fine_kernels as fine
@@ -135,6 +136,27 @@ def test_attention_with_summaries(arch, dtype, head_dim, tmp_path):
     types = {"summary": summary}
     compiled = compile_kernel(attention_kernel, arch, dtype, constants, config, types)
     check(compiled, arch, tmp_path, may_spill=32)  # 255 registers before
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
+@pytest.mark.parametrize("per_block", [0, 4])
+def test_difference(arch, dtype, head_dim, per_block, tmp_path):
+    """Two parts alone, and with summaries of the blocks of one."""
+    constants = {
+        "GROUPS": 1, "HEAD_DIM": head_dim, "PADDED_DIM": portable.padded(head_dim), "BLOCK_M": 128,
+        "BLOCK_N": 128, "SUMMARIES": per_block, "TILE_N": merge.TILE_N, "PRECISION": "tf32",
+        "TILE_M": merge.TILE_M if per_block else merge.PLAIN_ROWS, "kv_len": None,
+    }  # fmt: skip
+    if not per_block:
+        constants |= dict.fromkeys(("q", "k", "v", "log_n", "bits"))
+    strides = dict.fromkeys(("live", "rest", "live_lse", "rest_lse", "q", "k", "v"), ("i32",) * 3)
+    types = {f"{name}_strides": kind for name, kind in strides.items()}
+    types |= {"bit_strides": ("i32",) * 4, "live": f"*{dtype}", "rest": f"*{dtype}"}
+    types |= {"live_lse": "*fp32", "rest_lse": "*fp32", "log_n": "*fp32", "bits": "*u8"}
+    compiled = compile_kernel(merge.difference_kernel, arch, dtype, constants, types=types)
+    check(compiled, arch, tmp_path)
+    if arch == 90 and per_block:
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("width", [8, 32, 48, 128])
