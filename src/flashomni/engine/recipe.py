@@ -21,6 +21,7 @@ from flashomni.engine.recipe_parts import (
 )
 from flashomni.engine.recipe_settings import changed_part, load_part, place_settings, thawed
 from flashomni.engine.schedules import Plan, Schedule, make_schedule
+from flashomni.engine.tuned_on import TunedOn
 from flashomni.policies import Policy, make_policy, policies, refuse_trained
 from flashomni.symbols import Grid
 from flashomni.util.files import write_text
@@ -49,6 +50,7 @@ class Recipe:
             the attention where there are none (Wan, LTX, ...).
         groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
         source: of a published method: its paper.
+        tuned: of a recipe that ``flashomni tune`` made: what on.
 
     Raises:
         ValueError: a value is not allowed, or two do not go together.
@@ -64,6 +66,7 @@ class Recipe:
     policy_without_text: Policy | None = None
     groups: tuple[Group, ...] = ()
     source: str = ""
+    tuned: TunedOn | None = None
 
     def __post_init__(self) -> None:
         wanted: dict[str, type] = {"policy": Policy, "schedule": Schedule, **SECTIONS}
@@ -81,6 +84,7 @@ class Recipe:
         if not isinstance(self.source, str):
             raise ValueError(f"source must be a string, got {self.source!r}")
         object.__setattr__(self, "groups", load_groups(self.groups, load_part))
+        object.__setattr__(self, "tuned", TunedOn.load(self.tuned))
         if self.groups:
             refuse_late(self.schedule)
         self.to_dict()  # what has no name or is no JSON is found here, not at the report
@@ -164,6 +168,7 @@ class Recipe:
                 "schedule": self.schedule.to_dict(),
                 **{section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS},
                 "groups": [group.to_dict() for group in self.groups],
+                **({} if self.tuned is None else {"tuned": dataclasses.asdict(self.tuned)}),
             }
         )
 

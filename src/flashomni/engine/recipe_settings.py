@@ -100,7 +100,7 @@ def load_part(key: str, value: Any) -> Any:
     """A part of a recipe as JSON has it, as an object."""
     if key == "groups":
         return load_groups(value, load_part)
-    if key in ("name", "source") or (key == "policy_without_text" and value is None):
+    if key in ("name", "source", "tuned") or (key == "policy_without_text" and value is None):
         return value
     if key in SECTIONS:
         kind, known = SECTIONS[key], _names(SECTIONS[key])

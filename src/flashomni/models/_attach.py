@@ -25,6 +25,7 @@ from flashomni.engine.callers import calling_pipeline
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, Site
+from flashomni.models._elsewhere import look
 from flashomni.models._reorder import around, exit_of, in_order, tokens_of
 from flashomni.models._stand_in import InsteadOfForward, stock_forward
 
@@ -208,8 +209,11 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
             stand_in.take_off()
         take_off_context(model)
 
+    elsewhere = look(runtime, adapter.latents)
+
     def begin(args: tuple, kwargs: dict) -> None:
         runtime.begin(context.context, _device(model, sites[0].block), args, kwargs)
+        elsewhere(args, kwargs)
 
     context = ContextHook(runtime)
     try:

@@ -1,0 +1,180 @@
+"""What a schedule and its forecasts cost, in relative square error of the final latents.
+
+At step t a forecast is off by e_t, known from the Gram matrix of a dense run. Errors add up in the
+latents, ``E_k = sum_{t < k} d_t e_t`` with the scheduler's direct effects d, signs and all. What is
+left at the end counts by itself; but whenever the network computes, it sees the latents that are
+off by E_k, and passes on more than that. How much more is what gains measure: an error made before
+step k is amplified by g(k - 1), one made after it only by the gain there, so the computed step k
+adds ``(g(k-1)^2 - g(next computed - 1)^2) |E_k|^2``.
+
+The sum is a quadratic form of all weights of all forecasts, so the best weights of a schedule are
+the solution of one small linear system. They are not those that forecast best: after each computed
+step the following forecasts also make good what the earlier ones did wrong, now that its direction
+is known, as a corrector does in a multistep method. Weights that only forecast well are the special
+case of a network that looks at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flashomni.engine.forecasts import FORECASTS, Fitted, Known
+
+TINY = 1e-300
+
+
+class Costs:
+    """Predicted costs of plans for one model at one number of steps.
+
+    Args:
+        grams: ``[prompts, T, T]``, see :func:`flashomni.tuning.record.gram`.
+        effects: ``[T]``, what a unit of the output at a step does to the final latents.
+        gains: ``[T]``, amplification of an error made at a step, by the network behind it.
+    """
+
+    def __init__(self, grams: np.ndarray, effects: np.ndarray, gains: np.ndarray) -> None:
+        self.grams, self.effects = grams, effects
+        # A gain cannot fall below that of later steps but by noise of the measurement.
+        self.squares = np.maximum.accumulate((gains**2)[::-1])[::-1]
+        self.num_steps = len(effects)
+
+    def forecasts(self, computed: Sequence[int], order: int, name: str) -> np.ndarray:
+        """Weights of a named forecast: ``[T, T]``, a row each step, 1 at itself where computed."""
+        known = Known(self.num_steps)
+        weights = np.eye(self.num_steps)
+        for step, anchors in anchors_of(computed, order, self.num_steps).items():
+            weights[step] = 0.0
+            weights[step, anchors] = FORECASTS.get(name)(anchors, step, known)
+        return weights
+
+    def masses(self, computed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The computed steps behind the first, and the end; what the error before each counts."""
+        ends = np.array([*(step for step in sorted(computed) if step > 0), self.num_steps])
+        before = self.squares[ends - 1]
+        return ends, before - np.append(before[1:], 0.0)
+
+    def of(self, computed: Sequence[int], weights: np.ndarray) -> np.ndarray:
+        """Cost for each prompt, ``[prompts]``: relative square error of the final latents."""
+        errors = np.cumsum(self._errors(weights), axis=0)
+        ends, masses = self.masses(computed)
+        seen = errors[ends - 1]
+        return np.maximum(np.einsum("k,ks,pst,kt->p", masses, seen, self.grams, seen), TINY)
+
+    def _errors(self, weights: np.ndarray) -> np.ndarray:
+        """What each step adds to the error of the final latents, by outputs: ``[T, T]``."""
+        return self.effects[:, None] * (weights - np.eye(self.num_steps))
+
+    def fit(
+        self, computed: Sequence[int], order: int, ridge: float, base: str = "hermite"
+    ) -> np.ndarray:
+        """The weights that cost least; those of a step sum to 1.
+
+        Every prompt counts by how much worse than the base it is: the mean of logarithms, about.
+
+        Args:
+            computed: steps that are computed.
+            order: ``order + 1`` anchors.
+            ridge: what draws the weights towards reuse, over the diagonal of the system.
+            base: the forecast that prompts are weighed by.
+        """
+        places = anchors_of(computed, order, self.num_steps)
+        reuse = np.eye(self.num_steps)
+        unknowns, steps, pairs = [], [], []
+        for step, anchors in places.items():
+            reuse[step] = 0.0
+            reuse[step, anchors[-1]] = 1.0
+            for anchor in anchors[:-1]:
+                direction = np.zeros(self.num_steps)
+                direction[anchor], direction[anchors[-1]] = self.effects[step], -self.effects[step]
+                unknowns.append(direction)
+                steps.append(step)
+                pairs.append((step, anchor, anchors[-1]))
+        if not unknowns:
+            return reuse
+        gram = self._weighed(computed, order, base)
+        directions, at = np.array(unknowns), np.array(steps)
+        later = self._later(computed)
+        products = directions @ gram
+        system = products @ directions.T * later[np.maximum.outer(at, at)]
+        together = later[np.maximum.outer(at, np.arange(self.num_steps))]
+        side = (products @ self._errors(reuse).T * together).sum(1)
+        diagonal = system.diagonal()
+        system = system + np.diag(ridge * diagonal + 1e-12 * diagonal.max() + TINY)
+        found = np.linalg.solve(system, -side)
+        for value, (step, anchor, last) in zip(found, pairs, strict=True):
+            reuse[step, anchor] += value
+            reuse[step, last] -= value
+        return reuse
+
+    def _weighed(self, computed: Sequence[int], order: int, base: str) -> np.ndarray:
+        costs = self.of(computed, self.forecasts(computed, order, base))
+        return (self.grams / costs[:, None, None]).mean(0)
+
+    def _later(self, computed: Sequence[int]) -> np.ndarray:
+        """Sum of the masses that see an error made at each step: ``[T]``."""
+        ends, masses = self.masses(computed)
+        return np.array([masses[ends > step].sum() for step in range(self.num_steps)])
+
+    def without(self, prompt: int) -> Costs:
+        """The costs of all prompts but one."""
+        others = np.delete(self.grams, prompt, axis=0)
+        return Costs(others, self.effects, np.sqrt(self.squares))
+
+    def only(self, prompt: int) -> Costs:
+        """The costs of one prompt."""
+        return Costs(self.grams[prompt : prompt + 1], self.effects, np.sqrt(self.squares))
+
+
+def decibels(costs: np.ndarray) -> float:
+    """Mean over prompts, as dB of signal to noise in the final latents."""
+    return float(np.mean(-10.0 * np.log10(costs)))
+
+
+def choose_fit(
+    costs: Costs,
+    computed: Sequence[int],
+    orders: Sequence[int] = (1, 2, 3),
+    ridges: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1),
+) -> tuple[int, float]:
+    """Order and ridge of the fit that are best on prompts it does not see: one is left out in turn.
+
+    With one prompt there is nothing to choose by: order 2 and the middle of the ridges.
+    """
+    count = len(costs.grams)
+    if count == 1:
+        return 2, 1e-2
+    best, chosen = -np.inf, (2, 1e-2)
+    for order in orders:
+        for ridge in ridges:
+            found = []
+            for prompt in range(count):
+                weights = costs.without(prompt).fit(computed, order, ridge)
+                found.append(costs.only(prompt).of(computed, weights)[0])
+            value = decibels(np.array(found))
+            if value > best:
+                best, chosen = value, (order, ridge)
+    return chosen
+
+
+def anchors_of(computed: Sequence[int], order: int, num_steps: int) -> dict[int, tuple[int, ...]]:
+    """The anchors of each step that is left out: the last ``order + 1`` computed ones before it."""
+    ordered = sorted(computed)
+    return {
+        step: tuple([at for at in ordered if at < step][-(order + 1) :])
+        for step in range(num_steps)
+        if step not in ordered
+    }
+
+
+def as_fitted(
+    weights: np.ndarray, computed: Sequence[int], order: int, base: str = "hermite"
+) -> Fitted:
+    """Weights as a recipe keeps them."""
+    num_steps = len(weights)
+    entries = tuple(
+        (anchors, step, tuple(float(f"{weights[step, at]:.8g}") for at in anchors))
+        for step, anchors in anchors_of(computed, order, num_steps).items()
+    )
+    return Fitted(num_steps, entries, base)

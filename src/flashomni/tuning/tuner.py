@@ -1,0 +1,356 @@
+"""The stages of tuning: record, measure gains, plan, polish, validate. Each goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashomni.engine import Recipe
+from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
+from flashomni.tuning.cost import Costs, choose_fit, decibels
+from flashomni.tuning.drive import Driver
+from flashomni.tuning.gains import direct_effects, gain, gain_curve, probe_steps
+from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
+from flashomni.tuning.polish import Candidate, search, signal_to_noise, simulate
+from flashomni.tuning.record import Recording, gram, needed_bytes, record
+from flashomni.tuning.state import State, key
+from flashomni.tuning.validate import (
+    BASE,
+    BASE_ORDER,
+    HeldBack,
+    Verdict,
+    ramp_steps,
+    recipe_of,
+)
+
+NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("chebyshev", 2), ("foca", 2), ("reuse", 0))
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much work tuning may do.
+
+    Args:
+        tries: schedules tried on the real output for each number of computed steps, beside those
+            that planning proposes.
+        probes: steps at which gains are measured.
+        probed: prompts that gains are measured on.
+        memory: bytes that recordings may take in host memory.
+    """
+
+    tries: int = 6
+    probes: int = 8
+    probed: int = 2
+    memory: int = 8 << 30
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was found for one number of computed steps.
+
+    Attributes:
+        computed: number of steps that are computed.
+        recipe: the tuned recipe.
+        source: which stage proposed its schedule.
+        predicted_db: of the final latents, mean over the tuning prompts.
+        measured_db: likewise, on the real output.
+        ramp_measured_db: of the ramp with the presets' forecast, likewise.
+        verdict: on held-back prompts, in pixels.
+        pictures: frames of the first held-back prompt: dense, ramp, tuned; empty if resumed.
+    """
+
+    computed: int
+    recipe: Recipe
+    source: str
+    predicted_db: float
+    measured_db: float
+    ramp_measured_db: float
+    verdict: Verdict
+    pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+
+class Tuner:
+    """Tunes one pipeline at one number of steps.
+
+    Args:
+        pipe: a diffusers pipeline.
+        call: arguments of its call.
+        prompts: to tune on.
+        held_back: to validate on.
+        seed: of the first prompt; each further one has the next.
+        name: of the recipes.
+        folder: of the state.
+        settings: how much work to do.
+        on_progress: told the stage, calls of the model so far, and how many there will be.
+
+    Raises:
+        ValueError: there are no prompts, or recording needs more memory than allowed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: dict[str, Any],
+        prompts: Sequence[str],
+        held_back: Sequence[str],
+        seed: int,
+        name: str,
+        folder: Path,
+        settings: Settings,
+        on_progress: OnProgress,
+    ) -> None:
+        self.prompts, self.held_back, self.seed = list(prompts), list(held_back), seed
+        self.name, self.settings = name, settings
+        self._on_progress, self._stage, self._total, self._done = on_progress, "", 0, 0
+        self._start = time.perf_counter()
+        self.driver = Driver(pipe, call, lambda: self._advance(1))
+        self.outline = self.driver.outline(self.prompts[0])
+        self.num_steps = self.outline.num_steps
+        self.bytes_each = needed_bytes(self.outline)
+        if self.bytes_each > settings.memory:
+            raise ValueError(
+                f"memory must be at least {self.bytes_each / 2**20:.0f} MiB, what one recording of "
+                f"{self.num_steps} outputs takes; got {settings.memory / 2**20:.0f} MiB"
+            )
+        self.about = {
+            "model": fingerprint(self.driver.model),
+            "call": call,
+            "steps": self.num_steps,
+            "latents": self.outline.latents,
+            "prompts": self.prompts,
+            "held_back": self.held_back,
+            "seed": seed,
+            "probes": [settings.probes, settings.probed],
+        }
+        self.state = State(folder, self.about)
+        self._recordings: dict[int, Recording] = {}
+        self._held = HeldBack(
+            pipe,
+            self.driver.call,
+            self.held_back,
+            [seed + len(self.prompts) + i for i in range(len(self.held_back))],
+            self._advance,
+        )
+        self._costs: Costs | None = None
+        self._plans: dict[int, list[Candidate]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._start
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Say how many calls of the model there will be, for points of these numbers of steps."""
+        steps, found = self.num_steps, 0
+        for number in range(len(self.prompts)):
+            found += 0 if self.state.recording(number) is not None else steps
+        at = probe_steps(steps, self.settings.probes)
+        for number in range(min(self.settings.probed, len(self.prompts))):
+            missing = [s for s in at if self.state.get(f"gain {number} {s}") is None]
+            found += sum(steps - 1 - step for step in missing)
+        for count in counts:
+            if self.state.get(f"point {count}") is None:
+                found += (5 + self.settings.tries) * len(self.prompts) * count
+                found += 3 * len(self.held_back) * count
+        self._total = self._done + found + len(self.held_back) * steps
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._on_progress(self._stage, self._done, max(self._total, self._done))
+
+    def recording(self, number: int) -> Recording:
+        """The dense run of one tuning prompt: from memory, from disk, or run now."""
+        found = self._recordings.get(number)
+        if found is None:
+            found = self.state.recording(number)
+        if found is None:
+            self._stage = "recording"
+            start = time.perf_counter()
+            found = record(self.driver, self.prompts[number], self.seed + number)
+            self.state.keep(number, found, time.perf_counter() - start)
+        while (len(self._recordings) + 1) * self.bytes_each > self.settings.memory:
+            if not self._recordings:
+                break
+            del self._recordings[next(iter(self._recordings))]
+        self._recordings[number] = found
+        return found
+
+    def costs(self) -> Costs:
+        """Recordings, effects and gains: what plans are made of."""
+        if self._costs is not None:
+            return self._costs
+        for number in range(len(self.prompts)):
+            self.recording(number)
+        self._stage = "effects"
+        effects = self.state.get("effects")
+        if effects is None:
+            start = time.perf_counter()
+            found = direct_effects(self.driver, self.recording(0))
+            runs = found.size + 1
+            self.state.put("replay seconds", (time.perf_counter() - start) / runs)
+            effects = self.state.put("effects", found.tolist())
+        effects = np.array(effects)
+        self._stage = "gains"
+        measured = []
+        for number in range(min(self.settings.probed, len(self.prompts))):
+            measured.append({s: self._gain(number, s) for s in self._probe_steps()})
+        curve = gain_curve(measured, self.num_steps)
+        device = torch.device(self.driver.pipe._execution_device)
+        grams = []
+        for number in range(len(self.prompts)):
+            kept = self.state.get(f"gram {number}")
+            if kept is None:
+                values = gram(self.recording(number), effects, device)
+                kept = self.state.put(f"gram {number}", values.tolist())
+            grams.append(kept)
+        self._costs = Costs(np.array(grams), effects.sum(1), curve)
+        return self._costs
+
+    def _probe_steps(self) -> list[int]:
+        return probe_steps(self.num_steps, self.settings.probes)
+
+    def _gain(self, number: int, step: int) -> float:
+        name = f"gain {number} {step}"
+        kept = self.state.get(name)
+        if kept is not None:
+            return kept
+        return self.state.put(name, gain(self.driver, self.recording(number), step))
+
+    def step_seconds(self) -> tuple[float, float]:
+        """Seconds of a computed step, and of everything else in a generation."""
+        dense = [self.state.get(f"recorded {n}") for n in range(len(self.prompts))]
+        rest = float(self.state.get("replay seconds") or 0.0)
+        each = max((float(np.median(dense)) - rest) / self.num_steps, 1e-9)
+        return each, rest
+
+    def count_for(self, speedup: float) -> int:
+        """How many steps may be computed, so that a generation is that much faster.
+
+        Raises:
+            ValueError: no number of steps gives that.
+        """
+        self.costs()
+        each, rest = self.step_seconds()
+        count = int((rest + self.num_steps * each) / speedup / each - rest / each + 1e-6)
+        if count < 2:
+            most = (rest + self.num_steps * each) / (rest + 2 * each)
+            raise ValueError(
+                f"target_speedup must be at most {most:.2f} here, where two steps are computed and "
+                f"{rest:.2f} s of a generation are no steps; got {speedup:g}"
+            )
+        return min(count, self.num_steps - 1)
+
+    def candidate(
+        self, steps: Steps, order: int, ridge: float, label: str, forecast: str = "fitted"
+    ) -> Candidate:
+        """A schedule with its best weights, or with a named forecast."""
+        costs = self.costs()
+        if forecast == "fitted":
+            weights = costs.fit(steps, order, ridge, BASE)
+        else:
+            weights = costs.forecasts(steps, order, forecast)
+        predicted = decibels(costs.of(steps, weights))
+        return Candidate(steps, weights, order, forecast, label, predicted)
+
+    def proposals(self, count: int) -> tuple[list[Candidate], int, float]:
+        """What planning proposes for a number of computed steps, and the fit's order and ridge."""
+        costs = self.costs()
+        self._stage = "planning"
+        ramp = ramp_steps(count, self.num_steps)
+        order, ridge = choose_fit(costs, ramp)
+        if not self._plans:
+            named = {
+                (name, size): best_schedules(segment_costs(costs, name, size))
+                for name, size in (*NAMED, ("fitted", 2))
+            }
+            for number in range(1, self.num_steps + 1):
+                self._plans[number] = [
+                    self.candidate(found[number], size, 1e-2, f"plan for {name}", name)
+                    for (name, size), found in named.items()
+                ]
+        plans = self._plans[count]
+        *others, fitted = plans
+        descended, _ = descend(
+            ramp,
+            self.num_steps,
+            lambda steps: -decibels(costs.of(steps, costs.fit(steps, order, ridge, BASE))),
+        )
+        found = [
+            self.candidate(ramp, order, ridge, "ramp, fitted weights"),
+            self.candidate(fitted.steps, order, ridge, "plan, fitted weights"),
+            self.candidate(descended, order, ridge, "descent, fitted weights"),
+            max(others, key=lambda each: each.predicted),
+        ]
+        unique: dict[tuple[Steps, str], Candidate] = {}
+        for each in found:
+            unique.setdefault((each.steps, each.forecast), each)
+        return list(unique.values()), order, ridge
+
+    def measure(self, candidate: Candidate) -> float:
+        """dB of the final latents on the real output, mean over the tuning prompts."""
+        values = []
+        for number in range(len(self.prompts)):
+            weights = np.round(candidate.weights, 10).tolist()
+            name = f"real {key(candidate.steps, weights, candidate.order, number)}"
+            kept = self.state.get(name)
+            if kept is None:
+                recording = self.recording(number)
+                latents = simulate(self.driver, recording, candidate)
+                kept = self.state.put(name, signal_to_noise(latents, recording.latents))
+            values.append(kept)
+        return float(np.mean(values))
+
+    def point(self, count: int) -> Point:
+        """The best recipe that computes so many steps, validated on held-back prompts."""
+        proposals, order, ridge = self.proposals(count)
+        steps = self.num_steps
+        ramp = ramp_steps(count, steps)
+        plain = self.candidate(ramp, BASE_ORDER, 0.0, "ramp", BASE)
+        self._stage = f"{count} of {steps}"
+        ramp_db = self.measure(plain)
+        best, value = search(
+            proposals,
+            lambda moved: self.candidate(moved, order, ridge, "polish, fitted weights"),
+            self.measure,
+            self.settings.tries,
+        )
+        recipe = recipe_of(best.steps, steps, best, self.name)
+        pictures: tuple[Tensor, ...] = ()
+        kept = self.state.get(f"point {count}")
+        if kept is None or kept["steps"] != list(best.steps):
+            self._stage = "held back"
+            tuned, picture = self._held.run(recipe, count)
+            against, ramp_picture = self._held.run(recipe_of(ramp, steps), count)
+            same = None
+            if best.steps != ramp:
+                other = recipe_of(ramp, steps, proposals[0])
+                same = self._held.run(other, count)[0]
+            verdict = Verdict.of(tuned, against, same)
+            pictures = (self._held.dense()[0][0], ramp_picture, picture)
+            kept = {"steps": list(best.steps), "verdict": asdict(verdict)}
+            self.state.put(f"point {count}", kept)
+        verdict = Verdict.load(kept["verdict"])
+        recipe = recipe.replace(tuned=self._tuned_on(count, verdict))
+        return Point(
+            count, recipe, best.label, best.predicted, value, ramp_db, verdict, pictures
+        )
+
+    def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
+        return TunedOn(
+            model=type(self.driver.model).__name__,
+            fingerprint=fingerprint(self.driver.model),
+            num_steps=self.num_steps,
+            latents=self.outline.latents,
+            prompts=prompts_hash(self.prompts),
+            count=len(self.prompts),
+            ramp=f"ramp:computed={count},of={self.num_steps}",
+            gain_db=verdict.gain_db,
+        )
