@@ -47,6 +47,8 @@ if not TYPE_CHECKING:  # type checkers would take every name of a module with __
             return import_module("flashomni.lab.fidelity.compare").compare
         if name == "zoo":  # where it was in version 0.1
             return import_module("flashomni.lab.zoo")
+        if name == "tune":  # needs the extra "lab"; the package is named tuning, this the function
+            return import_module("flashomni.tuning").tune
         if name in _AUTHORS_NAMES:
             return getattr(import_module("flashomni.compat"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

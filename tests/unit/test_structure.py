@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "compat": {"dispatch", "symbols", "kernels"},
     "attention": {"compat"},
     "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
+    "tuning": {"util", "policies", "engine", "models", "lab"},
     "__main__": {"lab", "cli"},
-    "cli": {"util", "dispatch", "kernels", "policies", "engine", "models", "lab"},
+    "cli": {"util", "dispatch", "kernels", "policies", "engine", "models", "lab", "tuning"},
 }
 DIFFUSERS = {"models"}
 DIFFUSERS_FILES = {
@@ -55,6 +56,11 @@ CLI = {
         "--csv", "--steps", "--device", "--dtype", "--backend",
     },
     "show": {"TOPIC", "NAME"},
+    "tune": {
+        "--model", "--prompts", "--count", "--held-back", "--steps", "--target-speedup",
+        "--target-psnr", "--pareto", "--computed", "--tries", "--memory", "--seed", "--out",
+        "--device", "--dtype",
+    },
     "tune-kernels": {"--head-dim", "--device", "--dtype"},
     "doctor": set(),
     "bench op": {

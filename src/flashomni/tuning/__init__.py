@@ -5,8 +5,7 @@ costs and fits forecast weights, ``plan`` finds schedules, ``polish`` tries them
 ``validate`` compares with the ramp on prompts that were kept back, ``page`` shows it.
 """
 
-from flashomni.tuning.run import Tuned, tune
+from flashomni.tuning.run import NotBetterError, Tuned, tune
 from flashomni.tuning.tuner import Point, Settings
-from flashomni.tuning.validate import NotBetterError
 
 __all__ = ["NotBetterError", "Point", "Settings", "Tuned", "tune"]

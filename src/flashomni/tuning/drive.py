@@ -142,9 +142,7 @@ class _Place:
 class _Forward(InsteadOfForward):
     """Stands in for a transformer's forward during one run."""
 
-    def __init__(
-        self, driver: Driver, place: _Place, answer: Answer, look: Any
-    ) -> None:
+    def __init__(self, driver: Driver, place: _Place, answer: Answer, look: Any) -> None:
         super().__init__(driver.model)
         self.clock = Clock(driver.model, driver.pipe)
         self._driver, self._place, self._answer, self._look = driver, place, answer, look

@@ -30,7 +30,9 @@ def direct_effects(driver: Driver, recording: Recording) -> np.ndarray:
     """
     steps, rows = recording.num_steps, recording.rows
     device = _device(driver)
-    unit = torch.randn(recording.step(0, device).shape[1], generator=torch.Generator().manual_seed(0))
+    unit = torch.randn(
+        recording.step(0, device).shape[1], generator=torch.Generator().manual_seed(0)
+    )
     size = float(recording.step(0, device)[0].norm())
     unit = (unit / unit.norm() * size).to(device)
     base = _replayed(driver, recording, 0, None)

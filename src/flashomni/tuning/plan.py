@@ -114,7 +114,8 @@ def best_schedules(segments: np.ndarray, largest: int | None = None) -> dict[int
     found = {}
     for count in range(1, (largest or num_steps) + 1):
         total = value + segments[..., none]
-        found[count] = _trace(came_from, np.unravel_index(int(total.argmin()), total.shape))
+        at = [int(place) for place in np.unravel_index(int(total.argmin()), total.shape)]
+        found[count] = _trace(came_from, at)
         if count == num_steps:
             break
         ahead = value[..., None] + segments[..., :num_steps]  # [a, b, c, next]
@@ -128,7 +129,7 @@ def best_schedules(segments: np.ndarray, largest: int | None = None) -> dict[int
 
 def _trace(came_from: list[np.ndarray], state: Sequence[int]) -> Steps:
     """The computed steps that led to a state."""
-    a, b, c = (int(x) for x in state)
+    a, b, c = state
     steps = [c]
     for first in reversed(came_from):
         before = int(first[a, b, c])
@@ -148,9 +149,7 @@ def neighbours(steps: Steps, num_steps: int) -> list[Steps]:
     return sorted(found)
 
 
-def descend(
-    start: Steps, num_steps: int, cost: Callable[[Steps], float]
-) -> tuple[Steps, float]:
+def descend(start: Steps, num_steps: int, cost: Callable[[Steps], float]) -> tuple[Steps, float]:
     """Go to the best neighbour as long as one is better."""
     best, value = start, cost(start)
     while True:

@@ -1,8 +1,8 @@
 """Dense runs, recorded: what the model returned at each step, and their Gram matrix.
 
 One run a prompt evaluates every schedule and every linear forecast without running anything: the
-error of a forecast is a quadratic form of the inner products (docs: DMD and DPCache, 2602.22654,
-keep what is needed of it). Recordings lie on disk; at most two are in memory.
+error of a forecast is a quadratic form of the inner products (DPCache, 2602.22654, measures the
+same errors segment by segment). Recordings lie on disk, and in memory as far as they may.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from flashomni.tuning.drive import Compute, Driver, Outline
 from flashomni.util.files import write_bytes
-
 
 CHUNK = 1 << 20  # elements of a step that are on the device at a time, in double precision
 

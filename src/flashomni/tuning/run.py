@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flashomni.engine import Recipe
-from flashomni.lab.zoo import Loaded
 from flashomni.tuning.tuner import OnProgress, Point, Settings, Tuner
-from flashomni.tuning.validate import NotBetterError
 from flashomni.util.files import write_text
 
+log = logging.getLogger("flashomni")
 SPEEDUPS = (1.75, 2.25, 2.75, 3.25, 4.0)  # of the points of a Pareto front, about
 MOST_POINTS = 5  # measured on the way to a fidelity
 
@@ -63,6 +63,18 @@ class Tuned:
         }
 
 
+class NotBetterError(RuntimeError):
+    """No recipe is written: none of those found beats the ramp on held-back prompts.
+
+    Attributes:
+        found: what was found.
+    """
+
+    def __init__(self, message: str, found: Tuned) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 def tune(
     pipe: Any,
     prompts: Sequence[str],
@@ -77,6 +89,7 @@ def tune(
     out: str | Path = "recipe.json",
     settings: Settings | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
+    on_note: Callable[[str], None] = log.info,
 ) -> Tuned:
     """Find the schedule and the forecast weights that suit a pipeline, and write the recipe.
 
@@ -97,6 +110,7 @@ def tune(
         out: of the recipe.
         settings: how much work to do.
         on_progress: told the stage, the model's calls so far, and how many there will be.
+        on_note: told, before anything runs, what recording will take, and what was there already.
 
     Returns:
         The points, and the one that reaches the goal.
@@ -121,6 +135,15 @@ def tune(
         on_progress,
     )  # fmt: skip
     resumed = tuner.state.resumed
+    on_note(
+        f"recording takes {tuner.bytes_each / 2**20:.1f} MiB a prompt for {len(own)} prompts, on "
+        f"the host (at most {tuner.settings.memory / 2**30:.2g} GiB at a time) and in "
+        f"{tuner.state.folder}"
+    )
+    if tuner.state.foreign:
+        on_note(f"what lay in {tuner.state.folder} is of other settings, and starts anew")
+    elif resumed:
+        on_note(f"goes on with {resumed} findings in {tuner.state.folder}")
     if target_psnr is not None:
         points = _reach(tuner, target_psnr)
         enough = [p for p in points if p.verdict.psnr_db >= target_psnr]
@@ -169,9 +192,7 @@ def _divided(
     return prompts, back
 
 
-def _counts(
-    tuner: Tuner, target_speedup: float | None, pareto: bool | Sequence[int]
-) -> list[int]:
+def _counts(tuner: Tuner, target_speedup: float | None, pareto: bool | Sequence[int]) -> list[int]:
     steps = tuner.num_steps
     if target_speedup is not None:
         tuner.expect([round(steps / target_speedup)])
@@ -187,7 +208,8 @@ def _counts(
 
 def _reach(tuner: Tuner, target: float) -> list[Point]:
     """Points until the fewest computed steps that reach a fidelity are found, or enough tried."""
-    low, high, points = 2, tuner.num_steps - 1, []
+    low, high = 2, tuner.num_steps - 1
+    points: list[Point] = []
     tuner.expect([tuner.num_steps // 2] * 3)
     while low <= high and len(points) < MOST_POINTS:
         count = (low + high) // 2 if points else max(round(tuner.num_steps / 2.5), low)
@@ -214,15 +236,11 @@ def _write(found: Tuned, out: Path, many: bool) -> None:
             f"no recipe written: on held-back prompts {count} tuned steps give "
             f"{verdict.psnr_db} dB, {tuned.ramp if tuned else 'the ramp'} with forecast hermite of "
             f"order 2 gives {verdict.ramp_db} dB (difference {verdict.gain_db} +- "
-            f"{verdict.error_db}); use the ramp, or tune with more prompts"
+            f"{verdict.error_db}); use the ramp, or tune with more prompts",
+            found,
         )
     found.recipe.save(out)
     if many:
         for point in found.points:
             if point.verdict.beats:
                 point.recipe.save(out.with_name(f"{out.stem}-{point.computed}{out.suffix}"))
-
-
-def tune_loaded(loaded: Loaded, prompts: Sequence[str], **options: Any) -> Tuned:
-    """:func:`tune` with the call that a loaded pipeline is meant to have."""
-    return tune(loaded.pipe, prompts, call=dict(loaded.call), **options)

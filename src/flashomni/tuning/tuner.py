@@ -1,16 +1,15 @@
-"""The stages of tuning: record, measure gains, plan, polish, validate. Each goes on where it was."""
+"""The stages of tuning: record, measure gains, plan, polish, validate. Each can be resumed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
@@ -24,8 +23,11 @@ from flashomni.tuning.state import State, key
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
+    KINDS,
     HeldBack,
     Verdict,
+    keep_picture,
+    picture_path,
     ramp_steps,
     recipe_of,
 )
@@ -64,7 +66,6 @@ class Point:
         measured_db: likewise, on the real output.
         ramp_measured_db: of the ramp with the presets' forecast, likewise.
         verdict: on held-back prompts, in pixels.
-        pictures: frames of the first held-back prompt: dense, ramp, tuned; empty if resumed.
     """
 
     computed: int
@@ -74,7 +75,6 @@ class Point:
     measured_db: float
     ramp_measured_db: float
     verdict: Verdict
-    pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
 class Tuner:
@@ -323,7 +323,6 @@ class Tuner:
             self.settings.tries,
         )
         recipe = recipe_of(best.steps, steps, best, self.name)
-        pictures: tuple[Tensor, ...] = ()
         kept = self.state.get(f"point {count}")
         if kept is None or kept["steps"] != list(best.steps):
             self._stage = "held back"
@@ -331,17 +330,18 @@ class Tuner:
             against, ramp_picture = self._held.run(recipe_of(ramp, steps), count)
             same = None
             if best.steps != ramp:
-                other = recipe_of(ramp, steps, proposals[0])
+                other = recipe_of(ramp, steps, proposals[0], f"ramp-{count}-fitted")
+                other.save(self.state.folder / f"{other.name}.json")
                 same = self._held.run(other, count)[0]
             verdict = Verdict.of(tuned, against, same)
             pictures = (self._held.dense()[0][0], ramp_picture, picture)
+            for kind, pixels in zip(KINDS, pictures, strict=True):
+                keep_picture(pixels, picture_path(self.state.folder, count, kind))
             kept = {"steps": list(best.steps), "verdict": asdict(verdict)}
             self.state.put(f"point {count}", kept)
         verdict = Verdict.load(kept["verdict"])
         recipe = recipe.replace(tuned=self._tuned_on(count, verdict))
-        return Point(
-            count, recipe, best.label, best.predicted, value, ramp_db, verdict, pictures
-        )
+        return Point(count, recipe, best.label, best.predicted, value, ramp_db, verdict)
 
     def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
         return TunedOn(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from flashomni.engine import Recipe
@@ -19,8 +22,10 @@ from flashomni.policies import make_policy
 from flashomni.tuning.cost import as_fitted
 from flashomni.tuning.plan import Steps
 from flashomni.tuning.polish import Candidate, spread
+from flashomni.util.files import write_bytes
 
 BASE, BASE_ORDER = "hermite", 2  # what the presets forecast with, and the ramp that is to be beaten
+KINDS = ("dense", "ramp", "tuned")  # pictures of a point
 NOTHING: Callable[[int, int], None] = lambda step, total: None  # noqa: E731
 
 
@@ -123,6 +128,20 @@ class HeldBack:
         return found, pictures[0]
 
 
+def picture_path(folder: Path, computed: int, kind: str) -> Path:
+    """Where a point's picture lies."""
+    return folder / f"{computed}-{kind}.png"
+
+
+def keep_picture(pixels: Tensor, path: Path) -> None:
+    """The middle frame of ``[F, 3, H, W]`` as a PNG."""
+    frame = pixels[len(pixels) // 2].nan_to_num(0.0, 1.0, 0.0)
+    values = (frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, format="PNG")
+    write_bytes(path, content.getvalue())
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A tuned recipe against the ramp, on held-back prompts.
@@ -151,9 +170,7 @@ class Verdict:
         return self.gain_db > 0
 
     @classmethod
-    def of(
-        cls, tuned: list[Held], ramp: list[Held], same_weights: list[Held] | None
-    ) -> Verdict:
+    def of(cls, tuned: list[Held], ramp: list[Held], same_weights: list[Held] | None) -> Verdict:
         """From what the prompts gave, in the same order."""
         own, others = [x.psnr_db for x in tuned], [x.psnr_db for x in ramp]
         gains = [a - b for a, b in zip(own, others, strict=True)]
@@ -172,7 +189,3 @@ class Verdict:
     @classmethod
     def load(cls, value: Mapping[str, Any]) -> Verdict:
         return cls(**value)
-
-
-class NotBetterError(RuntimeError):
-    """No recipe is written: none of those found beats the ramp."""

@@ -1,0 +1,163 @@
+"""``flashomni tune``: a recipe for a model, a number of steps and a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flashomni.cli._common import (
+    DeviceName,
+    DtypeName,
+    bar_name,
+    check_prompt,
+    command_line,
+    console,
+    pick_device,
+    pick_dtype,
+    plain_errors,
+    progress_bars,
+    quiet,
+    say,
+    status,
+)
+from flashomni.util.files import check_file
+
+
+def tune(
+    model: Annotated[
+        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+    ] = "tiny-image",
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with a prompt a line; the model's own if left out.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many of the prompts.", min=2)] = 8,
+    held_back: Annotated[
+        int | None, typer.Option(help="How many of them to validate on; a quarter if left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=4)] = None,
+    target_speedup: Annotated[float | None, typer.Option(help="So much faster than stock.")] = None,
+    target_psnr: Annotated[
+        float | None, typer.Option(help="dB against the stock pipeline, on held-back prompts.")
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="A recipe for each of several budgets.")
+    ] = False,
+    computed: Annotated[
+        list[int] | None, typer.Option(help="With --pareto: computed steps. May be repeated.")
+    ] = None,
+    tries: Annotated[
+        int, typer.Option(help="Schedules tried on the real output for each budget.", min=0)
+    ] = 6,
+    memory: Annotated[
+        float, typer.Option(help="GiB of host memory that recordings may take.", min=0.001)
+    ] = 8.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="The recipe's file.")] = Path("recipe.json"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> None:
+    """Tune a recipe: record, plan, try, and compare with the ramp on prompts kept back.
+
+    Goes on where it was stopped: what is found lies in a folder beside the recipe. Ends with 1, and
+    writes no recipe, where the ramp is not beaten.
+    """
+    with plain_errors():
+        target = pick_device(device)
+        check_file("out", out)
+        given = None if prompts is None else _read(prompts)
+        with status(f"loading {model}"):
+            quiet()
+            from flashomni.lab import split, zoo
+            from flashomni.tuning import NotBetterError, Settings
+            from flashomni.tuning.page import write_page
+            from flashomni.tuning.run import state_folder
+            from flashomni.tuning.run import tune as run
+
+            loaded = zoo.load(model, target, pick_dtype(dtype, target))
+        texts = given or split.pick(model, loaded.prompts, "tune")
+        texts = texts[:count]
+        folder = state_folder(out)
+        refusal = None
+        with progress_bars() as progress:
+            task = progress.add_task("", total=None)
+
+            def show(stage: str, done: int, total: int) -> None:
+                progress.update(task, description=bar_name(stage), completed=done, total=total)
+
+            try:
+                found = run(
+                    loaded.pipe,
+                    texts,
+                    call=loaded.call,
+                    steps=steps,
+                    target_speedup=target_speedup,
+                    target_psnr=target_psnr,
+                    pareto=(computed or True) if pareto else False,
+                    held_back=held_back,
+                    seed=seed,
+                    out=out,
+                    settings=Settings(tries=tries, memory=int(memory * 2**30)),
+                    on_progress=show,
+                    on_note=say,
+                )
+            except NotBetterError as error:
+                refusal, found = error, error.found
+        back = texts[-(held_back or max(len(texts) // 4, 1)) :]
+        page = write_page(
+            found, folder, f"{model}, tuned", back, f"{len(texts)} prompts", command_line()
+        )
+        console.print(_table(found, model))
+        say(
+            f"{found.seconds:.0f} s, of which {found.resumed} findings were there already; a "
+            f"recording takes {found.bytes_each / 2**20:.1f} MiB"
+        )
+        say(f"page: {page}")
+        if refusal is not None:
+            say((f"refused: {refusal}", "bold red"))
+            raise typer.Exit(1)
+        say(f"recipe: {out}")
+
+
+def _read(path: Path) -> list[str]:
+    """The prompts in a file, a line each; empty lines and those that begin with # are left out.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts must be a text file, got {str(path)!r}: {error}") from error
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    for text in found:
+        check_prompt(text)
+    if len(set(found)) < 2:
+        raise ValueError(f"prompts must hold at least two different lines, got {str(path)!r}")
+    return list(dict.fromkeys(found))
+
+
+def _table(found: Any, model: str) -> Table:
+    columns = (
+        "computed", "proposed by", "speed-up", "PSNR", "worst", "ramp", "gain", "ramp, fitted",
+        "predicted", "measured",
+    )  # fmt: skip
+    table = Table(*columns, title=f"{model}, on prompts kept back (predicted, measured: latents)")
+    for point in found.points:
+        verdict = point.verdict
+        same = verdict.same_weights_db
+        table.add_row(
+            str(point.computed),
+            point.source,
+            f"{verdict.speedup:.2f}x",
+            f"{verdict.psnr_db:.2f}",
+            f"{verdict.worst_db:.2f}",
+            f"{verdict.ramp_db:.2f}",
+            f"{verdict.gain_db:+.2f} +- {verdict.error_db:.2f}",
+            "" if same is None else f"{same:.2f}",
+            f"{point.predicted_db:.2f}",
+            f"{point.measured_db:.2f}",
+        )
+    return table

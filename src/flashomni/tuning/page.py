@@ -1,0 +1,114 @@
+"""A page of a tuning run that holds all it needs: the front, predictions, pictures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from flashomni.lab.pages import page
+from flashomni.lab.viz import data_uri, save_figure
+from flashomni.tuning.run import Tuned
+from flashomni.tuning.tuner import Point
+from flashomni.tuning.validate import KINDS, picture_path
+from flashomni.util.files import published, write_text
+
+COLUMNS = (
+    "computed", "schedule", "source", "speed-up", "PSNR, dB", "worst", "ramp, dB", "gain",
+    "ramp, fitted weights", "predicted, dB", "measured, dB",
+)  # fmt: skip
+
+
+def front(points: Sequence[Point]) -> Figure:
+    """PSNR against speed-up, and the prediction against what was measured."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    speed = [point.verdict.speedup for point in points]
+    tuned = [point.verdict.psnr_db for point in points]
+    left.errorbar(
+        speed, tuned, yerr=[point.verdict.error_db for point in points], fmt="*-", markersize=11,
+        color="#2563eb", label="tuned (bar: error of the gain)",
+    )  # fmt: skip
+    ramp = [point.verdict.ramp_db for point in points]
+    left.plot(speed, ramp, "s--", color="#6b7280", label="ramp, as many steps")
+    both = [p for p in points if p.verdict.same_weights_db is not None]
+    if both:
+        left.plot(
+            [p.verdict.speedup for p in both],
+            [p.verdict.same_weights_db for p in both],
+            "o:", color="#0d9488", label="ramp, fitted weights",
+        )  # fmt: skip
+    left.set(xlabel="measured speed-up", ylabel="PSNR on held-back prompts, dB")
+    left.legend(frameon=False)
+    predicted = [point.predicted_db for point in points]
+    right.plot(predicted, [point.measured_db for point in points], "*", color="#2563eb")
+    ends = [min(predicted), max(predicted)]
+    right.plot(ends, ends, "--", color="#6b7280", linewidth=0.8)
+    right.set(xlabel="predicted, dB of the final latents", ylabel="measured on tuning prompts")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write_page(
+    found: Tuned, folder: Path, title: str, prompts: Sequence[str], about: str, command: str
+) -> Path:
+    """Write ``index.html`` and ``front.png`` into the folder; return the page's path.
+
+    Args:
+        found: what tuning found.
+        folder: of the run, with the pictures of its points.
+        title: of the page.
+        prompts: that were kept back.
+        about: what was run, a sentence.
+        command: that does it again.
+    """
+    with published(folder) as stage:
+        drawn = save_figure(front(found.points), stage / "front.png")
+        refused = [point for point in found.points if not point.verdict.beats]
+        notes = "".join(
+            f"<li>{point.computed} computed steps: no recipe, the ramp is as good</li>"
+            for point in refused
+        )
+        text = page(
+            "tuning",
+            {"front": data_uri(drawn)},
+            title=html.escape(title),
+            prompt=html.escape(f"Tuned in {found.seconds:.0f} s."),
+            notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
+            head="".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS),
+            rows="".join(_row(point) for point in found.points),
+            shown="".join(_pictures(folder, point) for point in found.points),
+            about=html.escape(about),
+            prompts="".join(f"<li>{html.escape(text)}</li>" for text in prompts),
+            command=html.escape(command),
+        )
+        write_text(stage / "index.html", text)
+    return folder / "index.html"
+
+
+def _row(point: Point) -> str:
+    verdict = point.verdict
+    same = "" if verdict.same_weights_db is None else f"{verdict.same_weights_db:.2f}"
+    cells = (
+        point.computed, " ".join(map(str, point.recipe.schedule.to_dict()["steps"])),
+        point.source, f"{verdict.speedup:.2f}x", f"{verdict.psnr_db:.2f}",
+        f"{verdict.worst_db:.2f}", f"{verdict.ramp_db:.2f}",
+        f"{verdict.gain_db:+.2f} ± {verdict.error_db:.2f}", same,
+        f"{point.predicted_db:.2f}", f"{point.measured_db:.2f}",
+    )  # fmt: skip
+    return "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
+
+
+def _pictures(folder: Path, point: Point) -> str:
+    found = [picture_path(folder, point.computed, kind) for kind in KINDS]
+    shown = [(kind, path) for kind, path in zip(KINDS, found, strict=True) if path.exists()]
+    figures = "".join(
+        f'<figure><img src="{data_uri(path)}" alt="{kind}"><figcaption>{kind}, {point.computed} '
+        "computed steps</figcaption></figure>"
+        for kind, path in shown
+    )
+    return f'<div class="pictures">{figures}</div>'

@@ -1,0 +1,246 @@
+"""Tuning: costs and fits against their definitions, exact plans, and each part by itself."""
+
+import dataclasses
+import itertools
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
+from flashomni.tuning.cost import Costs, anchors_of, as_fitted, choose_fit, decibels
+from flashomni.tuning.gains import gain_curve, probe_steps
+from flashomni.tuning.plan import best_schedules, descend, neighbours, segment_costs
+from flashomni.tuning.polish import Candidate, search, signal_to_noise
+
+STEPS = 9
+
+
+def walks(prompts=3, steps=STEPS, width=40, seed=0):
+    """Outputs that change slowly: [prompts, steps, width]."""
+    noise = np.random.default_rng(seed).standard_normal((prompts, steps, width))
+    return np.cumsum(np.cumsum(noise, 1), 1) / 3
+
+
+def costs(values, gains=None):
+    steps = values.shape[1]
+    grams = np.einsum("pti,psi->pts", values, values)
+    gains = np.linspace(3.0, 1.0, steps) if gains is None else np.asarray(gains)
+    return Costs(grams, np.linspace(0.5, 1.5, steps), gains)
+
+
+def directly(values, found, computed, weights):
+    """The cost by its definition: the error that is there whenever the network looks, counted."""
+    total = np.zeros(len(values))
+    ends = [*sorted(set(computed) - {0}), STEPS]
+    for place, end in enumerate(ends):
+        later = found.squares[ends[place + 1] - 1] if place + 1 < len(ends) else 0.0
+        for prompt, value in enumerate(values):
+            error = sum(found.effects[t] * (weights[t] @ value - value[t]) for t in range(end))
+            total[prompt] += (found.squares[end - 1] - later) * (error @ error)
+    return total
+
+
+@pytest.mark.parametrize("computed", [(0,), (0, 3), (0, 1, 4, 8), (0, 2, 3, 5, 7)])
+def test_cost_is_its_definition(computed):
+    """From Gram matrices alone, what summing up the errors themselves gives."""
+    values = walks()
+    found = costs(values)
+    weights = found.forecasts(computed, 2, "hermite")
+    torch.testing.assert_close(
+        torch.tensor(found.of(computed, weights)),
+        torch.tensor(directly(values, found, computed, weights)),
+    )
+
+
+def test_nothing_left_out_costs_nothing():
+    """All steps computed."""
+    found = costs(walks())
+    everything = tuple(range(STEPS))
+    assert (found.of(everything, found.forecasts(everything, 2, "taylor")) < 1e-20).all()
+
+
+def test_a_later_forecast_makes_good_an_earlier_error():
+    """Fitted weights leave less at the end than the best forecast of every step does."""
+    times = np.linspace(0.0, 2.0, STEPS)
+    curves = np.stack([np.ones(STEPS), np.sin(times), np.cos(2 * times), times**3])
+    found = costs(curves.T[None], gains=np.ones(STEPS))
+    computed = (0, 1, 3, 5, 7)
+    best = found.of(computed, found.fit(computed, 2, 1e-9))[0]
+    local = Costs(found.grams, found.effects, np.logspace(9, 0, STEPS))  # each step by itself
+    assert best < 0.1 * found.of(computed, local.fit(computed, 2, 1e-9))[0]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_fit_is_the_minimum(order):
+    """Weights of a step sum to 1, and no other ones are better."""
+    found = costs(walks(prompts=1))
+    computed = (0, 1, 4, 6)
+    weights = found.fit(computed, order, 0.0)
+    assert np.allclose(weights.sum(1), 1.0)
+    least = found.of(computed, weights)[0]
+    generator = np.random.default_rng(1)
+    for step, anchors in anchors_of(computed, order, STEPS).items():
+        if len(anchors) == 1:
+            continue
+        moved = weights.copy()
+        change = generator.standard_normal(len(anchors)) * 0.01
+        moved[step, list(anchors)] += change - change.mean()
+        assert found.of(computed, moved)[0] > least
+
+
+def test_gains_say_what_early_errors_count():
+    """An error that the network amplifies counts by the square of its gain."""
+    values = walks(prompts=1)
+    computed = (0, *range(2, STEPS))  # only step 1 is left out
+    weights = costs(values).forecasts(computed, 0, "reuse")
+    one = costs(values, np.ones(STEPS)).of(computed, weights)
+    gains = np.ones(STEPS)
+    gains[:2] = 5.0
+    assert np.allclose(costs(values, gains).of(computed, weights), 25 * one)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("hermite", 2), ("taylor", 1), ("reuse", 0), ("fitted", 2)]
+)
+def test_plans_are_exact(name, order):
+    """The programme finds what trying every schedule finds, for every number of steps."""
+    steps = 7
+    segments = segment_costs(costs(walks(steps=steps)), name, order)
+
+    def total(schedule):
+        known = (steps, steps, *schedule)
+        ends = (*schedule[1:], steps)
+        return sum(segments[(*known[i : i + 3], end)] for i, end in enumerate(ends))
+
+    plans = best_schedules(segments)
+    assert set(plans) == set(range(1, steps + 1))
+    for count, plan in plans.items():
+        every = [(0, *rest) for rest in itertools.combinations(range(1, steps), count - 1)]
+        assert len(plan) == count
+        assert total(plan) == pytest.approx(min(map(total, every)), rel=1e-12)
+
+
+def test_a_segment_costs_its_signed_errors():
+    """Of one gap of reuse: the sum of the errors in it, each with its gain and effect."""
+    values = walks(prompts=1)
+    found = costs(values)
+    segment = segment_costs(found, "reuse", 0)[STEPS, 0, 2, 5]
+    scale = np.sqrt(found.squares) * found.effects
+    error = sum(scale[t] * (values[0, 2] - values[0, t]) for t in (3, 4))
+    unit = np.sum((values[0, 1:] - values[0, :-1]) ** 2)  # prompts count alike
+    assert segment == pytest.approx(error @ error / unit)
+
+
+def test_descent_ends_where_no_move_helps():
+    """It starts anywhere, and its end is no worse than its neighbours."""
+    found = costs(walks())
+
+    def cost(steps):
+        return -decibels(found.of(steps, found.fit(steps, 2, 1e-3)))
+
+    best, value = descend((0, 1, 2, 3), STEPS, cost)
+    assert value <= min(map(cost, neighbours(best, STEPS))) and value < cost((0, 1, 2, 3))
+
+
+def test_neighbours_keep_their_number():
+    """One step moves, the first stays, none meets another."""
+    found = neighbours((0, 1, 5), 7)
+    assert (0, 1, 2) in found and (0, 4, 5) in found and (0, 1, 6) in found
+    assert all(len(set(s)) == 3 and s[0] == 0 and max(s) < 7 and s[1] > 0 for s in found)
+
+
+def test_ridge_and_order_are_chosen_on_prompts_left_out():
+    """Where prompts have nothing in common, weights stay near reuse; with one prompt, no choice."""
+    alike = walks(1).repeat(3, 0) + 1e-3 * walks(3, seed=5)
+    assert choose_fit(costs(alike), (0, 1, 3, 6))[1] < 1e-1
+    strangers = np.random.default_rng(3).standard_normal((3, STEPS, 40))
+    assert choose_fit(costs(strangers), (0, 1, 3, 6))[1] == 1e-1
+    assert choose_fit(costs(walks(1)), (0, 1, 3, 6)) == (2, 1e-2)
+
+
+def test_weights_as_a_recipe_keeps_them():
+    """One entry for every step that is left out, with its anchors, oldest first."""
+    found = costs(walks())
+    computed = (0, 2, 5)
+    weights = found.fit(computed, 1, 1e-2)
+    kept = as_fitted(weights, computed, 1)
+    assert kept.num_steps == STEPS and kept.base == "hermite"
+    assert [(anchors, step) for anchors, step, _ in kept.weights] == [
+        ((0,), 1), ((0, 2), 3), ((0, 2), 4), ((2, 5), 6), ((2, 5), 7), ((2, 5), 8)
+    ]  # fmt: skip
+    for anchors, step, values in kept.weights:
+        assert values == pytest.approx(weights[step, list(anchors)], rel=1e-6)
+
+
+def test_gains_between_probes():
+    """Mean logarithms of prompts, lines between steps, constant outside."""
+    curve = gain_curve([{1: 8.0, 5: 2.0}, {1: 2.0, 5: 2.0}], 8)
+    assert curve[0] == curve[1] == pytest.approx(4.0)
+    assert curve[3] == pytest.approx(np.sqrt(8.0)) and curve[7] == pytest.approx(2.0)
+    assert probe_steps(28, 8)[0] == 1 and probe_steps(28, 8)[-1] == 26
+    assert probe_steps(4, 8) == [1, 2]
+
+
+def test_search_measures_what_looks_best_first():
+    """All starts, then neighbours of the best by their prediction, within the tries."""
+
+    def make(steps):
+        return Candidate(steps, np.eye(6), 1, "fitted", "polish", float(sum(steps)))
+
+    asked = []
+
+    def measure(candidate):
+        asked.append(candidate.steps)
+        return {(0, 1, 2): 1.0, (0, 1, 5): 3.0}.get(candidate.steps, 0.0)
+
+    best, value = search([make((0, 1, 2)), make((0, 2, 4))], make, measure, tries=2)
+    assert asked == [(0, 1, 2), (0, 2, 4), (0, 1, 5), (0, 4, 5)]
+    assert value == 3.0 and best.steps == (0, 1, 5)
+
+
+def test_signal_to_noise():
+    """In dB; equal latents have a large number, not infinity."""
+    reference = torch.ones(100)
+    assert signal_to_noise(reference * 1.1, reference) == pytest.approx(20.0, abs=1e-4)
+    assert signal_to_noise(reference, reference) == 300.0
+
+
+class Model(torch.nn.Linear):
+    config: ClassVar = {"width": 3, "_name_or_path": "somewhere"}
+
+
+def tuned(**changes):
+    values = {
+        "model": "Model", "fingerprint": fingerprint(Model(3, 3)), "num_steps": 10,
+        "latents": (1, 16, 4), "prompts": prompts_hash(["a"]), "count": 1,
+    }  # fmt: skip
+    return TunedOn(**{**values, **changes})
+
+
+def test_a_recipe_knows_where_it_is():
+    """Nothing to say where it was tuned; each difference is a clause."""
+    model = Model(3, 3)
+    assert tuned().elsewhere(model, 10, (1, 16, 4)) == []
+    assert tuned().elsewhere(model, 10, None) == []
+    assert "10 steps, these are 12" in tuned().elsewhere(model, 12, (1, 16, 4))[0]
+    assert "[1, 16, 4], these are [1, 64, 4]" in tuned().elsewhere(model, 10, (1, 64, 4))[0]
+    assert "other weights" in tuned().elsewhere(Model(3, 4), 10, (1, 16, 4))[0]
+    assert "tuned on Flux" in tuned(model="Flux").elsewhere(model, 10, (1, 16, 4))[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "tuned.num_steps"), ({"latents": ["a"]}, "tuned.latents"),
+        ({"prompts": 3}, "tuned.prompts"), ({"gain_db": "much"}, "tuned.gain_db"),
+    ],
+)  # fmt: skip
+def test_a_note_that_is_wrong_is_refused(changes, message):
+    """By the name of what is wrong."""
+    values = {**dataclasses.asdict(tuned()), **changes}
+    with pytest.raises(ValueError, match=message):
+        TunedOn.load(values)
+    with pytest.raises(ValueError, match="unexpected"):
+        TunedOn.load({**dataclasses.asdict(tuned()), "moon": 1})
