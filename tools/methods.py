@@ -1,9 +1,11 @@
-"""The measured column of docs/methods.md: each method's recipe against the stock pipeline.
+"""The measured columns of docs/methods.md: each method's recipe against the stock pipeline.
 
-``python tools/methods.py --write`` runs what the column "recipe" names, on the ``report`` prompts,
-and fills "measured": PSNR to the dense picture (mean, worst), computed steps, FLOPs skipped. A
-recipe with ", calibrated" behind it gets the magnitude ratios or the polynomial that one dense run
-of a ``tune`` prompt gives; they are printed. Rows that a run leaves out keep what they have.
+``python tools/methods.py --csv docs/results/methods.csv`` runs what the column "recipe" names, on
+the ``report`` prompts of the models, and peers beside them; ``--write`` puts the CSV's figures into
+the page: PSNR to the dense picture (mean and its standard error over prompts, worst), computed
+steps, FLOPs skipped, speed-up. A recipe with ", calibrated" behind it gets the magnitude ratios or
+the polynomial that one dense run of a ``tune`` prompt gives; they are printed. Rows that no run has
+keep what they hold.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import argparse
 import itertools
 import os
 import re
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,77 +24,144 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from flashomni.engine import Recipe
-from flashomni.lab import metrics, split, zoo
+from flashomni.lab import results, split, zoo
+from flashomni.lab.fidelity.compare import compare
+from flashomni.lab.fidelity.comparison import Comparison, Summed
+from flashomni.lab.fidelity.methods import Method, of_recipe, parse_method
 from flashomni.lab.generation import Generation
 from flashomni.models import find_adapter
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
-RECIPE, MEASURED = "recipe", "measured"
+RECIPE = "recipe"
+MEASURED = {"tiny-image": "measured, picture", "tiny-video": "measured, video"}
 CALIBRATED = ", calibrated"
+RAMP = "[0,1,2,4,6,10,15,20,24,27]"  # the steps of `balanced`, given to peers that take a list
+PEERS = (
+    "steps=20", "steps=14", "steps=10",
+    "diffusers.mag:threshold=.12", "diffusers.mag:threshold=.24", f"diffusers.mag:steps={RAMP}",
+    "diffusers.taylorseer:cache_interval=4,disable_cache_before_step=4",
+    "diffusers.first_block:threshold=.15",
+    "cache-dit:Fn_compute_blocks=1,max_warmup_steps=4,residual_diff_threshold=.16",
+    "cache-dit:Fn_compute_blocks=1,taylorseer_order=1,mask=fast",
+    f"cache-dit:Fn_compute_blocks=1,taylorseer_order=1,steps={RAMP}",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny-image")
+    parser.add_argument("--model", nargs="+", default=list(MEASURED))
     parser.add_argument("--recipe", nargs="+", help="these only; all of the page by default")
-    parser.add_argument("--count", type=int, default=2, help="report prompts")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--peer", nargs="*", default=PEERS)
+    parser.add_argument("--count", type=int, nargs="+", default=[24, 12], help="prompts, a model")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--size", type=int, help="height and width; the model's own by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    parser.add_argument("--timed", default="float32", help="dtype of what is timed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="a model")
+    parser.add_argument("--rounds", type=int, default=3, help="timed generations")
+    parser.add_argument("--seconds", type=float, nargs="+", help="a model; no further one is begun")
+    parser.add_argument("--csv", type=Path, help="where rows are kept")
+    parser.add_argument("--write", action="store_true", help=f"from the CSV into {PAGE.name}")
     options = parser.parse_args()
 
-    loaded = zoo.load(options.model, options.device)
-    prompts = split.pick(options.model, loaded.prompts, "report", options.count)
-    names = options.recipe or list(recipes_of(PAGE.read_text("utf-8")))
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # stock and methods alike
+    page = PAGE.read_text("utf-8")
+    if options.write:
+        if options.csv is None:
+            parser.error("--write needs --csv")
+        PAGE.write_text(filled(page, cells_of(results.read(options.csv, Summed))), "utf-8")
+        return
+    found = {}
+    for number, model in enumerate(options.model):
+        found[model] = measure(model, number, options, list(recipes_of(page)))
+        if options.csv is not None:
+            found[model].save(options.csv, model)
+    for model, comparison in found.items():
+        print(f"\n{model}, {comparison.seconds:.0f} s\n{comparison}", flush=True)
+
+
+def measure(model: str, number: int, options: argparse.Namespace, names: list[str]) -> Comparison:
+    """Every method on one model: as far as the time goes, the most important first."""
+
+    def mine(values: list[Any] | None) -> Any:
+        return None if not values else values[min(number, len(values) - 1)]
+
+    loaded = zoo.load(model, options.device)
+    timed = None
+    if options.timed != "float32":
+        timed = zoo.load(model, options.device, getattr(torch, options.timed)).pipe
+    prompts = split.pick(model, loaded.prompts, "report", mine(options.count))
     change = {} if options.size is None else dict.fromkeys(("height", "width"), options.size)
-    made = {name: Recipe.of(name.removesuffix(CALIBRATED)) for name in names}
+    call = {**loaded.call, **change}
+    methods = []
+    for name in options.peer:  # first: what there is no time for has been compared with nothing
+        try:
+            methods.append(parse_method(name))
+        except NotImplementedError as error:
+            print(f"{name}: {error}", flush=True)
+    methods += made(options.recipe or names, loaded, call, options.steps, model)
+    return compare(
+        loaded.pipe,
+        methods,
+        prompts,
+        seeds=range(options.seeds),
+        call=call,
+        steps=options.steps,
+        batch=mine(options.batch),
+        rounds=options.rounds,
+        timed=timed,
+        seconds=mine(options.seconds),
+        on_method=lambda name, done, total: print(f"{model} {done}/{total} {name}", flush=True),
+    )
+
+
+def made(
+    names: list[str], loaded: Any, call: dict[str, Any], steps: int | None, model: str
+) -> list[Method]:
+    """The methods of these names, calibrated where they say so."""
+    recipes = {name: Recipe.of(name.removesuffix(CALIBRATED)) for name in names}
     if any(name.endswith(CALIBRATED) for name in names):
-        tune = split.pick(options.model, loaded.prompts, "tune", 1)[0]
-        found = calibrate(_job(loaded, tune, 0, options.steps, change))
+        tune = split.pick(model, loaded.prompts, "tune", 1)[0]
+        found = calibrate(_job(loaded, tune, 0, steps, call))
         for name in names:
             if name.endswith(CALIBRATED):
-                schedule = made[name].schedule.name
-                made[name] = made[name].replace(**found[schedule])
+                schedule = recipes[name].schedule.name
+                recipes[name] = recipes[name].replace(**found[schedule])
                 print(f"{schedule}: {found[schedule]}", flush=True)
-
-    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
-    for number, prompt in enumerate(prompts):
-        for seed in range(options.seeds):
-            job = _job(loaded, prompt, seed, options.steps, change)
-            dense, _, _ = job.dense(lambda *_: None)
-            for name, recipe in made.items():
-                pixels, _, summary = job.accelerated(recipe, lambda *_: None)
-                kinds = [step["kind"] for step in summary.steps]
-                computed = len(kinds) - kinds.count("dispatch")
-                decibel = min(metrics.psnr(dense, pixels), 120.0)
-                figures[name].append((decibel, computed, summary.flops_skipped))
-        print(f"{number + 1} of {len(prompts)} prompts", flush=True)
-    cells = {name: in_words(rows) for name, rows in figures.items()}
-    for name, cell in cells.items():
-        print(f"{cell}  {name}")
-    if options.write:
-        PAGE.write_text(filled(PAGE.read_text("utf-8"), cells), "utf-8")
+    return [of_recipe(name, recipe) for name, recipe in recipes.items()]
 
 
 def _job(loaded: Any, prompt: str, seed: int, steps: int | None, change: dict) -> Generation:
     job = Generation(loaded, prompt, seed, steps)
-    job.call = {**job.call, **change}
+    job.call = {**job.call, **change, "num_inference_steps": job.num_steps}
     return job
 
 
-def in_words(rows: list[tuple[float, float, float]]) -> str:
-    """A cell of the column "measured"."""
-    decibels, computed, skipped = zip(*rows, strict=True)
-    return (
-        f"{statistics.mean(decibels):.1f} / {min(decibels):.1f} dB, "
-        f"{statistics.mean(computed):.3g} computed, {statistics.mean(skipped):.0%} skipped"
-    )
+def in_words(row: dict[str, str]) -> str:
+    """A cell of a measured column, of a row of the CSV."""
+    error = f" ± {float(row['psnr_error']):.1f}" if row["psnr_error"] else ""
+    parts = [f"{float(row['psnr_db']):.1f}{error} / {float(row['worst_psnr_db']):.1f} dB"]
+    if row["computed"]:
+        parts.append(f"{float(row['computed']):.3g} computed")
+    if row["flops_skipped"]:
+        parts.append(f"{float(row['flops_skipped']):.0%} skipped")
+    return ", ".join([*parts, f"{float(row['speedup']):.2f}x"])
 
 
-def _rows(page: str) -> Iterator[tuple[int, list[str], int, int]]:
-    """``(line, cells, place of the recipe, place of the figure)`` of each row that has both."""
+def cells_of(rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Column -> recipe -> cell, of the rows of a CSV; one that is not finite says so."""
+    found: dict[str, dict[str, str]] = {column: {} for column in MEASURED.values()}
+    for row in rows:
+        if row["model"] in MEASURED:
+            words = row["psnr_db"] if row["psnr_db"] == "not finite" else in_words(row)
+            found[MEASURED[row["model"]]][row["method"]] = words
+    return found
+
+
+def _rows(page: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """``(line, cells, head)`` of each row of a table with recipes and a measured column."""
     head: list[str] = []
     for number, line in enumerate(page.splitlines()):
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
@@ -101,26 +169,27 @@ def _rows(page: str) -> Iterator[tuple[int, list[str], int, int]]:
             head = []
         elif not head:
             head = cells
-        elif {RECIPE, MEASURED} <= set(head) and not set(line) <= set("|-: "):
-            yield number, cells, head.index(RECIPE), head.index(MEASURED)
+        elif RECIPE in head and set(MEASURED.values()) & set(head) and set(line) - set("|-: "):
+            yield number, cells, head
 
 
 def recipes_of(page: str) -> Iterator[str]:
     """What the page's tables name to measure, as :func:`Recipe.of` takes it."""
-    for _, cells, place, _ in _rows(page):
-        found = re.fullmatch(rf"`([^`]+)`({re.escape(CALIBRATED)})?", cells[place])
+    for _, cells, head in _rows(page):
+        found = re.fullmatch(rf"`([^`]+)`({re.escape(CALIBRATED)})?", cells[head.index(RECIPE)])
         if found:
             yield found[1] + (found[2] or "")
 
 
-def filled(page: str, figures: dict[str, str]) -> str:
-    """The page with these figures in the rows of their recipes."""
+def filled(page: str, figures: dict[str, dict[str, str]]) -> str:
+    """The page with these figures, column -> recipe -> cell, in the rows of their recipes."""
     lines = page.splitlines()
-    for number, cells, place, measured in _rows(page):
-        name = cells[place].replace("`", "")
-        if name in figures:
-            cells[measured] = figures[name]
-            lines[number] = "| " + " | ".join(cells) + " |"
+    for number, cells, head in _rows(page):
+        name = cells[head.index(RECIPE)].replace("`", "")
+        for column, known in figures.items():
+            if column in head and name in known:
+                cells[head.index(column)] = known[name]
+                lines[number] = "| " + " | ".join(cells) + " |"
     return "\n".join(lines) + "\n"
 
 

@@ -15,11 +15,26 @@ from flashomni.engine.schedules import schedules
 from flashomni.lab import zoo
 from flashomni.lab.generation import Generation
 from flashomni.models import adapters
+from flashomni.policies import policies
+from flashomni.policies._trained import TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
-# A tiny model has four blocks.
-SETTINGS = {"dbcache": {"front": 2}}
+# A tiny model has four blocks, and few tokens: what is cut into 16 of them can be skipped.
+FINE = {"block_m": 16, "block_n": 16, "token_order": "raster"}
+SETTINGS = {
+    "dbcache": {"front": 2},
+    "sta": {**FINE, "tile": "1x2x2", "window": "1x1x1"},
+    "radial": {**FINE, "frames": 8, "width": 0.0, "dense_steps": 2},
+    "svg": FINE,
+    "draft": {**FINE, "pool": "2x2"},
+    "jenga": {**FINE, "density": 0.1, "neighbours": False, "amounts": []},
+    "xattention": {**FINE, "mass": 0.3},
+    "spargeattn": {**FINE, "mass": 0.3, "similarity_gate": -1.0},
+    "dit_fast_attn": {**FINE, "threshold": 100.0},
+    "flashomni": {**FINE, "tau_q": 1.0, "power": 0.0},
+}
+SPARSE = sorted(set(SETTINGS) - {"dbcache", "flashomni"})
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +47,8 @@ def tool():
 
 
 def test_methods_and_presets_are_told_apart_by_their_source():
-    assert not set(methods()) & set(presets()) and len(methods()) >= 12
+    assert not set(methods()) & set(presets()) and len(methods()) >= 21
+    assert len(SPARSE) >= 8 and set(SETTINGS) <= set(methods())
     assert all(Recipe.of(name).source for name in methods())
     assert not any(Recipe.of(name).source for name in presets())
 
@@ -52,14 +68,28 @@ def test_a_method_runs(name):
                 assert call(model, inputs).isfinite().all()
         report = engine.report()
     assert report.recipe["source"] == Recipe.of(name).source
-    assert report.flops_skipped > 0.05
+    assert report.flops_skipped > 0.05 and not any("nothing to gain" in x for x in report.notes)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_method_is_sparse_in_every_step(name):
+    """No step is left out; what its policy skips is skipped from the first sparse step on."""
+    recipe = Recipe.of(name)
+    assert recipe.policy.name == name and not recipe.policy.caches
+    sparse = recipe.sparse
+    assert sparse.in_computed and sparse.choose_at == "computed" and sparse.carry == "off"
+    plan = recipe.plan(28)
+    assert {kind.value for kind in plan.kinds} == {"full"} and sparse.dense_steps < 14
 
 
 def test_the_page_names_every_file():
-    """Each recipe, each schedule and each forecast has its place in the table."""
+    """Each recipe, policy, schedule and forecast has its place in the table; trained ones too."""
     page = PAGE.read_text("utf-8")
-    for name in (*methods(), *schedules(), *forecasts()):
+    own = {"cached", "dense", "topk"}  # parts of recipes, and a benchmark's
+    for name in (*methods(), *schedules(), *forecasts(), *set(policies()) - own):
         assert name in page, name
+    for name in TRAINED:
+        assert name.lower() in page.lower(), name
 
 
 def test_every_recipe_of_the_page_is_one(tool):
@@ -70,11 +100,21 @@ def test_every_recipe_of_the_page_is_one(tool):
 
 
 def test_the_tool_fills_cells_and_nothing_else(tool):
-    page = "text\n\n| a | recipe | measured |\n|---|---|---|\n| 1 | `fora` |  |\n| 2 | - | x |\n"
-    assert list(tool.recipes_of(page)) == ["fora"]
-    assert tool.filled(page, {"fora": "3 dB", "other": "4 dB"}) == page.replace("|  |", "| 3 dB |")
-    cell = tool.in_words([(40.0, 7, 0.75), (30.0, 8, 0.65)])
-    assert cell == "35.0 / 30.0 dB, 7.5 computed, 70% skipped"
+    page = (
+        "text\n\n| a | recipe | measured, picture |\n|---|---|---|\n"
+        "| 1 | `fora` |  |\n| 2 | `x`, calibrated | y |\n| 3 | - | z |\n"
+    )
+    assert list(tool.recipes_of(page)) == ["fora", "x, calibrated"]
+    line = {
+        "model": "tiny-image", "method": "fora", "psnr_db": "35.02", "psnr_error": "1.25",
+        "worst_psnr_db": "30.0", "computed": "7.5", "flops_skipped": "0.7", "speedup": "2.5",
+    }  # fmt: skip
+    odd = {**line, "method": "x, calibrated", "psnr_db": "not finite"}
+    cells = tool.cells_of([line, odd, {**line, "model": "other"}])
+    cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, 2.50x"
+    assert tool.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
+        "| y |", "| not finite |"
+    )
 
 
 def test_the_calibration_is_of_the_run(tool):

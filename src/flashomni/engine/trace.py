@@ -174,7 +174,8 @@ class Trace:
         if not steps or any(r.kind == StepKind.DISPATCH.value for r in self.steps):
             return None
         num_steps = max(record.num_steps for record in self.steps)
-        if len(steps) < num_steps or not recipe.skips:
+        sparse = recipe.sparse.in_computed and num_steps > recipe.sparse.dense_steps
+        if len(steps) < num_steps or not recipe.skips or sparse:
             return None
         least = getattr(recipe.schedule, "min_steps", 0)
         hint = f" (this recipe skips from {least} steps on)" if num_steps < least else ""

@@ -36,6 +36,7 @@ class DiTFastAttn(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "window"
 
     window: float = 0.125
     wider: int = 1

@@ -35,6 +35,7 @@ class Draft(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "density"
 
     density: float = 0.25
     pool: str = "8x16"

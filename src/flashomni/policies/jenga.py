@@ -38,6 +38,7 @@ class Jenga(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "density"
 
     density: float = 0.3
     mass: float = 0.3

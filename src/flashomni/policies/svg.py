@@ -38,6 +38,7 @@ class SparseVideoGen(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "density"
 
     frames: int | None = None
     density: float = 0.25

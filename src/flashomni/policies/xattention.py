@@ -36,6 +36,7 @@ class XAttention(Policy):
     """
 
     caches: ClassVar[bool] = False
+    amount: ClassVar[str] = "mass"
 
     mass: float = 0.9
     stride: int = 8

@@ -35,6 +35,7 @@ def compare(
     steps: int | None = None,
     batch: int = 1,
     rounds: int = 3,
+    timed: Any = None,
     seconds: float | None = None,
     measures: Mapping[str, str] | None = None,
     backend: str | None = None,
@@ -53,6 +54,8 @@ def compare(
         batch: prompts in one call where only pictures are looked at, not times. Methods that decide
             by what they see decide for one picture alone, whatever this says.
         rounds: timed generations of each method, of single pictures.
+        timed: the pipeline that times are of, ``pipe`` if left out: rounding of bfloat16 hides what
+            methods do, so that pictures may be of the same weights in float32.
         seconds: when so many have passed no further method is begun; :attr:`Comparison.left_out`
             names those that are missing.
         measures: scores that need weights, by name, and where these are; see
@@ -74,8 +77,11 @@ def compare(
     if len(set(names)) < len(names) or DENSE in names:
         raise ValueError(f"methods must differ and leave out {DENSE!r}, got {', '.join(names)}")
     scores = load_measures(measures or {}, torch.device(pipe._execution_device))
-    pipe.set_progress_bar_config(disable=True)
-    work = _Work(pipe, dict(call or {}), steps, prompts, list(seeds), batch, rounds, scores)
+    timed = pipe if timed is None else timed
+    for each in (pipe, timed):
+        each.set_progress_bar_config(disable=True)
+    given = dict(call or {}) if steps is None else {**(call or {}), "num_inference_steps": steps}
+    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, scores)
     return work.run(chosen, seconds, on_method)
 
 
@@ -92,8 +98,8 @@ class _Work:
     """One comparison under way."""
 
     pipe: Any
+    timed: Any
     call: dict[str, Any]
-    steps: int | None
     prompts: list[str]
     seeds: list[int]
     batch: int
@@ -102,17 +108,13 @@ class _Work:
 
     def run(self, methods: list[Method], seconds: float | None, tell: OnMethod) -> Comparison:
         start = time.perf_counter()
-        if self.steps is not None:
-            self.call["num_inference_steps"] = self.steps
         self.num_steps = int(self.call.get("num_inference_steps", 50))
         self.references: dict[int, dict[tuple[int, int], Tensor]] = {}
         pictures: list[Picture] = []
         times: list[Timed] = []
         left_out: list[str] = []
         tell(DENSE, 0, len(methods))
-        for _ in range(WARM):
-            self._generate([self.prompts[0]], self.seeds[0])
-        dense = [self._once(self.num_steps) for _ in range(self.rounds)]
+        dense = self._times(self.num_steps)
         for number, method in enumerate(methods):
             if seconds is not None and time.perf_counter() - start > seconds:
                 left_out.append(method.name)
@@ -122,15 +124,16 @@ class _Work:
             size = 1 if method.alone else self.batch
             references = self._dense_of(size)
             count = self.num_steps if method.steps is None else method.steps
-            with method.attach(self.pipe, count) as attached:
-                for _ in range(WARM):
-                    self._generate([self.prompts[0]], self.seeds[0], count)
-                mine = [self._once(count) for _ in range(self.rounds)]
-                pictures += self._pictures(method, size, count, references, attached)
-            after = [self._once(self.num_steps) for _ in range(self.rounds)]
-            around = statistics.median(dense + after)
-            times.append(Timed(method.name, method.family, statistics.median(mine), around))
-            dense = after
+            with method.attach(self.timed, count) as attached:
+                mine = statistics.median(self._times(count))
+                if self.timed is self.pipe:
+                    pictures += self._pictures(method, size, count, references, attached)
+            if self.timed is not self.pipe:
+                with method.attach(self.pipe, count) as attached:
+                    pictures += self._pictures(method, size, count, references, attached)
+            after = self._times(self.num_steps, rounds=1)
+            times.append(Timed(method.name, method.family, mine, statistics.median(dense + after)))
+            dense = dense[-2:] + after
         self.references.clear()
         device = torch.device(self.pipe._execution_device)
         return Comparison.of(pictures, times, device, left_out, time.perf_counter() - start)
@@ -159,14 +162,16 @@ class _Work:
                 reference, prompt = references[start + place, seed], start + place
                 distance = metrics.compare(reference, pixels, (DENSE, method.name))
                 failed = not distance.identical and distance.psnr_db is None
-                temporal = None
+                temporal, decibel = None, CAP_DB
+                if not distance.identical:
+                    decibel = None if failed else min(distance.psnr_db, CAP_DB)
                 if len(pixels) > 1 and not failed:
                     temporal = min(metrics.temporal_psnr(reference, pixels), CAP_DB)
                 yield Picture(
                     method=method.name,
                     prompt=prompt,
                     seed=seed,
-                    psnr_db=CAP_DB if distance.identical else distance.psnr_db,
+                    psnr_db=decibel,
                     ssim=distance.ssim,
                     temporal_db=temporal,
                     computed=computed,
@@ -183,14 +188,14 @@ class _Work:
         for seed in self.seeds:
             for start in range(0, len(self.prompts), size):
                 some = self.prompts[start : start + size]
-                yield seed, start, self._generate(some, seed, steps)
+                yield seed, start, self._generate(self.pipe, some, seed, steps)
 
-    def _generate(self, prompts: list[str], seed: int, steps: int | None = None) -> Tensor:
+    def _generate(self, pipe: Any, prompts: list[str], seed: int, steps: int) -> Tensor:
         """Pixels fp32 ``[B, F, 3, H, W]`` in [0, 1], on the device; F is 1 for pictures."""
         noise = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        output = self.pipe(
+        output = pipe(
             prompts if len(prompts) > 1 else prompts[0],
-            **{**self.call, "num_inference_steps": self.num_steps if steps is None else steps},
+            **{**self.call, "num_inference_steps": steps},
             generator=noise if len(prompts) > 1 else noise[0],
             output_type="pt",
         )
@@ -198,16 +203,20 @@ class _Work:
         return pixels.detach().float().clamp(0, 1)
 
     def _discard(self) -> None:
-        self._generate([self.prompts[0]], self.seeds[0])
+        self._generate(self.pipe, self.prompts[:1], self.seeds[0], self.num_steps)
 
-    def _once(self, steps: int) -> float:
-        """Seconds of one picture."""
-        self._wait()
-        start = time.perf_counter()
-        self._generate([self.prompts[0]], self.seeds[0], steps)
-        self._wait()
-        return time.perf_counter() - start
+    def _times(self, steps: int, rounds: int | None = None) -> list[float]:
+        """Seconds of single pictures; in front of several, some that nobody times."""
+        found, warm = [], WARM if rounds is None else 0
+        for number in range(warm + (self.rounds if rounds is None else rounds)):
+            self._wait()
+            start = time.perf_counter()
+            self._generate(self.timed, self.prompts[:1], self.seeds[0], steps)
+            self._wait()
+            if number >= warm:
+                found.append(time.perf_counter() - start)
+        return found
 
     def _wait(self) -> None:
-        if torch.device(self.pipe._execution_device).type == "cuda":
+        if torch.device(self.timed._execution_device).type == "cuda":
             torch.cuda.synchronize()
