@@ -163,6 +163,13 @@ def test_lpips_by_path(tmp_path):
         load_measures({"lpips": str(tmp_path / "other.safetensors")}, CPU)
 
 
+def test_flip_takes_no_weights():
+    pytest.importorskip("flip_evaluator")
+    score = load_measures({"flip": ""}, CPU)["flip"]
+    a, b = torch.rand(2, 1, 3, 32, 32)
+    assert score(a, a, "") == 0 < score(a, b, "")
+
+
 def test_clip_by_path(tmp_path):
     """A small random model of transformers, saved and found by its folder."""
     from transformers import CLIPConfig, CLIPModel

@@ -52,7 +52,7 @@ def compare(
     ] = None,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="lpips=FILE, clip=FOLDER or NAME=MODULE:FUNCTION; may be repeated."),
+        typer.Option(help="flip, lpips=FILE, clip=FOLDER, NAME=MODULE:FUNCTION; may be repeated."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts in one call that is not timed.", min=1)] = 1,
     csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
@@ -103,8 +103,10 @@ def compare(
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, where = text.partition("=")
+    if text == "flip":
+        return text, ""
     if not name or not equals or not where:
-        raise ValueError(f"measure must be NAME=PATH or NAME=MODULE:FUNCTION, got {text!r}")
+        raise ValueError(f"measure must be flip, NAME=PATH or NAME=MODULE:FUNCTION, got {text!r}")
     return name, where
 
 

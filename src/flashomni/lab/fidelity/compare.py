@@ -58,8 +58,8 @@ def compare(
             methods do, so that pictures may be of the same weights in float32.
         seconds: when so many have passed no further method is begun; :attr:`Comparison.left_out`
             names those that are missing.
-        measures: scores that need weights, by name, and where these are; see
-            :func:`flashomni.lab.fidelity.measures.load_measures`.
+        measures: scores beside PSNR and SSIM, by name, and where their weights are (``flip`` has
+            none); see :func:`flashomni.lab.fidelity.measures.load_measures`.
         backend: kernel backend of recipes.
         on_method: told the name of each method, how many are done, and of how many.
 

@@ -1,4 +1,4 @@
-"""Scores that need weights: LPIPS, CLIP, or a function of yours; nothing is ever downloaded.
+"""Scores beside PSNR: FLIP, LPIPS and CLIP by path, a function of yours; never a download.
 
 A measure is ``score(reference, pixels, prompt) -> float`` with fp32 ``[F, 3, H, W]`` in [0, 1].
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from flashomni.lab import metrics
 from flashomni.lab.fidelity.scorers import load_function
 
 Measure = Callable[[Tensor, Tensor, str], float]
@@ -26,17 +27,25 @@ def load_measures(given: Mapping[str, str], device: torch.device) -> dict[str, M
     Args:
         given: name -> where its weights are: ``lpips``: AlexNet's as torchvision names them, and
             its linear layers (``lin0.model.1.weight``, ...), in one .safetensors; ``clip``: a
-            folder of a CLIP model of transformers. Any other name -> ``MODULE:FUNCTION``.
+            folder of a CLIP model of transformers; ``flip`` has no weights and takes none. Any
+            other name -> ``MODULE:FUNCTION``.
         device: where they compute.
 
     Raises:
         ValueError: a path holds no such weights, or a function cannot be found.
-        NotImplementedError: ImageReward and VBench, whose weights cannot be given like that.
+        NotImplementedError: FLIP without its package; ImageReward and VBench, whose weights cannot
+            be given like that.
     """
     found: dict[str, Measure] = {}
     for name, where in given.items():
         if name in REFUSED:
             raise NotImplementedError(f"{name} cannot be measured here: {REFUSED[name]}")
+        why = metrics.why_no_flip()
+        if name == "flip" and why is not None:
+            raise NotImplementedError(f"flip cannot be measured: {why}")
+        if name == "flip":
+            found[name] = _flip
+            continue
         if name not in LOADERS:
             found[name] = load_function(where, f"measure {name}")
             continue
@@ -48,6 +57,11 @@ def load_measures(given: Mapping[str, str], device: torch.device) -> dict[str, M
             )
         found[name] = LOADERS[name](path, device)
     return found
+
+
+def _flip(reference: Tensor, pixels: Tensor, prompt: str) -> float:
+    """What flipping between two pictures shows (FLIP), mean over pixels and frames."""
+    return metrics.flip(reference.cpu(), pixels.cpu())
 
 
 def _clip(path: Path, device: torch.device) -> Measure:
