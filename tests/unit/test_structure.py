@@ -73,6 +73,7 @@ CLI = {
     "bench e2e": {
         "--model", "--recipe", "--baseline", "--steps", "--stock-steps", "--whole", "--device",
         "--dtype", "--backend", "--structure", "--seed", "--csv", "--plot", "--profile",
+        "--generation",
     },
     "bench sparsity": {
         "--model", "--point", "--mode", "--dispatch-steps", "--device", "--dtype", "--backend",
