@@ -1,0 +1,267 @@
+"""Methods compared on the same prompts and seeds: runs, their file, means with standard errors.
+
+A pair is a prompt and a seed. Pairs are the outer loop, so that whatever was measured when time is
+over is complete but for the last one, and differences between methods are of the same pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+from flashomni.engine import Recipe
+from flashomni.lab import metrics
+from flashomni.lab.generation import Generation
+from flashomni.lab.report import save_picture
+from flashomni.lab.versions import versions
+from flashomni.models import accelerate
+
+FLIP_FRAMES = 8  # of a video, FLIP looks at every eighth frame
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One generation under a method.
+
+    Args:
+        model: name.
+        method: as ``flashomni eval --method`` takes it.
+        prompt: its number in the split.
+        seed: of the noise.
+        steps: of the generation.
+        psnr_db: against the stock pipeline; infinite where the bits are the same.
+        flip: against the stock pipeline; ``None`` where it cannot be measured.
+        spent: attention computed over the whole generation, of dense, as the report counts it.
+        skipped: FLOPs of all ops skipped.
+        device: name of the device.
+        commit: of the project.
+        torch: version.
+        diffusers: version.
+    """
+
+    model: str
+    method: str
+    prompt: int
+    seed: int
+    steps: int
+    psnr_db: float
+    flip: float | None
+    spent: float
+    skipped: float
+    device: str
+    commit: str
+    torch: str
+    diffusers: str
+
+    @property
+    def key(self) -> tuple:
+        return self.model, self.method, self.prompt, self.seed, self.steps, self.device
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.prompt, self.seed
+
+
+def read(path: Path) -> list[Measured]:
+    """What was measured before; a line that was cut is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(Measured(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError):
+            continue
+    return found
+
+
+class Runner:
+    """Measures methods on pairs, and keeps each measurement as soon as it is there.
+
+    Args:
+        folder: of the file of measurements, and of pictures.
+        deadline: by ``time.monotonic()``; nothing begins after it.
+        progress: shows how far it is.
+    """
+
+    def __init__(self, folder: Path, deadline: float, progress: Progress) -> None:
+        self._path = folder / "measured.jsonl"
+        self._folder, self._deadline, self._progress = folder, deadline, progress
+        folder.mkdir(parents=True, exist_ok=True)
+        self.found = {each.key: each for each in read(self._path)}
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def pair(
+        self,
+        model: str,
+        loaded: Any,
+        methods: Sequence[str],
+        prompt: tuple[int, str],
+        seed: int,
+        steps: int | None,
+        drawn: Sequence[str] = (),
+    ) -> bool:
+        """Measure all methods that are not known yet on one pair.
+
+        Args:
+            model: name.
+            loaded: of the zoo.
+            methods: what to measure.
+            prompt: number and text.
+            seed: of the noise.
+            steps: denoising steps; the model's own by default.
+            drawn: methods whose pictures are kept, the stock pipeline's with them.
+
+        Returns:
+            Whether the time sufficed.
+        """
+        number, text = prompt
+        generation = Generation(loaded, text, seed, steps)
+        seen = versions(generation.device)
+        where = (number, seed, generation.num_steps, seen["device"])
+        due = [each for each in methods if (model, each, *where) not in self.found]
+        task = self._progress.add_task(f"{model}, prompt {number}, seed {seed}", total=len(due))
+        reference = None
+        for method in due:
+            if self.over:
+                return False
+            if reference is None:
+                reference, _ = generation.run(_nothing)
+                self._draw(model, "stock", reference, drawn)
+            with accelerate(generation.pipe, Recipe.of(method)) as engine:
+                pixels, _ = generation.run(_nothing)
+                report = engine.report()
+            flip = None
+            if metrics.why_no_flip() is None:
+                flip = metrics.flip(reference[::FLIP_FRAMES], pixels[::FLIP_FRAMES])
+            dense, executed = report.flops_dense["attention"], report.flops_executed["attention"]
+            measured = Measured(
+                model, method, *where[:3], metrics.psnr(reference, pixels), flip,
+                executed / dense, report.flops_skipped, seen["device"], seen["commit"],
+                seen["torch"], seen["diffusers"],
+            )  # fmt: skip
+            self._keep(measured)
+            if method in drawn:
+                self._draw(model, drawn.index(method), pixels, drawn)
+            self._progress.advance(task)
+        self._progress.remove_task(task)
+        return True
+
+    def _keep(self, measured: Measured) -> None:
+        self.found[measured.key] = measured
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(measured)) + "\n")
+
+    def _draw(self, model: str, name: Any, pixels: Tensor, drawn: Sequence[str]) -> None:
+        """Keep the middle frame, for the sheet of pictures."""
+        if drawn:
+            middle = len(pixels) // 2
+            save_picture(pixels[middle : middle + 1].cpu(), self._folder / f"{model}-{name}")
+
+
+def _nothing(step: int, total: int) -> None:
+    """No bar of its own."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of one method over pairs.
+
+    Args:
+        value: mean.
+        error: its standard error; ``nan`` for a single pair.
+        count: pairs.
+    """
+
+    value: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """The mean of finite values; none of them is ``nan``."""
+        if not values:
+            return cls(math.nan, math.nan, 0)
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), spread / math.sqrt(len(values)), len(values))
+
+    def __str__(self) -> str:
+        if not self.count:
+            return ""
+        shown = f"{self.value:.1f}"
+        return shown if math.isnan(self.error) else f"{shown} ± {self.error:.1f}"
+
+
+class Table:
+    """Measurements of one model by method and pair.
+
+    Args:
+        found: of that model, device and number of steps.
+        methods: only pairs that hold all of these count.
+    """
+
+    def __init__(self, found: Sequence[Measured], methods: Sequence[str]) -> None:
+        by_pair: dict[tuple[int, int], dict[str, Measured]] = {}
+        for each in found:
+            by_pair.setdefault(each.pair, {})[each.method] = each
+        whole = {pair: some for pair, some in by_pair.items() if set(methods) <= set(some)}
+        self.pairs = sorted(whole)
+        self._rows = whole
+
+    @property
+    def commits(self) -> list[str]:
+        """Of all measurements that count."""
+        return sorted({each.commit for some in self._rows.values() for each in some.values()})
+
+    def row(self, method: str) -> Measured:
+        """The measurement of the first pair."""
+        return self._rows[self.pairs[0]][method]
+
+    def column(self, method: str, value: Callable[[Measured], float | None]) -> list[float]:
+        """A value of a method in each pair; empty where it is not known."""
+        values = [value(self._rows[pair][method]) for pair in self.pairs]
+        return [x for x in values if x is not None] if None not in values else []
+
+    def psnr(self, method: str) -> list[float]:
+        """Of each pair; 99 dB where the bits are the same."""
+        return [min(x, 99.0) for x in self.column(method, lambda m: m.psnr_db)]
+
+    def spent(self, method: str) -> float:
+        return statistics.fmean(self.column(method, lambda m: m.spent))
+
+    def between(self, methods: Sequence[str], spent: float) -> list[float]:
+        """PSNR of each pair where a line through the methods has spent so much of attention."""
+        found = []
+        for pair in self.pairs:
+            some = [self._rows[pair][method] for method in methods]
+            line = sorted((m.spent, min(m.psnr_db, 99.0)) for m in some)
+            found.append(_on_line(line, spent))
+        return found
+
+
+def _on_line(line: Sequence[tuple[float, float]], x: float) -> float:
+    """Linear between two points, at an end its value."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        if x <= x1:
+            share = min(max((x - x0) / max(x1 - x0, 1e-9), 0.0), 1.0)
+            return y0 + share * (y1 - y0)
+    return line[-1][1]
+
+
+def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[tuple[int, str], int]]:
+    """Every prompt with every seed: all prompts of the first seed first."""
+    for seed in seeds:
+        for number, text in enumerate(prompts):
+            yield (number, text), seed

@@ -1,0 +1,259 @@
+"""The page, the plot, the pictures and the CSV of the study of sparse attention."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from _paired import Mean, Table
+from _study import COLOURS, Point, Study
+from _symbols import shown
+from matplotlib.figure import Figure
+from PIL import Image
+
+from flashomni.lab import metrics
+from flashomni.lab.viz import save_figure
+from flashomni.util.files import write_text
+
+LIMITS = (0.55, 0.47, 0.40, 0.38)
+LINES = ("today", "+ order", "+ 4 summaries", "+ choice of 8 tokens", "+ chosen once",
+         "+ carry, refresh 8", "+ carry, refresh 4")  # fmt: skip
+DRAWN = ("stock", "today", "+ order", "+ carry, refresh 4")
+RULES = {"spargeattn": "#111827", "window": "#6b7280", "radial": "#a16207"}
+STYLES = {"": "x:", "our order": "x--", "our order and carry": "x-"}
+Tables = dict[str, Table]
+
+
+def write(
+    study: Study, points: Sequence[Point], tables: Tables, work: Path, out: Path, command: str
+) -> None:
+    """Write everything; the page last."""
+    some = {model: table for model, table in tables.items() if table.pairs}
+    if not some:
+        print("no pair is complete yet: nothing to write")
+        return
+    asked = [point for point in points if point.model in some]
+    save_figure(plot(asked, some), out / f"{study.name}.png")
+    sheet = pictures(some, work)
+    if sheet is not None:
+        save_figure(sheet, out / f"{study.name}_pictures.png")
+    write_text(out / f"{study.name}.csv", rows(asked, some))
+    write_text(out / f"{study.name}.md", page(study, asked, some, work, command, sheet is not None))
+
+
+def _of(points: Sequence[Point], model: str, series: str) -> list[str]:
+    return [p.method for p in points if (p.model, p.series) == (model, series)]
+
+
+def rows(points: Sequence[Point], tables: Tables) -> str:
+    """CSV: a line for each method of each model."""
+    buffer = io.StringIO()
+    writer: csv.DictWriter | None = None
+    for point in points:
+        table = tables[point.model]
+        first = table.row(point.method)
+        gain = _gain(points, table, point)
+        values = {
+            "model": point.model, "series": point.series, "method": point.method,
+            "pairs": len(table.pairs), "spent": round(table.spent(point.method), 4),
+            **_numbers("psnr_db", Mean.of(table.psnr(point.method))),
+            **_numbers("gain_db", Mean.of(gain)),
+            **_numbers("flip", Mean.of(table.column(point.method, lambda m: m.flip)), 5),
+            "flops_skipped": round(
+                statistics.fmean(table.column(point.method, lambda m: m.skipped)), 4
+            ),
+            "steps": first.steps, "device": first.device,
+            "commit": " ".join(sorted(set(table.commits))), "torch": first.torch,
+            "diffusers": first.diffusers,
+        }  # fmt: skip
+        if writer is None:
+            writer = csv.DictWriter(buffer, list(values), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(values)
+    return buffer.getvalue()
+
+
+def _numbers(name: str, mean: Mean, digits: int = 2) -> dict[str, float | str]:
+    shown = ["" if math.isnan(x) else round(x, digits) for x in (mean.value, mean.error)]
+    return {name: shown[0], f"{name}_se": shown[1]}
+
+
+def _gain(points: Sequence[Point], table: Table, point: Point) -> list[float]:
+    """Over today's way where it spends as much, pair by pair."""
+    today = _of(points, point.model, "today")
+    before = table.between(today, table.spent(point.method))
+    return [a - b for a, b in zip(table.psnr(point.method), before, strict=True)]
+
+
+def plot(points: Sequence[Point], tables: Tables) -> Figure:
+    """PSNR above, FLIP below, against attention spent; a column a model."""
+    figure = Figure(figsize=(7.2 * len(tables), 9.0), layout="constrained")
+    axes = figure.subplots(2, len(tables), squeeze=False, sharex="col", height_ratios=(3, 2))
+    values: list[Callable[[Table, str], float]] = [
+        lambda table, method: Mean.of(table.psnr(method)).value,
+        lambda table, method: Mean.of(table.column(method, lambda m: m.flip)).value,
+    ]
+    for column, (model, table) in enumerate(tables.items()):
+        for axis, value in zip(axes[:, column], values, strict=True):
+            for number, series in enumerate(LINES):
+                some = sorted((table.spent(m), value(table, m)) for m in _of(points, model, series))
+                if some:
+                    axis.plot(*zip(*some, strict=True), "o-", color=COLOURS[number], label=series)
+            rules = dict.fromkeys(p.series for p in points if p.series.split(",")[0] in RULES)
+            for rule in rules:
+                name, _, variant = rule.partition(",")
+                some = sorted((table.spent(m), value(table, m)) for m in _of(points, model, rule))
+                if some:
+                    axis.plot(
+                        *zip(*some, strict=True), STYLES[variant.strip()], color=RULES[name],
+                        label=rule, alpha=0.7, linewidth=1,
+                    )  # fmt: skip
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        top, bottom = axes[:, column]
+        top.set(title=f"{model}, {len(table.pairs)} pairs", ylabel="PSNR against dense, dB")
+        bottom.set(ylabel="FLIP", xlabel="attention spent, of dense", yscale="log")
+        top.legend(frameon=False, fontsize=7, ncols=2)
+    return figure
+
+
+def pictures(tables: Tables, work: Path) -> Figure | None:
+    """The first pair at a density of 0.25, and where it differs from the stock pipeline's."""
+    found = {}
+    for model in tables:
+        names = ["stock", *range(len(DRAWN) - 1)]
+        paths = [next(work.glob(f"{model}-{name}.*"), None) for name in names]
+        if all(path is not None for path in paths):
+            found[model] = [np.array(Image.open(path).convert("RGB")) for path in paths if path]
+    if not found:
+        return None
+    figure = Figure(figsize=(2.6 * len(DRAWN), 5.4 * len(found)), layout="constrained")
+    axes = figure.subplots(2 * len(found), len(DRAWN), squeeze=False)
+    for line, (model, images) in enumerate(found.items()):
+        tensors = [torch.from_numpy(image).permute(2, 0, 1)[None] / 255 for image in images]
+        for column, (name, image) in enumerate(zip(DRAWN, images, strict=True)):
+            above, below = axes[2 * line, column], axes[2 * line + 1, column]
+            above.imshow(image)
+            above.set_title(f"{model}: {name}", fontsize=8)
+            if column and metrics.why_no_flip() is None:
+                seen = metrics.flip_map(tensors[0], tensors[column])[0]
+                below.imshow(seen.numpy(), cmap="magma", vmin=0.0, vmax=1.0)
+                below.set_title(f"FLIP {float(seen.mean()):.4f}", fontsize=8)
+            for axis in (above, below):
+                axis.set_axis_off()
+    return figure
+
+
+def page(
+    study: Study, points: Sequence[Point], tables: Tables, work: Path, command: str, drawn: bool
+) -> str:
+    """Question, plot, targets, tables, how it was made."""
+    lines = [f"# {study.title}", "", study.question, "", f"![{study.title}]({study.name}.png)", ""]
+    if drawn:
+        lines += [f"![The first pair, density 0.25]({study.name}_pictures.png)", ""]
+    lines += _targets(points, tables)
+    lines += _published(points, tables)
+    lines += [
+        "## Every method",
+        "",
+        "Gain: over today's way where it spends as much.",
+        "",
+        "| model | series | method | spent | PSNR, dB | gain, dB | FLIP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in points:
+        table = tables[point.model]
+        flip = Mean.of(table.column(point.method, lambda m: m.flip))
+        seen = f"{flip.value:.4f}" if flip.count else ""
+        gain = Mean.of(_gain(points, table, point))
+        lines.append(
+            f"| {point.model} | {point.series} | `{point.method}` | "
+            f"{table.spent(point.method):.3f} | {Mean.of(table.psnr(point.method))} | {gain} | "
+            f"{seen} |"
+        )
+    kept = [line for model in tables for line in shown(model, work)]
+    if kept:
+        lines += [
+            "",
+            "## How long a choice stays right",
+            "",
+            "Of one dense generation: pairs that the choice of step 4 and that of a later step "
+            "share, and the attention mass (of means of 8 tokens) that each holds then.",
+            "",
+            "| model | density | step | pairs shared | mass of its own choice | mass of step 4's |",
+            "|---|---|---|---|---|---|",
+            *kept,
+        ]
+    table = next(iter(tables.values()))
+    first = table.row(points[0].method)
+    commits = sorted({commit for each in tables.values() for commit in each.commits})
+    counts = ", ".join(
+        f"{len(table.pairs)} pairs of {len({p for p, _ in table.pairs})} prompts of {model}"
+        for model, table in tables.items()
+    )
+    lines += [
+        "",
+        f"Made by `{command}` on {first.device}, torch {first.torch}, diffusers "
+        f"{first.diffusers}, commit {' and '.join(commits)}, fp32 with TF32 products; {counts}; "
+        f"{first.steps} steps. `±` is the standard error of the mean over pairs.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
+    """The best that spends no more than a limit, against today's way there."""
+    lines = ["## Carry and the rest, against today's way", "",
+             "| model | spent at most | today | best of the ladder | method | gain, dB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for model, table in tables.items():
+        today = _of(points, model, "today")
+        ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
+        for limit in LIMITS:
+            best = _best(table, ours, limit)
+            if best is None:
+                continue
+            before = table.between(today, limit)
+            gain = [a - b for a, b in zip(table.psnr(best), before, strict=True)]
+            lines.append(
+                f"| {model} | {limit:.2f} | {Mean.of(before)} | {Mean.of(table.psnr(best))} | "
+                f"`{best}` | {Mean.of(gain)} |"
+            )
+    return [*lines, ""]
+
+
+def _published(points: Sequence[Point], tables: Tables) -> list[str]:
+    """Each rule at its best threshold, against our best, on the same pairs."""
+    lines = ["## Published rules, each with its best threshold", "",
+             "The same dense steps. The rule's gain is that of ours over it, at equal limits.", "",
+             "| model | spent at most | rule | PSNR, dB | threshold | ours is better by, dB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for model, table in tables.items():
+        ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
+        series = dict.fromkeys(
+            p.series for p in points if p.model == model and p.series.split(",")[0] in RULES
+        )
+        for limit in LIMITS:
+            best = _best(table, ours, limit)
+            for name in series:
+                rule = _best(table, _of(points, model, name), limit)
+                if rule is None or best is None:
+                    continue
+                gain = [a - b for a, b in zip(table.psnr(best), table.psnr(rule), strict=True)]
+                threshold = rule.partition(":")[2].partition(",")[0]
+                lines.append(
+                    f"| {model} | {limit:.2f} | {name} | {Mean.of(table.psnr(rule))} | "
+                    f"{threshold} | {Mean.of(gain)} |"
+                )
+    return [*lines, ""]
+
+
+def _best(table: Table, methods: Sequence[str], limit: float) -> str | None:
+    """The method with the best mean of those that spend no more than the limit."""
+    fits = [method for method in methods if table.spent(method) <= limit]
+    return max(fits, key=lambda method: Mean.of(table.psnr(method)).value, default=None)

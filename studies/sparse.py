@@ -1,0 +1,194 @@
+"""Sparse attention: what order, summaries, choice and carry buy, against attention spent.
+
+``python studies/sparse.py --device cuda --seconds 280`` goes on where it was stopped; the page says
+how many pairs of prompt and seed are complete. ``--write`` makes the page of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _paired import Measured, Runner, Table, pairs, read
+from _sparse_page import write
+from _study import OUT, ROOT, Point, Study
+from _symbols import agreement
+from rich.progress import Progress
+
+from flashomni.lab import split, zoo
+
+MODELS = ("tiny-image", "tiny-video")
+DENSITIES = (0.5, 0.35, 0.25, 0.125)
+# Every step is computed, the first four dense.
+STEPS = "interval=1,warmup=0,in_computed=true,dense_steps=4"
+TOP = "topk:q_density=1,diagonal=true,text_rows=true,kv_density={}," + STEPS
+EACH, ONCE, CARRIED = ",choose_at=computed", ",choose_at=[4]", ",choose_at=[3]"
+ORDER, SUMMARIES, FINE = ",token_order=hilbert", ",summaries=4", ",resolution=8"
+CARRY = ",carry=extrapolate,refresh={}"
+BEST = ORDER + SUMMARIES + FINE + CARRIED + CARRY
+# Rungs of the ladder: each adds one thing to the one above.
+LADDER = {
+    "today": EACH,
+    "+ order": ORDER + EACH,
+    "+ 4 summaries": ORDER + SUMMARIES + EACH,
+    "+ choice of 8 tokens": ORDER + SUMMARIES + FINE + EACH,
+    "+ chosen once": ORDER + SUMMARIES + FINE + ONCE,
+    "+ carry, refresh 8": BEST.format(8),
+    "+ carry, refresh 4": BEST.format(4),
+}
+# One thing changed, at density 0.25.
+ASIDE = {
+    "tile order": ",token_order=tile" + SUMMARIES + FINE + EACH,
+    "1 summary": ORDER + ",summaries=1" + FINE + EACH,
+    "16 summaries": ORDER + ",summaries=16" + FINE + EACH,
+    "choice of 32 tokens": ORDER + SUMMARIES + ",resolution=32" + EACH,
+    "carried once": BEST.format(0),
+    "carry, held, refresh 4": BEST.format(4).replace("extrapolate", "hold"),
+    "carry, extrapolated in full": BEST.format(4) + ",extrapolation=1",
+    "carry without summaries": ORDER + FINE + CARRIED + CARRY.format(4),
+    "carry alone, raster": CARRIED + CARRY.format(4),
+    "control: chosen again at step 14": BEST.format(4).replace("[3]", "[3,14]"),
+}
+# Rules as published, with five thresholds each; with our order, and with our carry too.
+RULES = {
+    "spargeattn": ("spargeattn:mass={}," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
+    "window": ("window:reach={}," + STEPS, (0.02, 0.05, 0.1, 0.15, 0.25)),
+    "radial": ("radial:width={}," + STEPS, (0.05, 0.1, 0.2, 0.4, 0.8)),
+}
+VARIANTS = {
+    "": EACH,
+    ", our order": ORDER + EACH,
+    ", our order and carry": ORDER + CARRIED + CARRY.format(4),
+}
+CACHED = "topk:q_density=1,diagonal=true,text_rows=true,kv_density={},degrade_below=1,computed={}"
+CACHED += ",forecast=hermite,layer_order=2,in_computed=true,dense_steps=1,choose_at=[0]"
+CACHED += ORDER + SUMMARIES + FINE
+RAMPS = (11, 13, 17)
+
+
+def points(model: str) -> Iterator[Point]:
+    """All of one model."""
+    for series, rest in LADDER.items():
+        for density in DENSITIES if series in ("today", "+ carry, refresh 4") else DENSITIES[::2]:
+            yield Point(series, None, TOP.format(density) + rest, model)
+    for series, rest in ASIDE.items():
+        yield Point(series, None, TOP.format(0.25) + rest, model)
+    for rule, (method, thresholds) in RULES.items():
+        if rule == "radial" and model == "tiny-image":
+            continue  # a picture is one frame, which it sees whole
+        for variant, rest in VARIANTS.items():
+            for threshold in thresholds:
+                yield Point(rule + variant, None, method.format(threshold) + rest, model)
+    for ramp in RAMPS:
+        yield Point(
+            "caching", None, f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}", model
+        )
+        for density, refresh in ((0.25, 3), (0.125, 3), (0.25, 2)):
+            series = f"caching + sparse {density:g}, refresh {refresh}"
+            yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
+
+
+STUDY = Study(
+    name="sparse",
+    title="Sparse attention against attention spent",
+    question=(
+        "Attention is left out in every step but the first four, and nothing is cached: how far is "
+        "the result from the stock pipeline's, for the attention that was spent? *Spent* is what "
+        "was computed over the whole generation, of dense: visited pairs, summaries, refreshes and "
+        "dense steps, as the report counts it. Prompts 16 to 39 of each model, fp32; means over "
+        "pairs of prompt and seed, differences on the same pairs."
+    ),
+    x_label="attention spent, of dense",
+    points=[point for model in MODELS for point in points(model)],
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    device: str
+    models: tuple[str, ...]
+    prompts: int
+    seeds: tuple[int, ...]
+    steps: int | None
+    seconds: float
+    work: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=f"{STUDY.title}. {STUDY.question}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", default=",".join(MODELS), help="names or folders")
+    parser.add_argument("--prompts", type=int, default=24, help="of the split's part report")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
+    parser.add_argument("--write", action="store_true", help="the page of what is measured already")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--work", type=Path, default=ROOT / "eval" / "studies" / "sparse")
+    args = parser.parse_args(arguments)
+    options = Options(
+        args.device, tuple(args.models.split(",")), args.prompts, tuple(range(args.seeds)),
+        args.steps, 0.0 if args.write else args.seconds, args.work,
+    )  # fmt: skip
+    asked = {model: list(points(model)) for model in options.models}
+    found = run(options, asked)
+    command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
+    every = [point for some in asked.values() for point in some]
+    write(STUDY, every, found, options.work, args.out, " ".join(command))
+
+
+def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
+    """Measure until the time is over; tables by model of what is complete."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    deadline = time.monotonic() + options.seconds
+    with Progress() as progress:
+        runner = Runner(options.work, deadline, progress)
+        loaded = {}
+        order = sorted(
+            (place, model)
+            for model in options.models
+            for place in range(options.prompts * len(options.seeds))
+        )
+        for place, model in order:
+            if runner.over:
+                break
+            if model not in loaded:
+                loaded[model] = zoo.load(model, options.device, torch.float32)
+            some = loaded[model]
+            prompts = split.pick(model, some.prompts, "report", options.prompts)
+            todo = list(pairs(prompts, options.seeds))
+            if place >= len(todo):
+                continue
+            methods = [point.method for point in asked[model]]
+            drawn = drawings() if place == 0 else ()
+            runner.pair(model, some, methods, *todo[place], options.steps, drawn)
+            if place == 0:
+                agreement(model, some, todo[0], options.work, options.steps, deadline)
+    return tables(read(options.work / "measured.jsonl"), asked)
+
+
+def drawings() -> list[str]:
+    """Methods whose pictures are shown, at a density of 0.25."""
+    return [TOP.format(0.25) + LADDER[name] for name in ("today", "+ order", "+ carry, refresh 4")]
+
+
+def tables(found: Sequence[Measured], asked: dict[str, list[Point]]) -> dict[str, Table]:
+    """What is complete, of each model: of the device and the steps that were measured last."""
+    result = {}
+    for model, some in asked.items():
+        mine = [each for each in found if each.model == model]
+        last = [e for e in mine if (e.device, e.steps) == (mine[-1].device, mine[-1].steps)]
+        result[model] = Table(last, [point.method for point in some])
+    return result
+
+
+if __name__ == "__main__":
+    main()
