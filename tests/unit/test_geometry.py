@@ -29,6 +29,7 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "WanAnimateTransformer3DModel": (5, 9, 7),
     "WanVACETransformer3DModel": (5, 9, 7),
     "ZImageTransformer2DModel": (1, 18, 16),
+    "SD3Transformer2DModel": (1, 18, 19),
 }
 WANTS = ("window", {"reach": 0.2})
 

@@ -158,6 +158,8 @@ def smaller(model, inputs):
     x = inputs["hidden_states"]
     if x.ndim == 5:
         return {**inputs, "hidden_states": x[:, :, :, :-4]}
+    if x.ndim == 4:
+        return {**inputs, "hidden_states": x[:, :, :-4]}
     changed = {**inputs, "hidden_states": x[:, : 9 * 19]}
     if "img_ids" in inputs:
         changed["img_ids"] = inputs["img_ids"][: 9 * 19]

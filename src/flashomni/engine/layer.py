@@ -150,7 +150,8 @@ class LayerRun(LayerCarry):
         """
         cache, kv_len = self._cache, self.grid.kv_len
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        redone = self._plan.redone[self.index] if self._plan.redone else None
+        remembers = self._plan.redone and self._first is None  # of the layer's main attention
+        redone = self._plan.redone[self.index] if remembers else None
         options: dict[str, Any] = {"kv_len": kv_len, "softmax_scale": scale, "redone": redone}
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:

@@ -8,7 +8,7 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class LayerStep:
     """
 
     grid: Grid
+    _first: LayerStep | None = None
 
     def __init__(
         self,
@@ -55,6 +56,17 @@ class LayerStep:
         self.inputs: Mapping[str, Any] = plan.inputs
         record.kind = self.kind.value
         cache.ops = record.ops  # filled while the block runs
+
+    def second(self) -> Self:
+        """The run of another attention in the same block: with a sequence and tiles of its own.
+
+        It begins after this one, which decides for both whether the block is cached whole, and
+        gives the report its densities.
+        """
+        cache, record = self._cache.second(), self._record.second()
+        other = type(self)(self.index, cache, self._plan, record, self._shared, self._cacheable)
+        other._first = self
+        return other
 
     def begin(
         self,
@@ -113,7 +125,12 @@ class LayerStep:
     def _decide_degradation(self, known: float | None) -> None:
         """S_q: cache the layer whole if little of it is computed; look again at each Update."""
         plan, threshold = self._plan, self.recipe.sparse.degrade_below
-        self._cache.degrade(known, plan.step, threshold, plan.hopeful)
+        if self._first is None:
+            self._cache.degrade(known, plan.step, threshold, plan.hopeful)
+            return
+        self._cache.degraded = self._first._cache.degraded
+        if self._cache.degraded:
+            self._cache.forget_heads()
 
     @property
     def _caches_heads(self) -> bool:
@@ -175,7 +192,7 @@ class LayerStep:
 
     def _send(self, q_density: Tensor) -> None:
         """Keep the computed fraction for the host, where S_q depends on it."""
-        if self.recipe.sparse.degrade_below > 0 and self._known is None:
+        if self.recipe.sparse.degrade_below > 0 and self._known is None and self._first is None:
             self._cache.fraction = Fraction(q_density)
             self._cache.measured = self._plan.step
 

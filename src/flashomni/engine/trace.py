@@ -24,7 +24,8 @@ class LayerRecord:
     """One layer in one step: what kind it was, its densities, and its ops.
 
     ``ops`` holds ``(op, FLOPs of the dense model, share of them executed)``; a share may be a
-    scalar on the device, read when somebody asks for the summary.
+    scalar on the device, read when somebody asks for the summary. ``beside`` is of the layer's
+    other attention, where there is one: its densities and its note; its ops are the layer's.
     """
 
     name: str
@@ -33,6 +34,16 @@ class LayerRecord:
     kv_density: Number = 1.0
     ops: list[tuple[str, int, Number]] = field(default_factory=list)
     note: str = ""
+    beside: LayerRecord | None = None
+
+    def notes(self) -> list[str]:
+        """What deserves attention."""
+        return [each.note for each in (self, self.beside) if each is not None and each.note]
+
+    def second(self) -> LayerRecord:
+        """Of the layer's other attention."""
+        self.beside = LayerRecord(self.name, self.kind, ops=self.ops)
+        return self.beside
 
     def add(self, op: str, flops: int, share: Number = 1.0) -> None:
         """Record that ``share`` of ``flops`` was executed."""
@@ -197,8 +208,8 @@ class Trace:
                 for op, flops, share in layer.ops:
                     dense[op] += flops
                     executed[op] += flops * float(share)
-                if layer.note:
-                    notes[f"{layer.name}: {layer.note}"] = None
+                for note in layer.notes():
+                    notes[f"{layer.name}: {note}"] = None
             steps.append(
                 {
                     "step": record.step,

@@ -25,7 +25,10 @@ class Flux(MMDiTAdapter):
         clip=True,
     )
     reorders: ClassVar = True
-    residuals: ClassVar = ("controlnet_block_samples", "controlnet_single_block_samples")
+    residuals: ClassVar[tuple[str, ...]] = (
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+    )
     exit: ClassVar = "norm_out"
     sizes: ClassVar = {
         "tiny": {

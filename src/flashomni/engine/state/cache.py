@@ -160,6 +160,7 @@ class LayerCache:
         attended: shape of the queries that were last attended in full.
         columns: S_s where it is kept from one choice to the next.
         carry: what sparse attention with these columns misses.
+        beside: of another attention of the same layer, where there is one.
     """
 
     symbols: Symbols | None = None
@@ -178,6 +179,13 @@ class LayerCache:
     attended: tuple[int, ...] = ()
     columns: Columns | None = None
     carry: Carry | None = None
+    beside: LayerCache | None = None
+
+    def second(self) -> LayerCache:
+        """State of the layer's other attention."""
+        if self.beside is None:
+            self.beside = LayerCache()
+        return self.beside
 
     def keep(self, columns: Columns) -> None:
         """Other columns than before: what was carried is of no use any more."""
@@ -225,6 +233,8 @@ class LayerCache:
             self.bias_terms.prefetch()
         if self.carry is not None:
             self.carry.prefetch()
+        if self.beside is not None:
+            self.beside.prefetch(stores)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""
@@ -237,4 +247,6 @@ class LayerCache:
             kept.append(self.columns.symbols.kv_bits)
         if self.carry is not None:
             kept += self.carry.tensors()
+        if self.beside is not None:
+            kept += self.beside.tensors()
         return kept
