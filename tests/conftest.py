@@ -191,7 +191,10 @@ def own_names(model):
 def first_item(inputs):
     """The arguments of a batch of one."""
     shared = ("ids", "indices")  # of tokens, of frames
-    return {k: v if any(word in k for word in shared) else v[:1] for k, v in inputs.items()}
+    return {
+        key: value if any(word in key for word in shared) or isinstance(value, int) else value[:1]
+        for key, value in inputs.items()
+    }
 
 
 def self_attention(block):

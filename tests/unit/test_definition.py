@@ -13,8 +13,9 @@ from tiny_models import fill_gates
 from torch.overrides import TorchFunctionMode
 
 import flashomni
-from conftest import call, token_masks
+from conftest import call, self_attention, token_masks
 from flashomni.engine import Recipe
+from flashomni.models import find_adapter
 from flashomni.policies import make_policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -31,11 +32,14 @@ class ByHand(TorchFunctionMode):
         symbols: of each attention, by its place.
         moved: tokens that come first in stock and last in the symbols' grid.
         before: what attention gave in each block, before; ``None`` has it kept.
+        gates: of each block so far, ``[B, H, S, 1]``: gated O is what is cached, so what was kept
+            is divided by the gate that the stock model is about to apply.
     """
 
-    def __init__(self, symbols, moved, before):
+    def __init__(self, symbols, moved, before, gates):
         super().__init__()
         self.symbols, self.moved, self.before, self.kept = symbols, moved, before, []
+        self.gates = gates
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -46,16 +50,31 @@ class ByHand(TorchFunctionMode):
         sizes = {symbols.grid.seqlen_q for symbols in self.symbols[place : place + 1]}
         if {q.shape[2], k.shape[2]} != sizes:  # attention to the text, or of a refiner
             return func(q, k, v, *rest, **kwargs)
+        gate = self.gates[place] if self.gates else 1.0
         if self.before is None:
-            self.kept.append(func(q, k, v, *rest, **kwargs))
-            return self.kept[-1]
+            o = func(q, k, v, *rest, **kwargs)
+            self.kept.append(o * gate)
+            return o
         symbols = self.symbols[place]  # whose padding the stock model masks itself
         rows, pairs = token_masks(replace(symbols, grid=replace(symbols.grid, kv_len=None)))
         rows, pairs = rows.roll(self.moved, -1), pairs.roll((self.moved,) * 2, (-2, -1))
         given = kwargs.pop("attn_mask", None)
         mask = pairs if given is None else pairs & given
-        self.kept.append(func(q, k, v, *rest, attn_mask=mask, **kwargs))
-        return torch.where(rows[..., None], self.kept[-1], self.before[place])
+        o = func(q, k, v, *rest, attn_mask=mask, **kwargs)
+        self.kept.append(o * gate)
+        return torch.where(rows[..., None], o, self.before[place] / gate)
+
+
+def watch_gates(model):
+    """Hooks on what makes the gates of each block's attention, and the gates, as they are made."""
+    seen = []
+
+    def see(module, args, output):
+        seen.append(2 * output.sigmoid().transpose(1, 2)[..., None])
+
+    attentions = (self_attention(site.block) for site in find_adapter(model).sites(model))
+    makers = [getattr(attn, "to_gate_logits", None) for attn in attentions]
+    return [maker.register_forward_hook(see) for maker in makers if maker is not None], seen
 
 
 def test_a_dispatch_step_is_what_its_symbols_say(tiny):
@@ -74,10 +93,14 @@ def test_a_dispatch_step_is_what_its_symbols_say(tiny):
         symbols = [cache.symbols for pair in pairs for cache in pair if cache is not None]
     moved = TEXT_MOVED.get(type(model).__name__, 0)
     outputs, before = [], None
+    gates, seen = watch_gates(model)
     for each in (inputs, other):
-        with ByHand(symbols, moved, before) as mode:
+        seen.clear()
+        with ByHand(symbols, moved, before, seen) as mode:
             outputs.append(call(model, each))
         before = mode.kept
         assert len(before) == len(symbols)
+    for handle in gates:
+        handle.remove()
     torch.testing.assert_close(got, outputs[1], atol=2e-5, rtol=1e-4)
     assert not torch.allclose(got, call(model, other), atol=1e-3)  # the step is really sparse

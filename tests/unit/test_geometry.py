@@ -18,6 +18,8 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "FluxTransformer2DModel": (1, 18, 19),
     "BriaTransformer2DModel": (1, 18, 19),
     "OvisImageTransformer2DModel": (1, 18, 19),
+    "LTX2VideoTransformer3DModel": (5, 9, 7),
+    "LTXVideoTransformer3DModel": (5, 9, 7),
     "LongCatImageTransformer2DModel": (1, 18, 19),
     "QwenImageTransformer2DModel": (1, 18, 19),
     "HunyuanImageTransformer2DModel": (1, 18, 19),

@@ -24,7 +24,7 @@ TILES = Recipe.of(
 class Attention(nn.Module):
     """Self-attention with what is to be tried."""
 
-    def __init__(self, norm, layout, own):
+    def __init__(self, norm, layout, own, gated=False):
         super().__init__()
         width = HEADS * DIM
         self.heads, self.inner_dim, self.layout = HEADS, width, layout
@@ -33,6 +33,7 @@ class Attention(nn.Module):
         cls, span = (nn.LayerNorm if norm == "layer" else nn.RMSNorm), width if across else DIM
         self.norm_q, self.norm_k = (cls(span) if norm else None for _ in range(2))
         self.across = across
+        self.to_gate = nn.Linear(width, HEADS) if gated else None
         shape = (2, ROWS, HEADS, DIM // 2) if own else (ROWS, DIM // 2)
         angle = torch.rand(shape) * 6
         self.tables = angle.cos(), angle.sin()
@@ -47,8 +48,12 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k = self.heads_of(x, self.to_q, self.norm_q), self.heads_of(x, self.to_k, self.norm_k)
         v = self.to_v(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
-        o = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.to_out(o.transpose(1, 2).flatten(2))
+        o = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        gate = self.gate(x)
+        return self.to_out((o if gate is None else o * gate).flatten(2))
+
+    def gate(self, x):
+        return None if self.to_gate is None else torch.sigmoid(self.to_gate(x))[..., None]
 
 
 class Block(nn.Module):
@@ -75,7 +80,7 @@ def run_block(run, block, hidden_states):
     run.begin(ROWS)
     attn = block.attn
     stream = own_stream(attn, hidden_states, (0, ROWS), attn.tables, rope_layout=attn.layout)
-    o = joint_attention(run, attn, [stream], attn.to_out)
+    o = joint_attention(run, attn, [stream], attn.to_out, gate=attn.gate(hidden_states))
     return hidden_states + run.project_o(o, attn.to_out, row_offset=0)
 
 
@@ -103,3 +108,64 @@ def test_every_kind_of_queries_is_exact(monkeypatch, norm, layout, own):
         report = engine.report()
     saved = report.flops_executed["gemm_q"] < report.flops_dense["gemm_q"]
     assert saved == (norm in (None, "head"))
+
+
+class Called(nn.Linear):
+    """A Linear that is called, never read: then O is forecast instead of its projection."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def gated(monkeypatch, called):
+    """A model with gates between attention and projection, its input, and one a step later."""
+    monkeypatch.setattr(_accelerate, "find_adapter", lambda model: ToyAdapter())
+    torch.manual_seed(0)
+    model = Model("head", "interleaved", False, True)
+    for block in model.blocks:
+        if called:
+            block.attn.to_out.__class__ = Called
+        block.attn.to_gate.weight.mul_(4)
+    return model, {"hidden_states": torch.randn(2, ROWS, HEADS * DIM)}
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["projected", "filled in"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_gates_are_cached_with_what_they_gate(monkeypatch, called, order):
+    """Constant inputs: exact, whether O is forecast or its projection; no tile is gated twice."""
+    model, inputs = gated(monkeypatch, called)
+    stock = call(model, inputs)
+    with flashomni.accelerate(model, TILES.replace(order=order)) as engine:
+        for step in range(8):
+            engine.step(step, 9)
+            torch.testing.assert_close(call(model, inputs), stock, atol=1e-5, rtol=1e-4)
+
+
+def test_gated_forecasts_agree(monkeypatch):
+    """Moving inputs: the forecast of gated O, and its projection, give the same picture."""
+    outputs = []
+    for called in (False, True):
+        model, inputs = gated(monkeypatch, called)
+        with flashomni.accelerate(model, TILES.replace(order=1)) as engine:
+            for step in range(6):
+                engine.step(step, 9)
+                out = call(model, {"hidden_states": inputs["hidden_states"] * (1 + 0.1 * step)})
+        outputs.append(out)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["projected", "in front"])
+def test_what_sparse_attention_misses_is_gated_too(monkeypatch, called):
+    """Constant inputs: with it carried, sparse attention is exact behind a gate as well."""
+    model, inputs = gated(monkeypatch, called)
+    stock = call(model, inputs)
+    policy = make_policy("topk", q_density=1.0, kv_density=0.4)
+    recipe = Recipe.of(
+        policy, interval=3, warmup=0.0, block_m=16, block_n=16, carry="hold", order=0
+    )
+    with flashomni.accelerate(model, recipe) as engine:
+        for step in range(5):
+            engine.step(step, 9)
+            torch.testing.assert_close(call(model, inputs), stock, atol=1e-5, rtol=1e-4)
+        report = engine.report()
+    assert report.flops_executed["attention"] < report.flops_dense["attention"]

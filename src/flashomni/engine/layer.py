@@ -132,6 +132,7 @@ class LayerRun(LayerCarry):
         *,
         softmax_scale: float | None = None,
         guide: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
 
@@ -143,9 +144,11 @@ class LayerRun(LayerCarry):
                 reads O itself.
             softmax_scale: of the scores, ``D ** -0.5`` by default.
             guide: map of cross-attention, for the policy.
+            gate: ``[B, S, H, D or 1]``, what O is multiplied by in front of its projection. What
+                is cached is the gated O, in which the projection is linear.
 
         Returns:
-            ``[B, S, H, D]``. Cached tiles are undefined, or the forecast where the output
+            ``[B, S, H, D]``, gated. Cached tiles are undefined, or the forecast where the output
             projection has to be called as a module, or is not the engine's.
         """
         cache, kv_len = self._cache, self.grid.kv_len
@@ -157,7 +160,7 @@ class LayerRun(LayerCarry):
         if self.kind is not StepKind.DISPATCH:
             site = self._site(q, k, v, scale, guide)
             self._choose(site)
-            o = self._attend_computed(q, k, v, flops, options)
+            o = self._gated(self._attend_computed(q, k, v, flops, options), gate)
             cache.attended = q.shape
             if self.kind is StepKind.FULL and self._plan.probes and self._cacheable:
                 self._send(measure(self._policy(site), backend=self.backend)[1])
@@ -174,7 +177,19 @@ class LayerRun(LayerCarry):
             scales = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
             forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
         o = sparse_attention(q, k, v, symbols, **options, forecast=forecast, backend=self.backend)
+        o = self._gated(o, gate, forecasts=forecast is not None)
         return o if out_projection is not None else self._carried(o, 0)
+
+    def _gated(self, o: Tensor, gate: Tensor | None, *, forecasts: bool = False) -> Tensor:
+        """O times its gate, like what is carried of it; a forecast in O is gated already."""
+        if gate is None:
+            return o
+        if self._difference is not None:
+            self._difference = self._difference * gate
+        if forecasts:
+            live = self._symbols().q_mask().repeat_interleave(self.grid.block_m, -1)
+            gate = torch.where(live[..., : o.shape[1]].mT[..., None], gate, 1.0)
+        return o * gate
 
     def project_o(
         self,

@@ -33,16 +33,18 @@ class Reliance(NamedTuple):
     why: str
 
 
-def rely_on_attention(name: str, attn: Any, classes: tuple[str, ...], processor: str) -> list:
+def rely_on_attention(
+    name: str, attn: Any, classes: tuple[str, ...], *processors: str
+) -> list[Reliance]:
     """Reliance on an attention module and its processor.
 
     Args:
         name: path of the attention module.
         classes: that its class may have.
-        processor: name of the class of its processor.
+        processors: names of the classes that its processor may have.
     """
     return [
-        Reliance(f"{name}.processor", attn.processor, (processor,), PROCESSOR),
+        Reliance(f"{name}.processor", attn.processor, processors, PROCESSOR),
         Reliance(name, attn, classes, "its projections are called one by one"),
     ]
 

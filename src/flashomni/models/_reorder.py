@@ -64,7 +64,7 @@ def in_order(
         named[main] = tokens.enter(named[main])
     for name, dims in site.by_token.items():
         value = named.get(name)
-        if isinstance(value, Tensor) and value.ndim == dims:
+        if isinstance(value, Tensor) and value.ndim == dims and value.shape[1] > 1:
             named[name] = tokens.once(value)
     return (), named
 

@@ -75,6 +75,7 @@ def joint_attention(
     out_projection: nn.Module,
     *,
     guide: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans.
 
@@ -82,8 +83,7 @@ def joint_attention(
         run: of the block.
         attn: whose ``heads`` and ``inner_dim`` count.
         streams: the parts of the sequence; one for a model with self-attention alone.
-        out_projection: see :meth:`LayerRun.attend`, like ``guide``.
-        guide: map of cross-attention, for the policy.
+        out_projection: see :meth:`LayerRun.attend`, like ``guide`` and ``gate``.
     """
     num_heads, batch, seqlen = attn.heads, streams[0].x.shape[0], run.grid.seqlen_q
     q, k, v = (
@@ -103,7 +103,7 @@ def joint_attention(
         )
         _project_keys(run, stream, k[:, rows], v[:, rows])
         run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
-    return run.attend(q, k, v, out_projection, guide=guide)
+    return run.attend(q, k, v, out_projection, guide=guide, gate=gate)
 
 
 def _project_keys(run: LayerRun, stream: Stream, k: Tensor, v: Tensor) -> None:
