@@ -146,11 +146,10 @@ def run_block(
     return x, add(a, y, audio[5], backend)
 
 
-def modulated(
-    block: Any, hidden_states: Tensor, audio: Tensor, text: Tensor, audio_text: Tensor, **rest: Any
-) -> Tensor:
+def modulated(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Tokens of the video after the first norm and modulation of a block."""
-    return _modulate(block.norm1(hidden_states), modulation(block.scale_shift_table, rest["temb"]))
+    temb = kwargs["temb"] if "temb" in kwargs else args[3]
+    return _modulate(block.norm1(hidden_states), modulation(block.scale_shift_table, temb))
 
 
 def _attend(run: LayerRun, attn: Any, x: Tensor, rest: dict[str, Any]) -> Tensor:
