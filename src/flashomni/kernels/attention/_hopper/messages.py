@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashomni.kernels.attention._hopper.rings import parity, slot
+from flashomni.kernels.common.hopper import thread_barrier
 
 BATCH: gl.constexpr = gl.constexpr(0)
 HEAD: gl.constexpr = gl.constexpr(1)
@@ -51,7 +52,7 @@ def send(inbox, inbox_full, number, batch, head, row, visits, valid):
     put(inbox, number, ROW, row)
     put(inbox, number, VISITS, visits)
     put(inbox, number, VALID, valid)
-    gl.thread_barrier()  # every lane has written; one of them announces it
+    thread_barrier()  # every lane has written; one of them announces it
     mbarrier.arrive(inbox_full.index(slot(number, DEPTH)), count=1)
 
 
