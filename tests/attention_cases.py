@@ -101,7 +101,10 @@ def draw(number: int, seed: int = 0) -> Case:
         span=rng.choice([(0.0, 1.0), (0.0, 0.6), (rng.random() / 2, 1.0), (0.3, 0.5)]),
         kind=kind,
         amount=amount,
-        per_block=rng.choice([0, 0, 1, 4, 4, 16]) if symbols != "none" else 0,
+        # Of head_dim 128 any number, of others one: each is a kernel of its own.
+        per_block=rng.choice([0, 0, 4, 4, 1, 16] if head_dim == 128 else [0, 0, 4])
+        if symbols != "none"
+        else 0,
     )
 
 

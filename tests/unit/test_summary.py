@@ -27,6 +27,8 @@ SHAPES = [
     (1, 130, 4300, 1, 1, 64, 128, 4),  # more blocks than a word has bits
 ]
 
+SMALL = (1, 260, 330, 2, 1, 64, 128, 16)
+
 
 def made(shape, dtype, device, kv_len=None, q_density=0.7, kv_density=0.3):
     """``(q, k, v, symbols, summary)``; the summary by its definition."""
@@ -84,7 +86,7 @@ def test_skipped_blocks_count_as_their_summaries(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@settings(deadline=None, derandomize=True, max_examples=12)
+@settings(deadline=None, derandomize=True, max_examples=8)
 @given(data=st.data())
 def test_properties(backend, data):
     """Random shapes, blocks, r, GQA ratios, densities and valid lengths, none among them."""
@@ -118,7 +120,7 @@ def test_a_summary_of_every_token_makes_it_dense(backend):
 def test_rows_that_skip_nothing_have_none(backend):
     """The same as without, to rounding; values that are never used may be anything finite."""
     dtype = torch.bfloat16 if backend == "sm90" else torch.float32
-    q, k, v, symbols, summary = made(SHAPES[2], dtype, device_for(backend), kv_density=1.0)
+    q, k, v, symbols, summary = made(SMALL, dtype, device_for(backend), kv_density=1.0)
     loud = Summary(summary.k * 1e4, summary.v * 1e4, summary.log_n)
     with refusal_skips():
         got = sparse_attention(q, k, v, symbols, summary=loud, backend=backend)
@@ -167,7 +169,7 @@ def test_rows_that_visit_no_block(backend, first):
 def test_cached_rows_and_their_forecast_are_as_without(backend):
     """Summaries belong to computed rows alone; bits and strides of k, v and symbols are free."""
     dtype = torch.bfloat16 if backend == "sm90" else torch.float32
-    q, k, v, symbols, summary = made(SHAPES[2], dtype, device_for(backend), q_density=0.4)
+    q, k, v, symbols, summary = made(SMALL, dtype, device_for(backend), q_density=0.4)
     wide = torch.stack([summary.k, summary.v], 3)
     summary = Summary(wide[..., 0, :], wide[..., 1, :], summary.log_n)
     terms = [torch.randn_like(q) for _ in range(2)]

@@ -93,10 +93,11 @@ def _weigh(
 
     Online, or anchored: the maximum of the first visit serves for all.
     """
-    least: tl.constexpr = LOWEST if MAY_BE_EMPTY else float("-inf")
     if ANCHORED:
         if is_first:
-            row_max = tl.maximum(tl.max(score, 1) * scale, least)
+            row_max = tl.max(score, 1) * scale
+            if MAY_BE_EMPTY:
+                row_max = tl.maximum(row_max, LOWEST)
         prob = tl.exp2(score * scale - row_max[:, None])
         if IS_CUT:
             # Cut down to bf16, so that they are summed as they are used: what is cut off cancels in
@@ -107,7 +108,9 @@ def _weigh(
             prob = (prob.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
         row_sum += tl.sum(prob, 1)
     else:
-        new_max = tl.maximum(tl.maximum(row_max, tl.max(score, 1) * scale), least)
+        new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
+        if MAY_BE_EMPTY:
+            new_max = tl.maximum(new_max, LOWEST)
         prob = tl.exp2(score * scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(prob, 1)
