@@ -43,7 +43,9 @@ class Measured:
         psnr_db: against the stock pipeline; infinite where the bits are the same.
         flip: against the stock pipeline; ``None`` where it cannot be measured.
         spent: attention computed over the whole generation, of dense, as the report counts it.
+        time: seconds of the generation, of the stock pipeline's; ``None`` where nobody timed it.
         skipped: FLOPs of all ops skipped.
+        dtype: of the model.
         device: name of the device.
         commit: of the project.
         torch: version.
@@ -59,6 +61,8 @@ class Measured:
     flip: float | None
     spent: float
     skipped: float
+    time: float | None
+    dtype: str
     device: str
     commit: str
     torch: str
@@ -66,7 +70,8 @@ class Measured:
 
     @property
     def key(self) -> tuple:
-        return self.model, self.method, self.prompt, self.seed, self.steps, self.device
+        place = self.prompt, self.seed, self.steps, self.dtype, self.device
+        return self.model, self.method, *place, self.time is not None
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -111,6 +116,8 @@ class Runner:
         prompt: tuple[int, str],
         seed: int,
         steps: int | None,
+        *,
+        timed: bool,
         drawn: Sequence[str] = (),
     ) -> bool:
         """Measure all methods that are not known yet on one pair.
@@ -122,6 +129,7 @@ class Runner:
             prompt: number and text.
             seed: of the noise.
             steps: denoising steps; the model's own by default.
+            timed: generate twice each, and time the second.
             drawn: methods whose pictures are kept, the stock pipeline's with them.
 
         Returns:
@@ -130,18 +138,19 @@ class Runner:
         number, text = prompt
         generation = Generation(loaded, text, seed, steps)
         seen = versions(generation.device)
-        where = (number, seed, generation.num_steps, seen["device"])
-        due = [each for each in methods if (model, each, *where) not in self.found]
+        dtype = str(generation.pipe.transformer.dtype).removeprefix("torch.")
+        where = (number, seed, generation.num_steps, dtype, seen["device"])
+        due = [each for each in methods if (model, each, *where, timed) not in self.found]
         task = self._progress.add_task(f"{model}, prompt {number}, seed {seed}", total=len(due))
-        reference = None
+        reference, dense_seconds = None, 0.0
         for method in due:
             if self.over:
                 return False
             if reference is None:
-                reference, _ = generation.run(_nothing)
+                reference, dense_seconds = _run(generation, timed)
                 self._draw(model, "stock", reference, drawn)
             with accelerate(generation.pipe, Recipe.of(method)) as engine:
-                pixels, _ = generation.run(_nothing)
+                pixels, seconds = _run(generation, timed)
                 report = engine.report()
             flip = None
             if metrics.why_no_flip() is None:
@@ -149,8 +158,8 @@ class Runner:
             dense, executed = report.flops_dense["attention"], report.flops_executed["attention"]
             measured = Measured(
                 model, method, *where[:3], metrics.psnr(reference, pixels), flip,
-                executed / dense, report.flops_skipped, seen["device"], seen["commit"],
-                seen["torch"], seen["diffusers"],
+                executed / dense, report.flops_skipped, seconds / dense_seconds if timed else None,
+                dtype, seen["device"], seen["commit"], seen["torch"], seen["diffusers"],
             )  # fmt: skip
             self._keep(measured)
             if method in drawn:
@@ -167,8 +176,20 @@ class Runner:
     def _draw(self, model: str, name: Any, pixels: Tensor, drawn: Sequence[str]) -> None:
         """Keep the middle frame, for the sheet of pictures."""
         if drawn:
-            middle = len(pixels) // 2
-            save_picture(pixels[middle : middle + 1].cpu(), self._folder / f"{model}-{name}")
+            middle, path = len(pixels) // 2, self._folder / f"{file_name(model)}-{name}"
+            save_picture(pixels[middle : middle + 1].cpu(), path)
+
+
+def file_name(model: str) -> str:
+    """A model's name in the name of a file."""
+    return model.replace("/", "_")
+
+
+def _run(generation: Generation, timed: bool) -> tuple[Tensor, float]:
+    """Frames and seconds: of the second generation where they count, and nothing compiles."""
+    if timed:
+        generation.discard()
+    return generation.run(_nothing)
 
 
 def _nothing(step: int, total: int) -> None:
@@ -210,9 +231,13 @@ class Table:
     Args:
         found: of that model, device and number of steps.
         methods: only pairs that hold all of these count.
+        timed: whether a method costs its time, or the attention that it spends.
     """
 
-    def __init__(self, found: Sequence[Measured], methods: Sequence[str]) -> None:
+    def __init__(
+        self, found: Sequence[Measured], methods: Sequence[str], timed: bool = False
+    ) -> None:
+        self.timed = timed
         by_pair: dict[tuple[int, int], dict[str, Measured]] = {}
         for each in found:
             by_pair.setdefault(each.pair, {})[each.method] = each
@@ -238,16 +263,20 @@ class Table:
         """Of each pair; 99 dB where the bits are the same."""
         return [min(x, 99.0) for x in self.column(method, lambda m: m.psnr_db)]
 
-    def spent(self, method: str) -> float:
-        return statistics.fmean(self.column(method, lambda m: m.spent))
+    def cost(self, method: str) -> float:
+        """What a method costs, of dense: the mean of attention spent, or of time."""
+        return statistics.fmean(self.column(method, self._cost))
 
-    def between(self, methods: Sequence[str], spent: float) -> list[float]:
-        """PSNR of each pair where a line through the methods has spent so much of attention."""
+    def _cost(self, measured: Measured) -> float:
+        return measured.time or 0.0 if self.timed else measured.spent
+
+    def between(self, methods: Sequence[str], cost: float) -> list[float]:
+        """PSNR of each pair where a line through the methods costs so much."""
         found = []
         for pair in self.pairs:
             some = [self._rows[pair][method] for method in methods]
-            line = sorted((m.spent, min(m.psnr_db, 99.0)) for m in some)
-            found.append(_on_line(line, spent))
+            line = sorted((self._cost(m), min(m.psnr_db, 99.0)) for m in some)
+            found.append(_on_line(line, cost))
         return found
 
 

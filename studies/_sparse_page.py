@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _paired import Mean, Table
+from _paired import Mean, Table, file_name
 from _study import COLOURS, Point, Study
 from _symbols import shown
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ from flashomni.lab import metrics
 from flashomni.lab.viz import save_figure
 from flashomni.util.files import write_text
 
-LIMITS = (0.55, 0.47, 0.40, 0.38)
+LIMITS = {False: (0.55, 0.47, 0.40, 0.38), True: (0.9, 0.8, 0.7, 0.6, 0.5)}  # of time
 LINES = ("today", "+ order", "+ 4 summaries", "+ choice of 8 tokens", "+ chosen once",
          "+ carry, refresh 8", "+ carry, refresh 4")  # fmt: skip
 DRAWN = ("stock", "today", "+ order", "+ carry, refresh 4")
@@ -39,7 +39,7 @@ def write(
         print("no pair is complete yet: nothing to write")
         return
     asked = [point for point in points if point.model in some]
-    save_figure(plot(asked, some), out / f"{study.name}.png")
+    save_figure(plot(study, asked, some), out / f"{study.name}.png")
     sheet = pictures(some, work)
     if sheet is not None:
         save_figure(sheet, out / f"{study.name}_pictures.png")
@@ -61,14 +61,14 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
         gain = _gain(points, table, point)
         values = {
             "model": point.model, "series": point.series, "method": point.method,
-            "pairs": len(table.pairs), "spent": round(table.spent(point.method), 4),
+            "pairs": len(table.pairs), **_costs(table, point.method),
             **_numbers("psnr_db", Mean.of(table.psnr(point.method))),
             **_numbers("gain_db", Mean.of(gain)),
             **_numbers("flip", Mean.of(table.column(point.method, lambda m: m.flip)), 5),
             "flops_skipped": round(
                 statistics.fmean(table.column(point.method, lambda m: m.skipped)), 4
             ),
-            "steps": first.steps, "device": first.device,
+            "steps": first.steps, "dtype": first.dtype, "device": first.device,
             "commit": " ".join(sorted(set(table.commits))), "torch": first.torch,
             "diffusers": first.diffusers,
         }  # fmt: skip
@@ -79,20 +79,28 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
     return buffer.getvalue()
 
 
+def _costs(table: Table, method: str) -> dict[str, float | str]:
+    times = table.column(method, lambda m: m.time)
+    return {
+        "spent": round(statistics.fmean(table.column(method, lambda m: m.spent)), 4),
+        "time": round(statistics.fmean(times), 4) if times else "",
+    }
+
+
 def _numbers(name: str, mean: Mean, digits: int = 2) -> dict[str, float | str]:
     shown = ["" if math.isnan(x) else round(x, digits) for x in (mean.value, mean.error)]
     return {name: shown[0], f"{name}_se": shown[1]}
 
 
 def _gain(points: Sequence[Point], table: Table, point: Point) -> list[float]:
-    """Over today's way where it spends as much, pair by pair."""
+    """Over today's way where it costs as much, pair by pair."""
     today = _of(points, point.model, "today")
-    before = table.between(today, table.spent(point.method))
+    before = table.between(today, table.cost(point.method))
     return [a - b for a, b in zip(table.psnr(point.method), before, strict=True)]
 
 
-def plot(points: Sequence[Point], tables: Tables) -> Figure:
-    """PSNR above, FLIP below, against attention spent; a column a model."""
+def plot(study: Study, points: Sequence[Point], tables: Tables) -> Figure:
+    """PSNR above, FLIP below, against what it costs; a column a model."""
     figure = Figure(figsize=(7.2 * len(tables), 9.0), layout="constrained")
     axes = figure.subplots(2, len(tables), squeeze=False, sharex="col", height_ratios=(3, 2))
     values: list[Callable[[Table, str], float]] = [
@@ -102,13 +110,13 @@ def plot(points: Sequence[Point], tables: Tables) -> Figure:
     for column, (model, table) in enumerate(tables.items()):
         for axis, value in zip(axes[:, column], values, strict=True):
             for number, series in enumerate(LINES):
-                some = sorted((table.spent(m), value(table, m)) for m in _of(points, model, series))
+                some = sorted((table.cost(m), value(table, m)) for m in _of(points, model, series))
                 if some:
                     axis.plot(*zip(*some, strict=True), "o-", color=COLOURS[number], label=series)
             rules = dict.fromkeys(p.series for p in points if p.series.split(",")[0] in RULES)
             for rule in rules:
                 name, _, variant = rule.partition(",")
-                some = sorted((table.spent(m), value(table, m)) for m in _of(points, model, rule))
+                some = sorted((table.cost(m), value(table, m)) for m in _of(points, model, rule))
                 if some:
                     axis.plot(
                         *zip(*some, strict=True), STYLES[variant.strip()], color=RULES[name],
@@ -118,7 +126,7 @@ def plot(points: Sequence[Point], tables: Tables) -> Figure:
             axis.spines[["top", "right"]].set_visible(False)
         top, bottom = axes[:, column]
         top.set(title=f"{model}, {len(table.pairs)} pairs", ylabel="PSNR against dense, dB")
-        bottom.set(ylabel="FLIP", xlabel="attention spent, of dense", yscale="log")
+        bottom.set(ylabel="FLIP", xlabel=study.x_label, yscale="log")
         top.legend(frameon=False, fontsize=7, ncols=2)
     return figure
 
@@ -128,7 +136,7 @@ def pictures(tables: Tables, work: Path) -> Figure | None:
     found = {}
     for model in tables:
         names = ["stock", *range(len(DRAWN) - 1)]
-        paths = [next(work.glob(f"{model}-{name}.*"), None) for name in names]
+        paths = [next(work.glob(f"{file_name(model)}-{name}.*"), None) for name in names]
         if all(path is not None for path in paths):
             found[model] = [np.array(Image.open(path).convert("RGB")) for path in paths if path]
     if not found:
@@ -162,9 +170,9 @@ def page(
     lines += [
         "## Every method",
         "",
-        "Gain: over today's way where it spends as much.",
+        f"Cost: {study.x_label}. Gain: over today's way where it costs as much.",
         "",
-        "| model | series | method | spent | PSNR, dB | gain, dB | FLIP |",
+        "| model | series | method | cost | PSNR, dB | gain, dB | FLIP |",
         "|---|---|---|---|---|---|---|",
     ]
     for point in points:
@@ -174,7 +182,7 @@ def page(
         gain = Mean.of(_gain(points, table, point))
         lines.append(
             f"| {point.model} | {point.series} | `{point.method}` | "
-            f"{table.spent(point.method):.3f} | {Mean.of(table.psnr(point.method))} | {gain} | "
+            f"{table.cost(point.method):.3f} | {Mean.of(table.psnr(point.method))} | {gain} | "
             f"{seen} |"
         )
     kept = [line for model in tables for line in shown(model, work)]
@@ -200,21 +208,21 @@ def page(
     lines += [
         "",
         f"Made by `{command}` on {first.device}, torch {first.torch}, diffusers "
-        f"{first.diffusers}, commit {' and '.join(commits)}, fp32 with TF32 products; {counts}; "
-        f"{first.steps} steps. `±` is the standard error of the mean over pairs.",
+        f"{first.diffusers}, commit {' and '.join(commits)}, {first.dtype} with TF32 products; "
+        f"{counts}; {first.steps} steps. `±` is the standard error of the mean over pairs.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
-    """The best that spends no more than a limit, against today's way there."""
+    """The best that costs no more than a limit, against today's way there."""
     lines = ["## Carry and the rest, against today's way", "",
-             "| model | spent at most | today | best of the ladder | method | gain, dB |",
+             "| model | cost at most | today | best of the ladder | method | gain, dB |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         today = _of(points, model, "today")
         ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
-        for limit in LIMITS:
+        for limit in LIMITS[table.timed]:
             best = _best(table, ours, limit)
             if best is None:
                 continue
@@ -231,14 +239,14 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
     """Each rule at its best threshold, against our best, on the same pairs."""
     lines = ["## Published rules, each with its best threshold", "",
              "The same dense steps. The rule's gain is that of ours over it, at equal limits.", "",
-             "| model | spent at most | rule | PSNR, dB | threshold | ours is better by, dB |",
+             "| model | cost at most | rule | PSNR, dB | threshold | ours is better by, dB |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
         series = dict.fromkeys(
             p.series for p in points if p.model == model and p.series.split(",")[0] in RULES
         )
-        for limit in LIMITS:
+        for limit in LIMITS[table.timed]:
             best = _best(table, ours, limit)
             for name in series:
                 rule = _best(table, _of(points, model, name), limit)
@@ -254,6 +262,6 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
 
 
 def _best(table: Table, methods: Sequence[str], limit: float) -> str | None:
-    """The method with the best mean of those that spend no more than the limit."""
-    fits = [method for method in methods if table.spent(method) <= limit]
+    """The method with the best mean of those that cost no more than the limit."""
+    fits = [method for method in methods if table.cost(method) <= limit]
     return max(fits, key=lambda method: Mean.of(table.psnr(method)).value, default=None)

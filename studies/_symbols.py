@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from _paired import file_name
 from torch import Tensor
 
 from flashomni.engine import Recipe
@@ -52,7 +53,7 @@ def agreement(
     deadline: float,
 ) -> None:
     """Run one dense generation, watched, and keep what it shows in ``folder``."""
-    path = folder / f"{model.replace('/', '_')}-agreement.json"
+    path = folder / f"{file_name(model)}-agreement.json"
     if path.exists() or time.monotonic() > deadline:
         return
     record = Record()
@@ -92,7 +93,7 @@ def agreement(
 
 def shown(model: str, folder: Path) -> list[str]:
     """Lines of a table in Markdown; none where nothing was measured."""
-    path = folder / f"{model.replace('/', '_')}-agreement.json"
+    path = folder / f"{file_name(model)}-agreement.json"
     if not path.exists():
         return []
     return [

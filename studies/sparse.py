@@ -7,6 +7,7 @@ how many pairs of prompt and seed are complete. ``--write`` makes the page of wh
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -80,7 +81,7 @@ def points(model: str) -> Iterator[Point]:
     for series, rest in ASIDE.items():
         yield Point(series, None, TOP.format(0.25) + rest, model)
     for rule, (method, thresholds) in RULES.items():
-        if rule == "radial" and model == "tiny-image":
+        if rule == "radial" and model.startswith("tiny-image"):
             continue  # a picture is one frame, which it sees whole
         for variant, rest in VARIANTS.items():
             for threshold in thresholds:
@@ -109,6 +110,18 @@ STUDY = Study(
 )
 
 
+TIMED = {
+    "name": "sparse_time",
+    "title": "Sparse attention against time",
+    "question": (
+        "The methods of [the study of attention spent](sparse.md) against the measured time of a "
+        "whole generation: the second of each kind, of the stock pipeline's second, one after the "
+        "other in one process."
+    ),
+    "x_label": "time of a generation, of dense",
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line."""
@@ -120,29 +133,40 @@ class Options:
     steps: int | None
     seconds: float
     work: Path
+    dtype: torch.dtype = torch.float32
+    timed: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=f"{STUDY.title}. {STUDY.question}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", default=",".join(MODELS), help="names or folders")
+    parser.add_argument("--models", default=",".join(MODELS), help="NAME, or NAME@HxW")
     parser.add_argument("--prompts", type=int, default=24, help="of the split's part report")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=None, help="denoising steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
+    parser.add_argument("--series", default="", help="only these, and today's way; apart by ;")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--timed", action="store_true", help="cost is time, a page of its own")
     parser.add_argument("--write", action="store_true", help="the page of what is measured already")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=ROOT / "eval" / "studies" / "sparse")
     args = parser.parse_args(arguments)
     options = Options(
         args.device, tuple(args.models.split(",")), args.prompts, tuple(range(args.seeds)),
-        args.steps, 0.0 if args.write else args.seconds, args.work,
+        args.steps, 0.0 if args.write else args.seconds, args.work, getattr(torch, args.dtype),
+        args.timed,
     )  # fmt: skip
-    asked = {model: list(points(model)) for model in options.models}
+    wanted = {"today", *args.series.split(";")}
+    asked = {
+        model: [p for p in points(model) if not args.series or p.series in wanted]
+        for model in options.models
+    }
     found = run(options, asked)
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
     every = [point for some in asked.values() for point in some]
-    write(STUDY, every, found, options.work, args.out, " ".join(command))
+    study = dataclasses.replace(STUDY, **TIMED) if options.timed else STUDY
+    write(study, every, found, options.work, args.out, " ".join(command))
 
 
 def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
@@ -161,18 +185,34 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
             if runner.over:
                 break
             if model not in loaded:
-                loaded[model] = zoo.load(model, options.device, torch.float32)
+                loaded[model] = load(model, options)
             some = loaded[model]
-            prompts = split.pick(model, some.prompts, "report", options.prompts)
+            prompts = split.pick(model.partition("@")[0], some.prompts, "report", options.prompts)
             todo = list(pairs(prompts, options.seeds))
             if place >= len(todo):
                 continue
             methods = [point.method for point in asked[model]]
             drawn = drawings() if place == 0 else ()
-            runner.pair(model, some, methods, *todo[place], options.steps, drawn)
+            runner.pair(
+                model, some, methods, *todo[place], options.steps, timed=options.timed, drawn=drawn
+            )
             if place == 0:
                 agreement(model, some, todo[0], options.work, options.steps, deadline)
-    return tables(read(options.work / "measured.jsonl"), asked)
+    kind = str(options.dtype).removeprefix("torch.")
+    found = [e for e in read(options.work / "measured.jsonl") if e.dtype == kind]
+    if options.timed:
+        found = [each for each in found if each.time is not None]
+    return tables(found, asked, options.timed)
+
+
+def load(model: str, options: Options) -> zoo.Loaded:
+    """A model, whose pictures have the size that its name may say."""
+    name, _, size = model.partition("@")
+    loaded = zoo.load(name, options.device, options.dtype)
+    if not size:
+        return loaded
+    height, width = map(int, size.split("x"))
+    return dataclasses.replace(loaded, call={**loaded.call, "height": height, "width": width})
 
 
 def drawings() -> list[str]:
@@ -180,13 +220,15 @@ def drawings() -> list[str]:
     return [TOP.format(0.25) + LADDER[name] for name in ("today", "+ order", "+ carry, refresh 4")]
 
 
-def tables(found: Sequence[Measured], asked: dict[str, list[Point]]) -> dict[str, Table]:
+def tables(
+    found: Sequence[Measured], asked: dict[str, list[Point]], timed: bool
+) -> dict[str, Table]:
     """What is complete, of each model: of the device and the steps that were measured last."""
     result = {}
     for model, some in asked.items():
         mine = [each for each in found if each.model == model]
         last = [e for e in mine if (e.device, e.steps) == (mine[-1].device, mine[-1].steps)]
-        result[model] = Table(last, [point.method for point in some])
+        result[model] = Table(last, [point.method for point in some], timed)
     return result
 
 

@@ -25,8 +25,9 @@ def measured(method, prompt, psnr, spent, **changes):
     from _paired import Measured
 
     row = Measured(
-        "tiny-image", method, prompt, 0, 28, psnr, 0.01, spent, 0.3, "abacus", "c0ffee", "2", "0"
-    )
+        "tiny-image", method, prompt, 0, 28, psnr, 0.01, spent, 0.3, None, "float32", "abacus",
+        "c0ffee", "2", "0",
+    )  # fmt: skip
     return dataclasses.replace(row, **changes)
 
 
@@ -59,6 +60,14 @@ def test_between_two_methods(spent, expected):
 
     rows = [measured(str(x), 0, y, x) for x, y in ((0.2, 20.0), (0.4, 30.0), (0.6, 40.0))]
     assert Table(rows, ["0.2"]).between(["0.6", "0.2", "0.4"], spent) == [pytest.approx(expected)]
+
+
+def test_cost_is_time_where_it_is_asked_for():
+    from _paired import Table
+
+    rows = [measured("a", 0, 30.0, 0.5, time=0.7), measured("b", 0, 40.0, 0.6, time=0.9)]
+    assert Table(rows, ["a"]).cost("a") == 0.5 and Table(rows, ["a"], True).cost("a") == 0.7
+    assert Table(rows, ["a"], True).between(["a", "b"], 0.8) == [pytest.approx(35.0)]
 
 
 def test_the_file_goes_on_where_it_was_cut(tmp_path):
@@ -116,7 +125,7 @@ def test_it_measures_keeps_and_goes_on(monkeypatch, tmp_path):
         call = {**loaded.call, "height": 64, "width": 64}
         return dataclasses.replace(loaded, call=call, prompts=prompts)
 
-    wanted = ("today", "caching", "+ carry, refresh 4")
+    wanted = ("today", "+ carry, refresh 4")
     whole = list(sparse.points("tiny-image"))
     some = [next(p for p in whole if p.series == series) for series in wanted]
     monkeypatch.setattr(sparse.zoo, "load", small)
@@ -124,7 +133,7 @@ def test_it_measures_keeps_and_goes_on(monkeypatch, tmp_path):
     options = sparse.Options("cpu", ("tiny-image",), 1, (0,), 6, 600.0, tmp_path)
     before = sorted(policies())
     first = sparse.run(options, {"tiny-image": some})["tiny-image"]
-    assert first.pairs == [(0, 0)] and all(0 < first.spent(p.method) <= 1 for p in some)
+    assert first.pairs == [(0, 0)] and all(0 < first.cost(p.method) <= 1 for p in some)
     lines = (tmp_path / "measured.jsonl").read_text()
     again = sparse.run(options, {"tiny-image": some})["tiny-image"]
     assert again.pairs == first.pairs and (tmp_path / "measured.jsonl").read_text() == lines
