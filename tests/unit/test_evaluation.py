@@ -277,7 +277,7 @@ def test_a_row_is_medians_of_times_and_means_of_fidelity():
     assert (dense.recipe, dense.speedup, dense.psnr_db) == ("dense", 1.0, "identical")
     assert dense.caption_score == 1.0
     assert (row.seconds, row.speedup) == (2.0, 2.5)
-    assert (row.psnr_db, row.worst_psnr_db) == (40.0, 30.0)
+    assert (row.psnr_db, row.worst_psnr_db, row.psnr_error) == (40.0, 30.0, 10.0)
     assert row.caption_score == pytest.approx(7 / 12, abs=1e-4)
     assert (row.lpips, row.seeds, row.generations) == ("", "0 1 2", 3)
     only = summarise("m", [result(psnr_db=None)], "cmd")[1]

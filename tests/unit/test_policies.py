@@ -78,6 +78,30 @@ def test_never_synchronises_on_a_gpu(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_choice_can_be_captured(name):
+    """In a CUDA graph: other queries and keys in the same memory give their own symbols."""
+    grid = GRIDS["text first"]
+    q, k = (x.cuda() for x in inputs(grid))
+    t, policy = progress().cuda(), make_policy(name, **SET.get(name, {}))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        policy(AttentionSite.alone(q, k, grid, t))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        symbols = policy(AttentionSite.alone(q, k, grid, t))
+    q.copy_(q.roll(50, 1))
+    k.copy_(-k)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = policy(AttentionSite.alone(q, k, grid, t))
+    assert torch.equal(symbols.q_bits, expected.q_bits)
+    assert torch.equal(symbols.kv_bits, expected.kv_bits)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_round_trip_through_json(name):
     """to_dict holds JSON values and gives an equal policy back."""

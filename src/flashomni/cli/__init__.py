@@ -243,7 +243,7 @@ def evaluate(
                 clean(row.recipe),
                 f"{row.seconds:.2f}",
                 f"{row.speedup:.2f}x",
-                str(row.psnr_db),
+                f"{row.psnr_db} ± {row.psnr_error}" if row.psnr_error else str(row.psnr_db),
                 str(row.worst_psnr_db),
                 f"{share:.1%}" if isinstance(share, float) else "",
                 f"{row.flops_skipped:.1%}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,11 +72,15 @@ def _neighbours(grid: Grid, name: str, device: torch.device) -> Tensor:
     """Block pairs of which two tokens are next to each other or the same: bool ``[Mb, Nb]``."""
     shape = shape_of(grid, name)
     queries, keys = places(grid, shape, device)
-    step = torch.tensor(list(itertools.product((-1, 0, 1), repeat=3)), device=device)
-    place = torch.stack(queries.coordinates(), -1)[:, None] + step  # [M, 27, 3]
-    size = torch.tensor(shape, device=device)
-    inside = ((place >= 0) & (place < size)).all(-1) & queries.generated[:, None]
-    index = (place[..., 0] * shape[1] + place[..., 1]) * shape[2] + place[..., 2]
+    way = torch.arange(27, device=device)  # -1, 0 and 1 along each axis
+    moved = [
+        at[:, None] + way // 3 ** (2 - axis) % 3 - 1
+        for axis, at in enumerate(queries.coordinates())
+    ]  # [M, 27] each
+    inside = queries.generated[:, None].expand_as(moved[0])
+    for at, size in zip(moved, shape, strict=True):
+        inside = inside & (at >= 0) & (at < size)
+    index = (moved[0] * shape[1] + moved[1]) * shape[2] + moved[2]
     column = keys.positions()[index.clamp(0, keys.count - 1)] // grid.block_n
     row = torch.arange(grid.seqlen_q, device=device)[:, None] // grid.block_m
     pairs = grid.num_q_blocks * grid.num_kv_blocks

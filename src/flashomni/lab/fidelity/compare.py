@@ -161,17 +161,15 @@ class _Work:
             for place, pixels in enumerate(batch):
                 reference, prompt = references[start + place, seed], start + place
                 distance = metrics.compare(reference, pixels, (DENSE, method.name))
-                failed = not distance.identical and distance.psnr_db is None
-                temporal, decibel = None, CAP_DB
-                if not distance.identical:
-                    decibel = None if failed else min(distance.psnr_db, CAP_DB)
+                decibel = CAP_DB if distance.identical else distance.psnr_db
+                failed, temporal = decibel is None, None
                 if len(pixels) > 1 and not failed:
                     temporal = min(metrics.temporal_psnr(reference, pixels), CAP_DB)
                 yield Picture(
                     method=method.name,
                     prompt=prompt,
                     seed=seed,
-                    psnr_db=decibel,
+                    psnr_db=None if decibel is None else min(decibel, CAP_DB),
                     ssim=distance.ssim,
                     temporal_db=temporal,
                     computed=computed,
@@ -207,7 +205,7 @@ class _Work:
 
     def _times(self, steps: int, rounds: int | None = None) -> list[float]:
         """Seconds of single pictures; in front of several, some that nobody times."""
-        found, warm = [], WARM if rounds is None else 0
+        found, warm = [], WARM if rounds is None and self._compiles else 0
         for number in range(warm + (self.rounds if rounds is None else rounds)):
             self._wait()
             start = time.perf_counter()
@@ -217,6 +215,11 @@ class _Work:
                 found.append(time.perf_counter() - start)
         return found
 
+    @property
+    def _compiles(self) -> bool:
+        """Whether kernels are compiled and graphs recorded when they are first used."""
+        return torch.device(self.timed._execution_device).type == "cuda"
+
     def _wait(self) -> None:
-        if torch.device(self.timed._execution_device).type == "cuda":
+        if self._compiles:
             torch.cuda.synchronize()

@@ -211,7 +211,7 @@ class Comparison:
         return "\n".join(lines)
 
 
-def mean_and_error(by_prompt: Mapping[int, Sequence[float]]) -> tuple[float, float | None]:
+def mean_and_error(by_prompt: Mapping[Any, Sequence[float]]) -> tuple[float, float | None]:
     """Mean over all, and its standard error: prompts are drawn, the seeds of one belong together.
 
     With one prompt the seeds are what is drawn; with one number there is no error.
@@ -229,7 +229,7 @@ def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) 
             decibels.setdefault(picture.prompt, []).append(picture.psnr_db)
     finite = all(picture.psnr_db is not None for picture in pictures)
     mean, error = mean_and_error(decibels) if finite and decibels else (None, None)
-    names = pictures[0].measures if pictures else ()
+    names = pictures[0].measures if finite and pictures else ()  # a mean of the others flatters
     scores = {name: statistics.fmean(p.measures[name] for p in pictures) for name in names}
     return Summed(
         model=model,

@@ -122,14 +122,13 @@ class _AlexNet(nn.Module):
             layer = nn.Module()
             layer.model = nn.Sequential(nn.Dropout(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{number}", layer)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]), persistent=False)
 
     def forward(self, reference: Tensor, pixels: Tensor) -> Tensor:
         """Distance of each frame: fp32 ``[F]``."""
         total = torch.zeros(len(pixels), device=pixels.device)
-        mine, theirs = ((2 * x - 1 - self.shift[:, None, None]) / self.scale[:, None, None]
-                        for x in (pixels, reference))  # fmt: skip
+        shift = torch.tensor([-0.030, -0.088, -0.188], device=pixels.device).view(3, 1, 1)
+        scale = torch.tensor([0.458, 0.448, 0.450], device=pixels.device).view(3, 1, 1)
+        mine, theirs = ((2 * x - 1 - shift) / scale for x in (pixels, reference))
         number = 0
         for layer in self.features:
             mine, theirs = layer(mine), layer(theirs)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashomni.lab import results as files
+from flashomni.lab.fidelity.comparison import mean_and_error
 from flashomni.lab.fidelity.result import Result
 
 IDENTICAL = "identical"
@@ -18,7 +19,8 @@ NOT_FINITE = "not finite"
 class Row:
     """One method on one model: medians of times, means of fidelity. Empty where not measured.
 
-    ``psnr_db`` is the mean over generations, ``worst_psnr_db`` the lowest, both ``identical`` where
+    ``psnr_db`` is the mean over generations, ``psnr_error`` its standard error over prompts,
+    ``worst_psnr_db`` the lowest, both ``identical`` where
     every picture is, or ``not finite`` where one has such values: then there is no fidelity, and no
     mean of the others, which would flatter. ``caption_score`` is the share of right statements,
     ``dense_caption_score`` that of the stock pipeline's pictures; ``temporal_db`` the PSNR of
@@ -48,6 +50,7 @@ class Row:
     diffusers: str
     command: str
     flip: float | str = ""
+    psnr_error: float | str = ""
 
 
 def summarise(model: str, results: Sequence[Result], command: str) -> list[Row]:
@@ -88,6 +91,7 @@ def _row(model: str, group: list[Result], command: str) -> Row:
         diffusers=first.versions["diffusers"],
         command=command,
         flip=_mean([r.flip for r in sound if r.flip is not None], 5),
+        psnr_error=_error(sound),
     )
 
 
@@ -106,6 +110,7 @@ def _dense_row(like: Row, results: Sequence[Result]) -> Row:
             "ssim": 1.0,
             "lpips": 0.0 if like.lpips != "" else "",
             "flip": 0.0 if like.flip != "" else "",
+            "psnr_error": "",
             "temporal_db": "",
             "caption_score": like.dense_caption_score,
             "flops_skipped": 0.0,
@@ -123,6 +128,16 @@ def _decibel(values: list[float | None], combine) -> float | str:
         return NOT_FINITE
     finite = [value for value in values if value is not None]
     return round(combine(finite), 2) if finite else IDENTICAL
+
+
+def _error(sound: list[Result]) -> float | str:
+    """Standard error of the mean PSNR, over prompts; empty where there is one picture."""
+    by_prompt: dict[str, list[float]] = {}
+    for result in sound:
+        if result.psnr_db is not None:
+            by_prompt.setdefault(result.prompt, []).append(result.psnr_db)
+    error = mean_and_error(by_prompt)[1] if by_prompt else None
+    return "" if error is None else round(error, 2)
 
 
 def _mean(values: list[float], digits: int = 4) -> float | str:
