@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from flashomni.engine.callers import weakly
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.runtime import Runtime
+from flashomni.engine.symbols_file import attention_name, measured, save_symbols
 from flashomni.engine.trace import Summary
 
 
@@ -47,6 +49,8 @@ class Engine:
             summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
         notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
+        room = None if runtime.last is None else runtime.last.room
+        notes += [] if room is None else room.notes()
         if self._replaced():
             note = (
                 f"the pipeline has another {self._component} by now, which is not accelerated: "
@@ -54,6 +58,29 @@ class Engine:
             )
             notes = [note, *notes]
         return replace(summary, tier=runtime.tier, notes=notes)
+
+    def save_symbols(self, path: str | Path) -> None:
+        """Write the symbols that the last generation chose last, as safetensors.
+
+        A recipe with ``sparse.symbols`` uses them instead of a choice. With ``sparse.measure`` the
+        attention mass that they hold and the error of the carried difference go with them, by layer
+        and step (see :mod:`flashomni.engine.symbols_file`).
+
+        Raises:
+            ValueError: there are none.
+        """
+        runtime = self._runtime
+        branches = {} if runtime.last is None else runtime.last.branches
+        chosen = {
+            name: {
+                attention_name(runtime.layers[i], number): symbols
+                for (i, number), symbols in branch.symbols().items()
+            }
+            for name, branch in branches.items()
+        }
+        values = {k: v for name in chosen for k, v in measured(runtime.trace, name).items()}
+        about = {"model": type(runtime.model).__name__, "recipe": self.recipe.name}
+        save_symbols(path, chosen, values, **about)
 
     def remove(self) -> None:
         """Take the engine off the pipeline, which is bit for bit what it was before."""

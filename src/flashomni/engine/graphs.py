@@ -36,7 +36,14 @@ MAX_GRAPHS = 256  # of one model
 MAX_SLOTS = 8
 SHARE = 16  # "auto" holds at most this part of the device's memory
 LARGE = 4e12  # FLOPs of a block that keep any device busy until the host has launched the next
-LIVE = ("division", "memory", "slot", "at", "resets")  # of a branch: what no recording puts back
+LIVE = (
+    "division",
+    "memory",
+    "slot",
+    "at",
+    "resets",
+    "chosen",
+)  # of a branch: what no recording puts back
 
 
 @dataclass(eq=False)

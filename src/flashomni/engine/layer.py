@@ -159,6 +159,7 @@ class LayerRun(LayerCarry):
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
             site = self._site(q, k, v, scale, guide)
+            self._find_room(q)
             self._choose(site)
             o = self._gated(self._attend_computed(q, k, v, flops, options), gate)
             cache.attended = q.shape

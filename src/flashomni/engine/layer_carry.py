@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashomni.engine.layer_step import LayerStep
 from flashomni.engine.linear import Weights
+from flashomni.engine.state.cache import History
 from flashomni.engine.state.columns import Carry, every_column
 from flashomni.kernels import Part, Summary, difference_, sparse_attention, summarise
 from flashomni.kernels.elementwise.op import weighted_sum
@@ -31,12 +32,18 @@ class LayerCarry(LayerStep):
     _difference: Tensor | None = None  # D of this step [B, S, H, D], in a refresh
     _adds: bool = False  # whether attention of this step was sparse, so that D is missing
 
+    def _find_room(self, o: Tensor) -> None:
+        """Before anything is carried: is there room for D?"""
+        plan, settings = self._plan, self.recipe.sparse
+        if settings.carries and plan.room is not None:
+            terms = 2 if settings.carry == "extrapolate" else 1
+            plan.room.find(plan.branch, o, plan.num_layers, terms)
+
     def _attend_computed(
         self, q: Tensor, k: Tensor, v: Tensor, flops: int, options: dict[str, Any]
     ) -> Tensor:
         """Attention of a full or an Update step; D is not in it yet where it is sparse."""
-        cache, sparse = self._cache, self._plan.sparse
-        columns = cache.columns
+        cache, sparse, columns = self._cache, self._plan.sparse, self._cache.columns
         if columns is None or not (sparse.skips or sparse.refreshes):
             self._record.add("attention", flops)
             return sparse_attention(q, k, v, **options, backend=self.backend)
@@ -74,6 +81,9 @@ class LayerCarry(LayerStep):
             o = sparse_attention(q, k, v, symbols, **options, lse=lse, backend=self.backend)
             parts.append(Part(o, lse))
         live, rest = parts
+        if settings.measure:
+            all_lse = torch.logaddexp(live.lse, rest.lse)
+            self._record.mass = (live.lse - all_lse).exp().nan_to_num(0.0).mean()
         summary = self._summary(k, v)
         self._record.add("attention", flops, 1.0 + self._summary_share)
         given: dict[str, Any] = {"kv_len": options["kv_len"], "backend": self.backend}
@@ -85,7 +95,9 @@ class LayerCarry(LayerStep):
         self._difference = rest.o
         if cache.carry is None:
             order = int(settings.carry == "extrapolate")
-            cache.carry = Carry(columns, order, self._plan.storage)
+            room = self._plan.room
+            storage = None if room is None else room.places.get(self._plan.branch)
+            cache.carry = Carry(columns, order, storage or self._plan.storage)
         return live.o
 
     def _expect_own(self, symbols: Symbols) -> None:
@@ -108,7 +120,7 @@ class LayerCarry(LayerStep):
             row_offset: position of its first row in the sequence.
             weights: of the projection, behind it.
         """
-        carry, step, is_half = self._cache.carry, self._plan.step, value.dtype == torch.float16
+        carry, step = self._cache.carry, self._plan.step
         if carry is None or (self._difference is None and not self._adds):
             return value
         projected = weights is not None
@@ -117,12 +129,22 @@ class LayerCarry(LayerStep):
             if weights is not None:
                 heads = rows.flatten(2)
                 rows = torch.nn.functional.linear(heads, weights.weight[:, : heads.shape[-1]])
+            if self.recipe.sparse.measure and carry.has(row_offset, projected):
+                self._record.error = self._missed(carry.stream(row_offset, projected), rows)
             carry.put(row_offset, rows, projected, step)
             return value + rows
-        history = carry.stream(row_offset, projected)
-        coefficients = self._plan.carried(history.times, is_half)
-        terms = history.terms()
-        return weighted_sum(terms, coefficients, value, value.dtype, backend=self.backend)
+        return self._sum(carry.stream(row_offset, projected), value)
+
+    def _sum(self, history: History, base: Tensor) -> Tensor:
+        """``base`` and D as it is carried to this step."""
+        coefficients = self._plan.carried(history.times, base.dtype == torch.float16)
+        return weighted_sum(history.terms(), coefficients, base, base.dtype, backend=self.backend)
+
+    def _missed(self, history: History, rows: Tensor) -> Tensor:
+        """How far the carried D is off, of the norm of the true one."""
+        carried = self._sum(history, torch.zeros_like(rows)).float()
+        true = rows.float()
+        return (carried - true).norm() / true.norm().clamp(min=1e-30)
 
     @property
     def _projects_difference(self) -> int:

@@ -18,6 +18,7 @@ from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction, LayerCache
 from flashomni.engine.state.columns import Columns, every_column
 from flashomni.engine.step_plan import StepPlan
+from flashomni.engine.symbols_file import attention_name
 from flashomni.engine.trace import LayerRecord
 from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
@@ -163,11 +164,12 @@ class LayerStep:
         sparse = self._plan.sparse
         needs = cache.columns is None and (sparse.skips or sparse.refreshes)
         if sparse.chooses or needs:
-            policy = settings.policy_at(self._policy, (site.step + 1) / site.num_steps)
-            found = measure(policy(site), settings.min_skip, backend=self.backend)
+            found = measure(self._chosen(site), settings.min_skip, backend=self.backend)
             if settings.keeps_columns:
-                cache.keep(Columns.of(found[0], text_rows=settings.carries))
-                if settings.carries:  # it was of another sparse O
+                columns = Columns.of(found[0], text_rows=sparse.carries)
+                columns.q_bits = None if self._plan.symbols is None else found[0].q_bits
+                cache.keep(columns)
+                if sparse.carries:  # it was of another sparse O
                     cache.history = None
         if self.kind is not StepKind.UPDATE:
             return
@@ -181,6 +183,15 @@ class LayerStep:
             cache.symbols = None
             return
         cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
+
+    def _chosen(self, site: AttentionSite) -> Symbols:
+        """Symbols of the policy, or of a file."""
+        plan = self._plan
+        if plan.symbols is not None:
+            name = attention_name(self._record.name, int(self._first is not None))
+            return plan.symbols.of(plan.branch, name, self.grid, site.q)
+        progress = (site.step + 1) / site.num_steps
+        return self.recipe.sparse.policy_at(self._policy, progress)(site)
 
     def _joined(self, site: AttentionSite, found: tuple[Symbols, Any, Any] | None) -> Symbols:
         """Tiles, chosen at every Update, and the columns that are kept; before a choice all."""

@@ -34,8 +34,9 @@ from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import signature
 from flashomni.engine.state.generation import Generation
+from flashomni.engine.state.room import Keeping, Room
 from flashomni.engine.state.span import Streams
-from flashomni.engine.state.storage import Lane, Storage
+from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.engine.trace import LayerRecord, Trace
 
 MAX_GENERATIONS = 8  # that have begun and not ended
@@ -85,7 +86,9 @@ class Runtime:
         self._call: Call | None = None
         self._owner: int | None = None
         self._guard = threading.Lock()
-        self._lane: Lane | None = None
+        self._keeping = Keeping(recipe.storage, backend)
+        path = recipe.sparse.symbols
+        self.symbols = SymbolsFile.load(path, layers) if path else None
         self._warned: set[str] = set()
 
     @property
@@ -157,6 +160,7 @@ class Runtime:
         if generation is None or not generation.continues(position):
             self._check()
             generation = self._start(Generation(position, self.division, self.backend))
+            generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
             self.graphs.start(device, why_none(self.recipe, self.learner))
         tick = generation.advance(position)
@@ -174,9 +178,9 @@ class Runtime:
         place = tick.step + generation.first, tick.num_steps, overall(tuple(kinds)).value
         record = generation.trace.begin(*place, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
-        shared |= {"storage": self._storage(device), "backend": self.backend, "device": device}
+        shared |= {"storage": self._keeping.on(device), "backend": self.backend, "device": device}
         shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}
-        shared |= {"inputs": inputs}
+        shared |= {"inputs": inputs, "room": generation.room, "symbols": self.symbols}
         plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
         return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
@@ -201,13 +205,6 @@ class Runtime:
             self.generations[gone].leave()
         self.generations = {**alive, generation.key: generation}
         return generation
-
-    def _storage(self, device: torch.device) -> Storage:
-        settings = self.recipe.storage
-        on_host = settings.history_device == "host" and device.type == "cuda"
-        if on_host and (self._lane is None or self._lane.device != device):
-            self._lane = Lane(device)
-        return Storage(settings.history_dtype, self._lane if on_host else None, self.backend)
 
     def end(self, output: Any = None) -> None:
         """A call of the model is over.
@@ -250,8 +247,7 @@ class Runtime:
     def _stop(self) -> None:
         if self._call is not None:
             self._call.record.watch.stop()
-        if self._lane is not None:
-            self._lane.flush()
+        self._keeping.flush()
         self._leave()
 
     def done(self, pipe: Any) -> None:

@@ -152,24 +152,26 @@ class SparseSettings:
         others = self.in_computed or self.carries or bool(self.symbols)
         return self.choose_at != "update" or others
 
-    def step(self, kind: StepKind, step: int, marks: Marks) -> SparseStep:
+    def step(self, kind: StepKind, step: int, marks: Marks, has_room: bool = True) -> SparseStep:
         """What a step does.
 
         Args:
             kind: full, update or dispatch.
             step: of the generation.
             marks: what was done before.
+            has_room: whether D fits anywhere; where it does not, nothing is carried.
         """
+        carries = self.carries and has_room
         dense = step < self.dense_steps or not self.in_computed
         if kind is StepKind.DISPATCH:  # skips: in layers that are computed even so
             skips = marks.chosen is not None and not dense
-            return SparseStep(skips=skips, carries=self.carries)
+            return SparseStep(skips=skips, carries=carries)
         chooses = self._chooses(kind, step, marks)
         known = chooses or marks.chosen is not None
         due = 0 < self.refresh <= marks.since + 1
-        refreshes = self.carries and known and (chooses or dense or due)
+        refreshes = carries and known and (chooses or dense or due)
         skips = known and not dense and not refreshes
-        return SparseStep(chooses, skips, refreshes, self.carries)
+        return SparseStep(chooses, skips, refreshes, carries)
 
     def _chooses(self, kind: StepKind, step: int, marks: Marks) -> bool:
         if self.symbols:

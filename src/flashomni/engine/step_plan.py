@@ -13,7 +13,9 @@ from flashomni.engine.geometry import Geometry
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.sparse_settings import Marks, SparseStep
+from flashomni.engine.state.room import Room
 from flashomni.engine.state.storage import Storage
+from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.symbols import Grid
 
 Wanted = tuple[str, tuple[int, ...], bool]
@@ -42,6 +44,8 @@ class StepPlan:
         redone: memory of what attention did again, of each layer; empty where nothing anchors.
         geometry: where the vision tokens lie; ``None`` where the policy does not look at it.
         inputs: the model's arguments by name.
+        room: where D is kept; ``None`` where nobody asked.
+        symbols: what is used instead of a choice.
         marks: what was done with the columns of the symbols before this step.
         numbers: the coefficients that were asked for so far, by what they are for.
     """
@@ -63,6 +67,8 @@ class StepPlan:
     redone: tuple[Tensor, ...] = ()
     geometry: Geometry | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    room: Room | None = None
+    symbols: SymbolsFile | None = None
     marks: Marks = field(default_factory=Marks)
     numbers: dict[Wanted, Tensor] = field(default_factory=dict)
 
@@ -109,7 +115,8 @@ class StepPlan:
     @property
     def sparse(self) -> SparseStep:
         """What the step does with the columns of the symbols."""
-        return self.recipe.sparse.step(self.kind, self.step, self.marks)
+        carries = self.room is None or self.room.has(self.branch)
+        return self.recipe.sparse.step(self.kind, self.step, self.marks, carries)
 
     @property
     def stores(self) -> bool:

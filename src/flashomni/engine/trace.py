@@ -26,6 +26,8 @@ class LayerRecord:
     ``ops`` holds ``(op, FLOPs of the dense model, share of them executed)``; a share may be a
     scalar on the device, read when somebody asks for the summary. ``beside`` is of the layer's
     other attention, where there is one: its densities and its note; its ops are the layer's.
+    ``mass`` is the share of attention mass that the visited blocks hold, ``error`` that of D (its
+    norm) which the carried D missed, in refreshes that measure.
     """
 
     name: str
@@ -34,6 +36,8 @@ class LayerRecord:
     kv_density: Number = 1.0
     ops: list[tuple[str, int, Number]] = field(default_factory=list)
     note: str = ""
+    mass: Number | None = None
+    error: Number | None = None
     beside: LayerRecord | None = None
 
     def notes(self) -> list[str]:
@@ -103,6 +107,15 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def attention_spent(self) -> float:
+        """Attention that was computed, of dense attention in every step.
+
+        Live block pairs, summaries, refreshes and all dense steps; 0 without attention.
+        """
+        dense = self.flops_dense["attention"]
+        return self.flops_executed["attention"] / dense if dense else 0.0
+
     def __str__(self) -> str:
         lines = [
             f"{self.model} (tier {self.tier}), recipe {self.recipe['name']}: "
@@ -119,6 +132,8 @@ class Summary:
         for op, dense in self.flops_dense.items():
             skipped = 1 - self.flops_executed[op] / dense if dense else 0.0
             lines.append(f"  {op:9}{dense / 1e9:12.1f} GFLOP dense, {skipped:6.1%} skipped")
+        if self.recipe["sparse"]["in_computed"]:
+            lines.append(f"  attention spent: {self.attention_spent:.3f} of dense in every step")
         for group in self.groups:
             names, forecast = group["layers"], group["forecast"]
             lines.append(

@@ -14,6 +14,7 @@ from flashomni.engine.state.cache import Fraction, LayerCache, send
 from flashomni.engine.state.output import Output
 from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
+from flashomni.symbols import Symbols
 
 START = object()  # caches are empty
 
@@ -65,12 +66,15 @@ class Branch:
             :mod:`flashomni.engine.graphs`), ``START`` while they are empty, ``None`` if unknown.
         slot: the recordings that it uses.
         resets: how often everything was dropped.
+        chosen: the symbols that were dropped last; see :meth:`symbols`.
     """
 
     def __init__(self, division: Division, backend: str | None = None) -> None:
         self.division, self._backend = division, backend
         self.slot: Any = None
         self.resets = 0
+        self.layers: list[LayerCache] = []
+        self.chosen: dict[tuple[int, int], Symbols] = {}
         self.groups = [GroupState() for _ in division.recipes]
         self.memory: dict[str, Any] = {}
         self.reset()
@@ -78,6 +82,7 @@ class Branch:
     def reset(self) -> None:
         """Drop everything that is kept; the steps that were computed stay known."""
         recipes = self.division.recipes
+        self.chosen = self.symbols()
         kept = Storage(recipes[0].storage.history_dtype, backend=self._backend)
         self.layers = [LayerCache() for _ in self.division.of]
         for group, recipe in zip(self.groups, recipes, strict=True):
@@ -87,6 +92,13 @@ class Branch:
         self.error: Fraction | None = None
         self.at, self.resets = START, self.resets + 1
         self._signatures: dict[Hashable, tuple] = {}
+
+    def symbols(self) -> dict[tuple[int, int], Symbols]:
+        """What was chosen last, by the number of the layer and of its attention."""
+        caches = {(i, 0): cache for i, cache in enumerate(self.layers)}
+        caches |= {(i, 1): cache.beside for (i, _), cache in caches.items() if cache.beside}
+        found = {key: cache.chosen for key, cache in caches.items()}
+        return {key: each for key, each in found.items() if each is not None} or self.chosen
 
     def end(self) -> None:
         """The last step is over: drop everything; others may have the recordings."""

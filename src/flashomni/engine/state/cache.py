@@ -187,6 +187,13 @@ class LayerCache:
             self.beside = LayerCache()
         return self.beside
 
+    @property
+    def chosen(self) -> Symbols | None:
+        """Tiles and columns that were chosen last."""
+        if self.columns is None or self.symbols is None:
+            return self.symbols if self.columns is None else self.columns.symbols
+        return self.columns.under(self.symbols.q_bits)
+
     def keep(self, columns: Columns) -> None:
         """Other columns than before: what was carried is of no use any more."""
         self.columns, self.carry = columns, None

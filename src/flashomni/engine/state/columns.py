@@ -96,6 +96,10 @@ class Carry:
         history.push(value, step)
         self._streams[row_offset] = history, projected
 
+    def has(self, row_offset: int, projected: bool) -> bool:
+        """Whether there is D of these rows on this side of the projection."""
+        return self._streams.get(row_offset, (None, not projected))[1] is projected
+
     def stream(self, row_offset: int, projected: bool) -> History:
         """D of the rows of one stream.
 

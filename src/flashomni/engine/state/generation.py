@@ -12,6 +12,7 @@ from flashomni.engine.groups import Division
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.state.guidance import Guidance
+from flashomni.engine.state.room import Room
 from flashomni.engine.trace import Trace
 
 MAX_BRANCHES = 8  # conditioning branches of a generation: cond, uncond, perturbed, per prompt ...
@@ -51,10 +52,12 @@ class Generation:
         first: step of its owner at which its own steps begin.
         inside: what the schedule decided inside this step, once it has.
         geometry: where its tokens lie, if anybody wants to know.
+        room: where D is kept, if anything is carried.
         guidance: which calls of further branches are left out, if any are.
     """
 
     geometry: Geometry | None = None
+    room: Room | None = None
 
     def __init__(self, position: Position, division: Division, backend: str | None = None) -> None:
         self.key: Hashable = position.key

@@ -1,0 +1,40 @@
+"""Sparse steps and refreshes as graphs: kinds of steps of their own, and the bits are the same."""
+
+import pytest
+import torch
+from test_graphs import accelerate, plain_run, replays
+
+from conftest import STEPS, generation, residue
+from flashomni.models import adapters
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+EVERY = "topk:q_density=1,kv_density=.5,interval=1,warmup=0,in_computed=true,block_m=32,block_n=32"
+TILES = "topk:q_density=.5,kv_density=.5,interval=3,warmup=.2,order=1,in_computed=true"
+CARRY = ",choose_at=[1],dense_steps=2,carry=extrapolate,refresh=3,summaries=4"
+
+
+@pytest.fixture
+def flux():
+    torch.manual_seed(0)
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    return model.eval(), dict(inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [EVERY + CARRY, TILES + CARRY], ids=["every step", "tiles"])
+def test_sparse_steps_are_replayed(flux, recipe):
+    """Chosen, refreshed, sparse and dispatched; a refresh is a kind of step of its own."""
+    model, inputs = flux
+    expected, summary = plain_run(model, inputs, recipe)
+    with accelerate(model, recipe) as engine:
+        for _ in range(2):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        before = replays(engine)
+        assert torch.equal(generation(engine, model, inputs), expected)
+        assert replays(engine) - before == STEPS
+        last = engine.report()
+        for a, b in zip(last.steps, summary.steps, strict=True):
+            assert {**a, "seconds": 0} == {**b, "seconds": 0}
+        assert last.attention_spent == summary.attention_spent
+    assert residue(model) == []
