@@ -14,6 +14,7 @@ import flashomni
 from flashomni.dispatch import OPS, find, registered
 from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
+from flashomni.engine.linear import is_rms_norm
 from flashomni.kernels.gemm_o.op import GemmOCall
 from flashomni.kernels.gemm_q.op import GemmQCall
 from flashomni.models import adapters, find_adapter
@@ -205,9 +206,12 @@ def self_attention(block):
 
 
 def has_sparse_queries(model):
-    """Whether a head of q is known without the others; not where one norm spans them all."""
+    """Whether a head of q is known without the others, by what the kernels know.
+
+    Not where one norm spans them all, nor where it is another than RMSNorm.
+    """
     attention = self_attention(find_adapter(model).sites(model)[0].block)
-    return attention.norm_q.weight.numel() < attention.inner_dim
+    return is_rms_norm(attention.norm_q, attention.inner_dim // attention.heads)
 
 
 def own_arguments(model, inputs):

@@ -32,6 +32,8 @@ SHAPES = {  # of the models' tiny inputs, no two sizes equal
     "WanVACETransformer3DModel": (5, 9, 7),
     "ZImageTransformer2DModel": (1, 18, 16),
     "SD3Transformer2DModel": (1, 18, 19),
+    "CogVideoXTransformer3DModel": (5, 9, 7),
+    "CogView4Transformer2DModel": (1, 18, 19),
 }
 WANTS = ("window", {"reach": 0.2})
 
