@@ -163,6 +163,11 @@ def test_steps_that_are_run(model, monkeypatch):
     whole = methods.Plan(steps=9, stock_steps=2, whole=True)
     assert not methods.time_recipe(Recipe.of("lossless"), model, whole).estimated
     assert counts[-1] == 9
+    counts.clear()
+    second = methods.Plan(steps=9, stock_steps=2, generation=2)
+    timing = methods.time_recipe(Recipe.of("topk"), model, second)
+    assert counts[-3:] == [9, 0, 0], "no hook in those of which the last counts"
+    assert timing.generation_s != sum(map(sum, timing.calls.values())) and not timing.estimated
 
 
 @pytest.mark.parametrize("name", [*presets(), "taylorseer", "topk:order=0"])

@@ -56,7 +56,7 @@ def speedups(rows: Sequence[dict[str, str]]) -> Figure:
 def generations(rows: Rows) -> Figure:
     """A bar for each method of each model, with its ratio to each baseline beside it.
 
-    Of several rows of the same method the last counts.
+    Of several runs of the same method the last counts.
     """
     whole = [row for row in rows if row["step_kind"] == "generation"]
     models = list(dict.fromkeys(row["model"] for row in whole))
@@ -68,8 +68,10 @@ def generations(rows: Rows) -> Figure:
         names = list(dict.fromkeys(row["recipe"] for row in mine))
         longest = max(float(row["generation_s"]) for row in mine)
         for place, name in enumerate(names):
-            last = {row["baseline"]: row for row in mine if row["recipe"] == name}
-            seconds = float([row for row in mine if row["recipe"] == name][-1]["generation_s"])
+            found = [row for row in mine if row["recipe"] == name]
+            timed = found[-1]["generation_s"]  # ratios of other runs would not fit this time
+            last = {row["baseline"]: row for row in found if row["generation_s"] == timed}
+            seconds = float(timed)
             axis.barh(place, seconds, color=_color(name, stock))
             ratios = ", ".join(
                 f"{float(row['speedup']):.2f}x {base}" for base, row in last.items() if base != name

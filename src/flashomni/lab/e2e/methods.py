@@ -32,8 +32,8 @@ class Plan:
         stock_steps: of a run where all steps are alike; its first does not count.
         whole: run complete generations also where steps are alike (never of stock methods).
         backend: kernel backend of recipes.
-        generation: which one of a recipe counts, in a process; from the third on CUDA graphs of
-            steps, where the recipe and the model have some, replay.
+        generation: which one of a recipe counts. Steps are timed in one before these, by hooks;
+            from the third on CUDA graphs of steps, where recipe and model have some, replay.
     """
 
     steps: int = 50
@@ -139,7 +139,7 @@ def merged(first: Timing, second: Timing, calls_made: int) -> Timing:
 
 
 def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = silent) -> Timing:
-    """One complete generation, after a short one that compiles and those that the plan asks for.
+    """One complete generation, after a short one that compiles every kernel.
 
     Where all steps do the same (policy ``dense``) a few steps of each kind stand for all.
     """
@@ -147,16 +147,22 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
     alike = not recipe.skips and recipe.plan(plan.steps) is not None and not plan.whole
     count = few_steps(recipe, plan) if alike else plan.steps
     with accelerate(model.pipe, recipe, backend=plan.backend) as engine:
-        for _ in range(plan.generation - 1):
-            generate(model, count)
         run = generate(model, count, on_step)
         summary = engine.report()
+        seconds, notes = run.seconds, summary.notes
+        if plan.generation > 1:
+            for _ in range(plan.generation):
+                seconds = generate(model, count, by_call=False).seconds
+            notes = engine.report().notes
     kinds = [step["kind"] for step in summary.steps]
     calls = grouped(kinds, run.calls, skip_first=alike)
-    seconds, planned = run.seconds, kinds
+    planned = kinds
     if alike:
         planned = [kind.value for kind in planned_kinds(recipe, plan.steps)]
-        seconds = model.calls * sum(statistics.median(calls[kind]) for kind in planned)
+        if plan.generation == 1:
+            seconds = model.calls * sum(statistics.median(calls[kind]) for kind in planned)
+        else:
+            seconds *= plan.steps / count
     return Timing(
         calls,
         seconds,
@@ -165,7 +171,7 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
         flops_skipped=summary.flops_skipped,
         peak_gib=run.peak_gib,
         host_gib=summary.cache_bytes_host / 2**30,
-        notes=tuple(summary.notes),
+        notes=tuple(notes),
     )
 
 
