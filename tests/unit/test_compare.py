@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import flashomni
+from flashomni.cli.compare import usual_rivals
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed, mean_and_error
@@ -143,6 +144,17 @@ def test_mag_computes_the_steps_it_is_given(pipe, text):
 def test_steps_of_a_peer_are_checked(steps):
     with pytest.raises(ValueError, match="steps must be ascending step numbers from 0"):
         make_peer(f"diffusers.mag:steps={json.dumps(steps).replace(' ', '')}")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+def test_the_usual_rivals_fit_any_number_of_steps(steps):
+    names = usual_rivals(steps)
+    assert len(set(names)) == len(names)
+    for name in names:
+        method = parse_method(name)
+        assert method.steps is None or method.steps <= steps
+    listed = json.loads(names[-1].partition("=")[2])
+    assert listed[0] == 0 and listed[-1] == steps - 1
 
 
 def test_lpips_by_path(tmp_path):

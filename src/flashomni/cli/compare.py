@@ -26,11 +26,20 @@ from flashomni.cli._common import (
 )
 from flashomni.util.words import clean
 
-RIVALS = (
-    "steps=20", "steps=14", "steps=10",
-    "diffusers.mag:threshold=.12", "diffusers.mag:threshold=.24",
-    "diffusers.mag:steps=[0,1,2,4,6,10,15,20,24,27]",
-)  # fmt: skip
+
+def usual_rivals(num_steps: int) -> list[str]:
+    """The stock pipeline with fewer steps, and MagCache: by threshold, and on our own ramp."""
+    from flashomni.engine import Recipe, StepKind
+
+    plan = Recipe.of("balanced").plan(num_steps)
+    assert plan is not None
+    live = [step for step, kind in enumerate(plan.kinds) if kind is not StepKind.DISPATCH]
+    fewer = dict.fromkeys(f"steps={max(num_steps * share // 28, 1)}" for share in (20, 14, 10))
+    ramp = str(live).replace(" ", "")
+    return [
+        *fewer, "diffusers.mag:threshold=.12", "diffusers.mag:threshold=.24",
+        f"diffusers.mag:steps={ramp}",
+    ]  # fmt: skip
 
 
 def compare(
@@ -77,7 +86,8 @@ def compare(
             from flashomni.lab.fidelity.compare import compare as run
 
             loaded = zoo.load(model, target, pick_dtype(dtype, target))
-        rivals = [name for name in rival or RIVALS if name not in methods]
+        usual = usual_rivals(steps or int(loaded.call.get("num_inference_steps", 50)))
+        rivals = [name for name in rival or usual if name not in methods]
         with progress_bars() as progress:
             task = progress.add_task("methods", total=len(methods) + len(rivals))
 
