@@ -44,6 +44,19 @@ def test_contract(name, grid):
         assert q_mask.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_chooses_nearly_the_same(name, dtype):
+    """Large values too: no sum overflows, and the density is that of fp32."""
+    grid = GRIDS["text first"]
+    q, k = (x * 20 for x in inputs(grid))
+    policy = make_policy(name, **SET.get(name, {}))
+    full = policy(AttentionSite.alone(q, k, grid, progress()))
+    half = policy(AttentionSite.alone(q.to(dtype), k.to(dtype), grid, progress()))
+    for mine, theirs in ((half.q_mask(), full.q_mask()), (half.kv_mask(), full.kv_mask())):
+        assert (mine != theirs).float().mean() <= 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_never_synchronises(name):

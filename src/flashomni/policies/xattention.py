@@ -55,7 +55,8 @@ class XAttention(Policy):
     def shares(self, site: AttentionSite) -> Tensor:
         """Attention that each query block gives to each key block: fp32 ``[B, H, Mb, Nb]``."""
         grid, stride = site.grid, self.stride
-        q = _in_squares(site.q, stride, flip=True)
+        # Scaled first: sums of so many products would overflow in fp16.
+        q = _in_squares(site.q * (site.softmax_scale / stride), stride, flip=True)
         k = _in_squares(site.k, stride, flip=False)
         k = k.repeat_interleave(site.q.shape[2] // site.k.shape[2], dim=1)
         batch, num_heads, rows, _ = q.shape
@@ -70,7 +71,7 @@ class XAttention(Policy):
         found = []
         for start in range(0, rows, step):
             some = q[:, :, start : start + step]
-            score = (some * (site.softmax_scale / stride)) @ k.mT
+            score = (some @ k.mT).float()
             share = score.masked_fill(hidden, -torch.inf).softmax(-1)
             tail = -some.shape[2] % down
             share = pad(share, (0, width - columns, 0, tail)).unflatten(-1, (-1, across)).sum(-1)
@@ -81,11 +82,11 @@ class XAttention(Policy):
 
 
 def _in_squares(x: Tensor, stride: int, flip: bool) -> Tensor:
-    """``stride`` tokens in a row as one: fp32 ``[B, H, ceil(S / stride), stride * D]``.
+    """``stride`` tokens in a row as one: ``[B, H, ceil(S / stride), stride * D]``.
 
     The product of two of them, one flipped, is the sum of an antidiagonal of their scores. Tokens
     behind the end are 0 and add nothing.
     """
-    x = pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % stride)).transpose(1, 2)
+    x = pad(x, (0, 0, 0, 0, 0, -x.shape[1] % stride)).transpose(1, 2)
     x = x.unflatten(2, (-1, stride))
     return (x.flip(3) if flip else x).flatten(3)
