@@ -129,7 +129,7 @@ def test_attention(arch, dtype, head_dim, anchored, tmp_path):
 def test_attention_with_summaries(arch, dtype, head_dim, tmp_path):
     """Visits of summaries come behind the others, in a loop of their own."""
     config = config_of("attention", arch, dtype, head_dim)
-    constants = attention_constants(config, head_dim, dtype) | {"SUMMARIES": 4}
+    constants = attention_constants(config, head_dim, dtype) | {"SUMMARIES": 4, "ANCHORED": False}
     del constants["summary"]
     strides = ("i32",) * 3
     summary = (f"*{dtype}", f"*{dtype}", "*fp32", "*u8", strides, strides, "i32", ("i32",) * 4)

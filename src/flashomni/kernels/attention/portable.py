@@ -330,7 +330,7 @@ def launch(call: AttentionCall, config: Config) -> None:
 
     Args:
         call: what to compute.
-        config: how to tile. An anchored softmax needs the exponents of fp32: fp16 goes without.
+        config: how to tile.
     """
     write_forecast_tiles(call)
     q, k, v, out, lse, symbols = call.q, call.k, call.v, call.out, call.lse, call.symbols
@@ -350,10 +350,16 @@ def launch(call: AttentionCall, config: Config) -> None:
         HEAD_DIM=head_dim, PADDED_DIM=portable.padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n,
         TILE_M=tile_m, TILE_N=portable.dividing(config.tile_n, block_n),
         PRECISION=portable.precision(q.dtype),
-        ANCHORED=config.anchored and q.dtype != torch.float16 and not call.online,
+        ANCHORED=is_anchored(call, config),
         SUMMARIES=call.summaries_per_block, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def is_anchored(call: AttentionCall, config: Config) -> bool:
+    """Whether the softmax is anchored: fp16 has not the exponents, summaries not the registers."""
+    wanted = config.anchored and not call.online
+    return wanted and call.q.dtype != torch.float16 and call.summaries_per_block == 0
 
 
 def _summary(call: AttentionCall) -> tuple | None:
