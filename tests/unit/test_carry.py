@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from test_constant import CLOSE, fill_gates
-from test_models import wrap_outputs
+from test_models import lowered, wrap_outputs
+from tiny_models import build, output
 
 import flashomni
 from conftest import call
@@ -51,7 +52,7 @@ def recipe(order=1, **settings):
     return Recipe.of(Turning(), interval=2, warmup=0.15, **settings)
 
 
-def error_of(model, inputs, stock, recipe):
+def error_of(model, inputs, stock, recipe, call=call):
     """Largest error over the steps, relative to what rounding allows; and the report."""
     worst, limit = 0.0, CLOSE["atol"] + CLOSE["rtol"] * stock.abs()
     with flashomni.accelerate(model, recipe) as engine:
@@ -134,3 +135,39 @@ def test_the_contract_sees_a_wrong_design(constant, cache_whole, monkeypatch, de
     cache_whole(set())
     design(monkeypatch)
     assert error_of(*constant, recipe())[0] > 10
+
+
+@pytest.mark.parametrize(
+    "name", ["AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel", "StableAudioDiTModel"]
+)
+def test_carry_of_models_without_an_adapter(name):
+    """The generic tiers hand O back to the block, so D is in it."""
+    model, inputs = build(name)
+    fill_gates(model)
+    given = (model, inputs, output(model, inputs))
+    assert error_of(*given, recipe(1, summaries=4), output)[0] < 1
+    assert error_of(*given, recipe(1, summaries=4, carry="off"), output)[0] > 10
+
+
+def test_carry_where_the_output_is_cached(constant):
+    """Level ``output``: Dispatch steps leave the model out, the others are sparse."""
+    worst, report = error_of(*constant, recipe(1, summaries=4, level="output"))
+    assert worst < 1
+    assert max(report.steps[1]["kv_density"]) < 0.9 and report.steps[2]["kv_density"][0] == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_carry_in_bfloat16_is_as_exact_as_the_stock_model(tiny, device):
+    """Error against fp32 at most twice that of the stock model in bf16."""
+    model, inputs = tiny
+    exact = call(model, inputs)
+    low = copy.deepcopy(model).to(device, torch.bfloat16)
+    given = {
+        key: lowered(value).to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+    limit = 2 * (call(low, given).float().cpu() - exact).abs().max()
+    with flashomni.accelerate(low, recipe(1, summaries=4)) as engine:
+        for step in range(STEPS):
+            engine.step(step, STEPS + 1)
+            assert (call(low, given).float().cpu() - exact).abs().max() <= limit, step

@@ -43,7 +43,7 @@ class LayerCarry(LayerStep):
         self, q: Tensor, k: Tensor, v: Tensor, flops: int, options: dict[str, Any]
     ) -> Tensor:
         """Attention of a full or an Update step; D is not in it yet where it is sparse."""
-        cache, sparse, columns = self._cache, self._plan.sparse, self._cache.columns
+        cache, sparse, columns = self._cache, self._sparse, self._cache.columns
         if columns is None or not (sparse.skips or sparse.refreshes):
             self._record.add("attention", flops)
             return sparse_attention(q, k, v, **options, backend=self.backend)
@@ -103,7 +103,7 @@ class LayerCarry(LayerStep):
     def _expect_own(self, symbols: Symbols) -> None:
         """Attention with these columns is sparse: D will be added, of these and of no others."""
         carry = self._cache.carry
-        if not self._plan.sparse.carries or self._cache.columns is None:
+        if not self._sparse.carries or self._cache.columns is None:
             return
         if carry is None or not carry.belongs_to(symbols):
             raise RuntimeError(

@@ -7,6 +7,7 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flashomni.engine.linear import Projection, linear_flops
 from flashomni.engine.schedules import StepKind
+from flashomni.engine.sparse_settings import SparseStep
 from flashomni.engine.state.cache import Fraction, LayerCache
 from flashomni.engine.state.columns import Columns, every_column
 from flashomni.engine.step_plan import StepPlan
@@ -119,6 +121,11 @@ class LayerStep:
             self._shared[key] = make(*inputs), inputs
         return self._shared[key][0]
 
+    @functools.cached_property
+    def _sparse(self) -> SparseStep:
+        """What the step does with columns; asked first when it is known whether D has room."""
+        return self._plan.sparse
+
     @property
     def _stores(self) -> bool:
         return self._cacheable and self._plan.stores
@@ -160,8 +167,7 @@ class LayerStep:
 
     def _choose(self, site: AttentionSite) -> None:
         """Choose what this computed step chooses: columns, and at an Update tiles."""
-        cache, settings, found = self._cache, self.recipe.sparse, None
-        sparse = self._plan.sparse
+        cache, settings, sparse, found = self._cache, self.recipe.sparse, self._sparse, None
         needs = cache.columns is None and (sparse.skips or sparse.refreshes)
         if sparse.chooses or needs:
             found = measure(self._chosen(site), settings.min_skip, backend=self.backend)

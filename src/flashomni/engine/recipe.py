@@ -92,10 +92,10 @@ class Recipe:
             self._check_output_level()
 
     def _check_output_level(self) -> None:
-        if self.policy.name != "cached":
+        if self.policy.name != "cached" and not self.sparse.in_computed:
             raise ValueError(
                 "forecast level 'output' leaves out the whole model, so policy must be 'cached', "
-                f"got {self.policy.name!r}"
+                f"got {self.policy.name!r}, or used in computed steps (sparse.in_computed)"
             )
         if self.groups:
             raise ValueError(
