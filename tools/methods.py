@@ -147,6 +147,8 @@ def in_words(row: dict[str, str]) -> str:
         parts.append(f"{float(row['computed']):.3g} computed")
     if row["flops_skipped"]:
         parts.append(f"{float(row['flops_skipped']):.0%} skipped")
+    if row["attention_spent"]:
+        parts.append(f"attention {float(row['attention_spent']):.2f}")
     return ", ".join([*parts, f"{float(row['speedup']):.2f}x"])
 
 

@@ -48,6 +48,7 @@ def test_a_pipeline_object_is_compared(pipe):
     assert (rows["mine"].computed, rows["steps=3"].computed) == (3, 3)
     assert rows["mine"].flops_skipped > 0.2 and rows["steps=3"].flops_skipped == 0.5
     assert all(row.seconds > 0 and "light=0." in row.measures for row in found.rows)
+    assert rows["mine"].attention_spent < 1 == rows["lossless"].attention_spent
     alone = flashomni.compare(pipe, [own, given[-1]], PROMPTS, **settings)
     for name in ("mine", given[-1]):
         both = [[p.psnr_db for p in each.pictures if p.method == name] for each in (found, alone)]

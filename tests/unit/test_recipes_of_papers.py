@@ -108,10 +108,11 @@ def test_the_tool_fills_cells_and_nothing_else(tool):
     line = {
         "model": "tiny-image", "method": "fora", "psnr_db": "35.02", "psnr_error": "1.25",
         "worst_psnr_db": "30.0", "computed": "7.5", "flops_skipped": "0.7", "speedup": "2.5",
+        "attention_spent": "0.305",
     }  # fmt: skip
     odd = {**line, "method": "x, calibrated", "psnr_db": "not finite"}
     cells = tool.cells_of([line, odd, {**line, "model": "other"}])
-    cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, 2.50x"
+    cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, attention 0.30, 2.50x"
     assert tool.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
         "| y |", "| not finite |"
     )

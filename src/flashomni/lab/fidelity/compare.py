@@ -158,6 +158,7 @@ class _Work:
             skipped = (
                 attached.flops_skipped() if method.steps is None else 1 - steps / self.num_steps
             )
+            spent = attached.attention_spent()
             for place, pixels in enumerate(batch):
                 reference, prompt = references[start + place, seed], start + place
                 distance = metrics.compare(reference, pixels, (DENSE, method.name))
@@ -174,6 +175,7 @@ class _Work:
                     temporal_db=temporal,
                     computed=computed,
                     flops_skipped=skipped,
+                    attention_spent=spent,
                     measures={
                         name: score(reference, pixels, self.prompts[prompt])
                         for name, score in self.scores.items()

@@ -31,6 +31,7 @@ class Picture:
         temporal_db: PSNR of the changes from frame to frame, of videos.
         computed: steps that were not left out, or ``None`` where nobody counts.
         flops_skipped: share of the blocks' FLOPs, or ``None``.
+        attention_spent: attention that was computed, of dense in every step, or ``None``.
         measures: scores that were asked for.
     """
 
@@ -42,6 +43,7 @@ class Picture:
     temporal_db: float | None
     computed: float | None
     flops_skipped: float | None
+    attention_spent: float | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,6 +75,7 @@ class Summed:
     temporal_db: float | str
     computed: float | str
     flops_skipped: float | str
+    attention_spent: float | str
     prompts: int
     seeds: int
     measures: str
@@ -194,11 +197,13 @@ class Comparison:
     def __str__(self) -> str:
         lines = [
             f"{'method':44} {'s':>7} {'speed':>6} {'PSNR':>6} {'+-':>4} {'worst':>6} {'SSIM':>6}"
+            " spent"
         ]
         for row in self.rows:
             lines.append(
                 f"{row.method[:44]:44} {row.seconds:7.3f} {row.speedup:5.2f}x {_show(row.psnr_db)}"
                 f" {_show(row.psnr_error, 4)} {_show(row.worst_psnr_db)} {_show(row.ssim, 6, 4)}"
+                f" {_show(row.attention_spent, 5, 3)}"
                 f" {row.measures}"
             )
         lines += [
@@ -248,6 +253,7 @@ def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) 
         temporal_db=_mean([p.temporal_db for p in pictures], 2),
         computed=_mean([p.computed for p in pictures], 2),
         flops_skipped=_mean([p.flops_skipped for p in pictures], 4),
+        attention_spent=_mean([p.attention_spent for p in pictures], 4),
         prompts=len({p.prompt for p in pictures}),
         seeds=len({p.seed for p in pictures}),
         measures=" ".join(f"{name}={value:.4f}" for name, value in scores.items()),

@@ -39,10 +39,12 @@ class Attached:
         flops_skipped: read after a generation; share of the transformer blocks' FLOPs, or ``None``
             where the method does not count them itself.
         computed: likewise, steps that were not left out.
+        attention_spent: likewise, attention that was computed, of dense in every step.
     """
 
     flops_skipped: Callable[[], float | None] = lambda: None
     computed: Callable[[], int | None] = lambda: None
+    attention_spent: Callable[[], float | None] = lambda: None
 
 
 Attach = Callable[[Any, int], AbstractContextManager[Attached]]
@@ -147,7 +149,9 @@ def of_recipe(name: str, recipe: Recipe, backend: str | None = None) -> Method:
     def attach_recipe(pipe: Any, num_steps: int) -> Iterator[Attached]:
         with accelerate(pipe, recipe, backend=backend) as engine:
             yield Attached(
-                lambda: engine.report().flops_skipped, lambda: _computed(engine.report().steps)
+                lambda: engine.report().flops_skipped,
+                lambda: _computed(engine.report().steps),
+                lambda: engine.report().attention_spent,
             )
 
     family = "presets" if name in presets() else "recipes"
