@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_graphs import accelerate, plain_run, replays
 
-from conftest import STEPS, generation, residue
+from conftest import STEPS, call, generation, residue
+from flashomni.engine.schedules import StepKind
 from flashomni.models import adapters
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -38,3 +39,21 @@ def test_sparse_steps_are_replayed(flux, recipe):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
         assert last.attention_spent == summary.attention_spent
     assert residue(model) == []
+
+
+def test_the_key_tells_what_a_full_step_does(flux):
+    """Dense, a choice with its refresh, sparse, a refresh: the same kind of step, four keys."""
+    model, inputs = flux
+    recipe = EVERY + CARRY.replace("refresh=3", "refresh=2")
+    with accelerate(model, recipe) as engine:
+        for step in range(4):
+            engine.step(step, STEPS)
+            call(model, inputs)
+        (slot,) = engine._runtime.graphs._slots
+        first, *others = [key for _, key in slot.entries]
+    assert first is StepKind.FULL
+    did = [key[2][0] for key in others]
+    assert [kind for kind, *_ in did] == [StepKind.FULL] * 3
+    assert [(x.chooses, x.refreshes, x.skips) for *_, x in did] == [
+        (True, True, False), (False, False, True), (False, True, False),
+    ]  # fmt: skip

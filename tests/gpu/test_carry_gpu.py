@@ -1,0 +1,89 @@
+"""Carry on a card: the merge at real sizes, recordings, and D in pinned host memory."""
+
+import pytest
+import torch
+
+import flashomni
+from conftest import STEPS, generation, run
+from flashomni.engine.state.columns import Columns
+from flashomni.kernels import Part, difference_, sparse_attention, summarise
+from flashomni.models import adapters
+from flashomni.symbols import Grid, Symbols
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
+
+RECIPE = (
+    "topk:q_density=1,kv_density=.5,interval=1,warmup=0,in_computed=true,block_m=64,block_n=64,"
+    "choose_at=[1],dense_steps=2,carry=extrapolate,refresh=3,summaries=4"
+)
+
+
+@pytest.fixture
+def flux():
+    torch.manual_seed(0)
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    return model.eval().cuda(), {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("per_block", [0, 1, 4, 16])
+def test_live_and_rest_are_dense_at_real_sizes(per_block):
+    """4,224 ragged tokens in bf16: the sum is dense attention, the sparse part what it is alone."""
+    shape, grid = (1, 4200, 4, 128), Grid(4200, 4200, text=(0, 77))
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    mask = torch.rand(1, 4, grid.num_q_blocks, grid.num_kv_blocks, device="cuda") < 0.25
+    columns = Columns.of(Symbols.pack(torch.ones_like(mask[..., 0]), mask, grid), True)
+    parts = []
+    for symbols in (columns.symbols, columns.rest()):
+        lse = torch.empty(1, 4, 4200, device="cuda")
+        parts.append(Part(sparse_attention(q, k, v, symbols, lse=lse), lse))
+    summary = summarise(k, v, grid, per_block) if per_block else None
+    given = {} if summary is None else {"q": q, "symbols": columns.symbols, "summary": summary}
+    difference_(*parts, **given)
+    live, rest = (part.o.float() for part in parts)
+    wide = [x.float() for x in (q, k, v)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide))
+    stock = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    )
+    limit = 2 * (stock.float() - exact).abs().max() + 2**-9 * exact.abs().max()
+    assert (live + rest - exact.transpose(1, 2)).abs().max() <= limit
+    alone = sparse_attention(q, k, v, columns.symbols, summary=summary).float()
+    torch.testing.assert_close(live, alone, atol=2e-2, rtol=2e-2)
+    text = slice(0, 77)
+    assert not rest[:, text].any()  # text rows visit every key
+
+
+def test_recorded_steps_give_the_same_bits(flux):
+    """Sparse steps and refreshes as CUDA graphs."""
+    model, inputs = flux
+    expected, _ = run(model, inputs, RECIPE)
+    with flashomni.accelerate(model, RECIPE, graphs=True) as engine:
+        for _ in range(3):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        before = engine._runtime.graphs.replays
+        assert torch.equal(generation(engine, model, inputs), expected)
+        assert engine._runtime.graphs.replays - before == STEPS, engine.report().notes
+
+
+def test_carry_in_host_memory_is_the_same(flux):
+    """D in pinned memory: the same bits, none of it on the device."""
+    model, inputs = flux
+    expected, device = run(model, inputs, RECIPE)
+    got, host = run(model, inputs, RECIPE + ",history_device=host")
+    assert torch.equal(got, expected)
+    assert host.cache_bytes_host > 0.9 * (device.cache_bytes - host.cache_bytes) > 0
+    assert any("host memory" in note for note in host.notes)
+
+
+def test_a_graph_that_host_memory_prevents_says_so(flux):
+    """Nothing is recorded, the bits are the same, and the report has the reason."""
+    model, inputs = flux
+    recipe = RECIPE + ",history_device=host"
+    expected, _ = run(model, inputs, recipe)
+    with flashomni.accelerate(model, recipe, graphs=True) as engine:
+        for _ in range(2):
+            assert torch.equal(generation(engine, model, inputs), expected)
+        assert any("no CUDA graphs: " in note for note in engine.report().notes)
