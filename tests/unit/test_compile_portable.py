@@ -204,7 +204,11 @@ def test_forecast(arch, dtype, head_dim, count, tmp_path):
 
 
 ELEMENTWISE = {
-    "_modulate_kernel": {"FEATURES": 3072, "PADDED": 4096},
+    "_modulate_kernel": {"FEATURES": 3072, "PADDED": 4096, "RMS": False, "NORMS_Y": False,
+                         "weight": None},
+    "_modulate_kernel rms": {"FEATURES": 3072, "PADDED": 4096, "RMS": True, "NORMS_Y": False},
+    "_modulate_kernel normed": {"FEATURES": 3072, "PADDED": 4096, "RMS": False, "NORMS_Y": True,
+                                "out": None, "scale": None, "shift": None},
     "_norm_rope_kernel": {"HEADS": 24, "HEAD_DIM": 128, "PADDED_DIM": 128, "HAS_NORM": True,
                           "OWN_TABLES": False, "HALF": False, "PAIRS": elementwise.PAIRS},
     "_norm_rope_kernel own half": {"HEADS": 24, "HEAD_DIM": 128, "PADDED_DIM": 128,

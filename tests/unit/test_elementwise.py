@@ -74,6 +74,21 @@ def test_norm_modulation_gate_and_residual(kernels, dtype, wide, batch, rows, wi
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch, rows, width", [(1, 7, 48), (2, 130, 192)])
+@pytest.mark.parametrize("weighted", [False, True], ids=["bare", "weighted"])
+def test_rms_norms(kernels, dtype, batch, rows, width, weighted):
+    """Scaled without a shift; of what is added; a LayerNorm with a weight of its own."""
+    x, y = (rows_of_more(batch, rows, width, dtype) for _ in range(2))
+    shift, scale, gate = randn(batch, 6 * width, dtype=dtype).chunk(6, dim=1)[:3]
+    weight = randn(width, dtype=dtype) if weighted else None
+    for norm in ((scale, None, 1e-6, weight, "rms"), (scale, shift, 1e-6, weight, "layer")):
+        exact, rounded = both(elementwise.modulated_norm, x, *norm)
+        check(kernels.modulated_norm(x, *norm).cpu(), exact, rounded)
+    exact, rounded = both(elementwise.gated_residual, x, y, gate, 1e-6, weight)
+    check(kernels.gated_residual(x, y, gate, 1e-6, weight).cpu(), exact, rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_heads, head_dim", [(3, 16), (5, 80), (24, 128)])
 @pytest.mark.parametrize(
     "has_norm, has_weight, has_rope, layout",

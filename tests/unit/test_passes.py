@@ -74,6 +74,22 @@ def test_norms_gates_and_residuals(backend, dtype, size, randn):
 
 @every
 @typed
+@sized
+@pytest.mark.parametrize("weighted", [False, True], ids=["bare", "weighted"])
+def test_rms_norms(backend, dtype, size, weighted, randn):
+    """Scaled without a shift; of what is added; a LayerNorm with a weight of its own."""
+    batch, _, features = size
+    x, y = run_of_rows(randn(*size)), run_of_rows(randn(*size))
+    gate, scale, shift = randn(batch, 6 * features).chunk(6, dim=1)[1:4]
+    weight = randn(features) if weighted else None
+    check("modulated_norm", backend, x, scale, None, 1e-6, weight, "rms")
+    check("modulated_norm", backend, x, scale, shift, 1e-6, weight, "rms")
+    check("modulated_norm", backend, x, scale, shift, 1e-6, weight, "layer")
+    check("gated_residual", backend, x, y, gate, 1e-6, weight)
+
+
+@every
+@typed
 @pytest.mark.parametrize("rows, num_heads, head_dim", [(1, 1, 16), (37, 3, 72), (131, 5, 128)])
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
 @pytest.mark.parametrize("own", ["", "items", "heads", "items and heads"])

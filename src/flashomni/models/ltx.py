@@ -19,7 +19,7 @@ from flashomni.kernels.common.rope import Rope
 from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Adapter, Geometry, Reliance, Site, adapter
 from flashomni.models._relies import BLOCK, rely_on_attention
-from flashomni.models.blocks import feed_forward, joint_attention, own_stream
+from flashomni.models.blocks import feed_forward, joint_attention, modulate, own_stream
 from flashomni.models.blocks.positions import rope_in_order
 from flashomni.models.generic.run import Guide, InBlock
 
@@ -110,13 +110,13 @@ def run_block(
     """
     x = hidden_states
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(block.scale_shift_table, temb)
-    norm_x = block.norm1(x) * (1 + scale) + shift
+    norm_x = scaled(block.norm1, x, scale, shift, run.backend)
     x = add(x, self_attention(run, block.attn1, norm_x, image_rotary_emb), gate, run.backend)
     with InBlock(run, guide=run.shared(Guide, run.recipe)) as watch:  # and counts FLOPs
         watch.has_begun = True
         y = block.attn2(x, encoder_hidden_states, encoder_attention_mask, None)
     x = x + y
-    y = feed_forward(run, block.ff, block.norm2(x) * (1 + mlp_scale) + mlp_shift)
+    y = feed_forward(run, block.ff, scaled(block.norm2, x, mlp_scale, mlp_shift, run.backend))
     return add(x, y, mlp_gate, run.backend)
 
 
@@ -124,7 +124,7 @@ def modulated(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
     """Tokens of the video after the first norm and modulation of a block."""
     temb = kwargs["temb"] if "temb" in kwargs else args[1]
     shift, scale, *_ = modulation(block.scale_shift_table, temb)
-    return block.norm1(hidden_states) * (1 + scale) + shift
+    return scaled(block.norm1, hidden_states, scale, shift, None)
 
 
 def self_attention(
@@ -162,6 +162,13 @@ def modulation(table: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
         temb: ``[B, 1 or S, N * K]``.
     """
     return (table.to(temb.device) + temb.unflatten(2, (table.shape[0], -1))).unbind(2)
+
+
+def scaled(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, backend: str | None) -> Tensor:
+    """``norm(x) * (1 + scale) + shift`` with both ``[B, 1 or S, K]``."""
+    if scale.shape[1] == 1:
+        return modulate(norm, x, scale[:, 0], shift[:, 0], backend=backend)
+    return norm(x) * (1 + scale) + shift
 
 
 def add(x: Tensor, y: Tensor, gate: Tensor, backend: str | None) -> Tensor:

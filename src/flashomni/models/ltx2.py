@@ -20,7 +20,7 @@ from flashomni.models import Adapter, Geometry, Reliance, Site, adapter
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks import feed_forward
 from flashomni.models.generic.run import Guide, InBlock
-from flashomni.models.ltx import add, modulation, of_sizes, self_attention
+from flashomni.models.ltx import add, modulation, of_sizes, scaled, self_attention
 
 STREAMS = ("hidden_states", "audio_hidden_states")
 
@@ -126,7 +126,8 @@ def run_block(
     video = modulation(block.scale_shift_table, temb)
     audio = modulation(block.audio_scale_shift_table, temb_audio)
 
-    y = _attend(run, block.attn1, _modulate(block.norm1(x), video[:2]), rest)
+    norm_x = scaled(block.norm1, x, video[1], video[0], backend)
+    y = _attend(run, block.attn1, norm_x, rest)
     x = add(x, y, video[2], backend)
     # What is called as it is has its FLOPs counted.
     called, to_text = InBlock(run), InBlock(run, guide=run.shared(Guide, run.recipe))
@@ -141,7 +142,8 @@ def run_block(
     with called:
         a = _read(block, "audio_", a, audio_encoder_hidden_states, audio, rest, backend)
         x, a = _exchange(block, x, a, rest, backend)
-    x = add(x, feed_forward(run, block.ff, _modulate(block.norm3(x), video[3:])), video[5], backend)
+    norm_x = scaled(block.norm3, x, video[4], video[3], backend)
+    x = add(x, feed_forward(run, block.ff, norm_x), video[5], backend)
     y = feed_forward(run, block.audio_ff, _modulate(block.audio_norm3(a), audio[3:]))
     return x, add(a, y, audio[5], backend)
 
@@ -149,7 +151,8 @@ def run_block(
 def modulated(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Tokens of the video after the first norm and modulation of a block."""
     temb = kwargs["temb"] if "temb" in kwargs else args[3]
-    return _modulate(block.norm1(hidden_states), modulation(block.scale_shift_table, temb))
+    shift, scale, *_ = modulation(block.scale_shift_table, temb)
+    return scaled(block.norm1, hidden_states, scale, shift, None)
 
 
 def _attend(run: LayerRun, attn: Any, x: Tensor, rest: dict[str, Any]) -> Tensor:
@@ -193,9 +196,8 @@ def _read(
         mod: modulation of the stream; the last three are for this, if there are nine.
         rest: arguments of the block.
     """
-    norm_x, has_own = getattr(block, f"{side}norm2")(x), len(mod) == 9
-    if has_own:
-        norm_x = _modulate(norm_x, mod[6:])
+    norm, has_own = getattr(block, f"{side}norm2"), len(mod) == 9
+    norm_x = scaled(norm, x, mod[7], mod[6], backend) if has_own else norm(x)
     if block.cross_attn_adaln:
         table = getattr(block, f"{side}prompt_scale_shift_table")
         temb = rest.get("temb_prompt_audio" if side else "temb_prompt")

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
 from flashomni.kernels.common.rope import Rope
-from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Adapter, Geometry, Reliance, Site, adapter
 from flashomni.models._relies import BLOCK, rely_on_attention
-from flashomni.models.blocks import feed_forward, joint_attention, own_stream
+from flashomni.models.blocks import (
+    add_normed,
+    feed_forward,
+    joint_attention,
+    modulate,
+    own_stream,
+)
 from flashomni.models.blocks.positions import rope_in_order
 
 
@@ -110,12 +115,14 @@ def run_block(
     attn, seqlen = block.attention, x.shape[1]
     rope = _begin(run, seqlen, attn_mask, freqs_cis)
     scale, gate, mlp_scale, mlp_gate = _modulation(block, adaln_input)
-    stream = own_stream(attn, _scaled(block.attention_norm1(x), scale), (0, seqlen), rope)
+    norm_x = modulate(block.attention_norm1, x, scale, None, backend=run.backend)
+    stream = own_stream(attn, norm_x, (0, seqlen), rope)
     o = joint_attention(run, attn, [stream], attn.to_out[0])
     y = attn.to_out[1](run.project_o(o, attn.to_out[0], row_offset=0))
-    x = gated_residual(x, block.attention_norm2(y), gate, backend=run.backend)
-    y = feed_forward(run, block.feed_forward, _scaled(block.ffn_norm1(x), mlp_scale))
-    return gated_residual(x, block.ffn_norm2(y), mlp_gate, backend=run.backend)
+    x = add_normed(x, y, gate, block.attention_norm2, backend=run.backend)
+    norm_x = modulate(block.ffn_norm1, x, mlp_scale, None, backend=run.backend)
+    y = feed_forward(run, block.feed_forward, norm_x)
+    return add_normed(x, y, mlp_gate, block.ffn_norm2, backend=run.backend)
 
 
 def _begin(run: LayerRun, seqlen: int, mask: Tensor | None, freqs: Tensor) -> Rope:
@@ -147,17 +154,15 @@ def modulated(
     block: Any, x: Tensor, attn_mask: Any, freqs_cis: Any, adaln_input: Any = None, *_: Any
 ) -> Tensor:
     """Tokens after the first norm and modulation of a block."""
-    return _scaled(block.attention_norm1(x), _modulation(block, adaln_input)[0])
+    return modulate(
+        block.attention_norm1, x, _modulation(block, adaln_input)[0], None, backend=None
+    )
 
 
 def _modulation(block: Any, adaln_input: Tensor | None) -> tuple[Tensor, ...]:
     """Scale and gate of the attention, then of the MLP: ``[B, K]`` each."""
     scale, gate, mlp_scale, mlp_gate = block.adaLN_modulation(adaln_input).chunk(4, dim=1)
     return scale, gate.tanh(), mlp_scale, mlp_gate.tanh()
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None])
 
 
 def _padded(count: int) -> int:

@@ -24,8 +24,16 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TERMS = 4  # of a forecast: order 3
 
 
-def check_streams(x: Any, rows: dict[str, Any], vectors: dict[str, Any], eps: Any = 0.0) -> None:
+def check_streams(
+    x: Any,
+    rows: dict[str, Any],
+    vectors: dict[str, Any],
+    eps: Any = 0.0,
+    weight: Any = None,
+) -> None:
     """``x`` and ``rows`` are ``[B, R, K]``, ``vectors`` ``[B, K]``, all floats on one device.
+
+    ``weight`` is ``[K]`` in the dtype of ``x``, or ``None``.
 
     Raises:
         ValueError: one is not; the message names it.
@@ -38,6 +46,9 @@ def check_streams(x: Any, rows: dict[str, Any], vectors: dict[str, Any], eps: An
             fits &= tensor.shape == shape and tensor.device == device and tensor.dtype in FLOATS
         for tensor in vectors.values():
             fits &= tensor.shape == pair and tensor.device == device and tensor.dtype in FLOATS
+        if weight is not None:
+            fits &= weight.shape == (shape[-1],) and weight.device == device
+            fits &= weight.dtype == x.dtype
     except (AttributeError, IndexError):
         fits = False
     if fits:
@@ -49,6 +60,9 @@ def check_streams(x: Any, rows: dict[str, Any], vectors: dict[str, Any], eps: An
         _check_like(name, tensor, x.shape, x.device)
     for name, tensor in vectors.items():
         _check_like(name, tensor, (x.shape[0], x.shape[2]), x.device)
+    if weight is not None:
+        _check_like("weight", weight, (x.shape[2],), x.device)
+        check_dtype("weight", weight, (x.dtype,))
     check_number("eps", eps, least=0.0)
 
 

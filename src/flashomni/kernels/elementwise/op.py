@@ -30,6 +30,7 @@ from flashomni.kernels.elementwise._checks import (
 )
 
 __all__ = ["MAX_TERMS"]  # beside what is defined here
+NORMS = ("layer", "rms")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class ModulatedNormCall:
 
     x: Tensor
     scale: Tensor
-    shift: Tensor
+    shift: Tensor | None
     eps: float
+    weight: Tensor | None = None
+    kind: str = "layer"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class GatedResidualCall:
     x: Tensor
     y: Tensor
     gate: Tensor
+    eps: float | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,55 @@ class WeightedSumCall:
 
 
 def modulated_norm(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, backend: str | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    weight: Tensor | None = None,
+    kind: str = "layer",
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift``, the norm without weights of its own.
+    """``norm(x) * (1 + scale) + shift``.
 
     Args:
         x: ``[B, R, K]``.
         scale: ``[B, K]``.
-        shift: ``[B, K]``.
+        shift: ``[B, K]``, or ``None`` for none.
         eps: epsilon of the norm.
+        weight: ``[K]`` of the norm, in the dtype of ``x``, or ``None``.
+        kind: of the norm: ``"layer"`` or ``"rms"``.
     """
-    check_streams(x, {}, {"scale": scale, "shift": shift}, eps)
-    return execute("modulated_norm", ModulatedNormCall(x, scale, shift, eps), backend)
+    if kind not in NORMS:
+        raise ValueError(f"kind must be one of {', '.join(NORMS)}, got {kind!r}")
+    vectors = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
+    check_streams(x, {}, vectors, eps, weight)
+    call = ModulatedNormCall(x, scale, shift, eps, weight, kind)
+    return execute("modulated_norm", call, backend)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
-    """``x + gate * y`` for ``x`` and ``y`` ``[B, R, K]`` and ``gate`` ``[B, K]``."""
-    check_streams(x, {"y": y}, {"gate": gate})
-    return execute("gated_residual", GatedResidualCall(x, y, gate), backend)
+def gated_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    eps: float | None = None,
+    weight: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``x + gate * y``, or ``x + gate * RMSNorm(y)``.
+
+    Args:
+        x: ``[B, R, K]``.
+        y: ``[B, R, K]``.
+        gate: ``[B, K]``.
+        eps: epsilon of the norm of ``y``; ``None`` leaves it out.
+        weight: ``[K]`` of that norm, in the dtype of ``x``, or ``None``.
+    """
+    if weight is not None and eps is None:
+        raise ValueError("weight needs eps, got None")
+    check_streams(x, {"y": y}, {"gate": gate}, 0.0 if eps is None else eps, weight)
+    return execute("gated_residual", GatedResidualCall(x, y, gate, eps, weight), backend)
 
 
 def gated_residual_norm(
@@ -249,13 +285,19 @@ def _device(call: Any) -> str:
 
 @_definition("modulated_norm")
 def _modulated_norm(call: ModulatedNormCall) -> Tensor:
-    normed = torch.nn.functional.layer_norm(call.x, call.x.shape[-1:], eps=call.eps)
-    return (normed * (1 + call.scale[:, None]) + call.shift[:, None]).to(call.x.dtype)
+    x, weight = call.x, call.weight
+    if call.kind == "rms":
+        normed = rms_norm(x, weight, call.eps)
+    else:
+        normed = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, eps=call.eps)
+    normed = normed * (1 + call.scale[:, None])
+    return (normed if call.shift is None else normed + call.shift[:, None]).to(x.dtype)
 
 
 @_definition("gated_residual")
 def _gated_residual(call: GatedResidualCall) -> Tensor:
-    return (call.x + call.gate[:, None] * call.y).to(call.x.dtype)
+    y = call.y if call.eps is None else rms_norm(call.y, call.weight, call.eps)
+    return (call.x + call.gate[:, None] * y).to(call.x.dtype)
 
 
 @_definition("gated_residual_norm")

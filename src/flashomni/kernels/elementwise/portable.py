@@ -25,10 +25,15 @@ PAIRS = 32  # (token, head) pairs of a program of `_norm_rope_kernel`
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def _modulate_kernel(
-    x, y, gate, scale, shift, sum_out, out, rows, x_stride_b, x_stride_r, y_stride_b, y_stride_r,
-    gate_stride, scale_stride, shift_stride, eps, FEATURES: tl.constexpr, PADDED: tl.constexpr,
+    x, y, gate, scale, shift, weight, sum_out, out, rows, x_stride_b, x_stride_r, y_stride_b,
+    y_stride_r, gate_stride, scale_stride, shift_stride, eps, FEATURES: tl.constexpr,
+    PADDED: tl.constexpr, RMS: tl.constexpr, NORMS_Y: tl.constexpr,
 ):  # fmt: skip
-    """One row: ``x + gate * y`` where there is a ``y``, its modulated norm where there is one."""
+    """One row: ``x + gate * y`` where there is a ``y``, its modulated norm where there is one.
+
+    ``RMS``: that norm takes no mean off. ``NORMS_Y``: ``y`` is normed so first, and ``weight`` is
+    of that norm.
+    """
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     k = tl.arange(0, PADDED)
     inside = k < FEATURES
@@ -36,16 +41,23 @@ def _modulate_kernel(
     at = (b * rows + row) * FEATURES + k
     if y is not None:
         more = tl.load(y + b * y_stride_b + row * y_stride_r + k, inside, other=0.0).to(tl.float32)
+        if NORMS_Y:
+            more *= tl.rsqrt(tl.sum(more * more, 0) / FEATURES + eps)
+            if weight is not None:
+                more *= tl.load(weight + k, inside, other=0.0).to(tl.float32)
         value += tl.load(gate + b * gate_stride + k, inside, other=0.0).to(tl.float32) * more
         value = value.to(sum_out.dtype.element_ty)
         tl.store(sum_out + at, value, inside)
         value = value.to(tl.float32)
     if out is not None:
-        mean = tl.sum(value, 0) / FEATURES
+        mean = 0.0 if RMS else tl.sum(value, 0) / FEATURES
         centred = tl.where(inside, value - mean, 0.0)
         normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / FEATURES + eps)
-        factor = 1 + tl.load(scale + b * scale_stride + k, inside, other=0.0).to(tl.float32)
-        normed = normed * factor + tl.load(shift + b * shift_stride + k, inside, other=0.0)
+        if weight is not None:
+            normed *= tl.load(weight + k, inside, other=0.0).to(tl.float32)
+        normed *= 1 + tl.load(scale + b * scale_stride + k, inside, other=0.0).to(tl.float32)
+        if shift is not None:
+            normed += tl.load(shift + b * shift_stride + k, inside, other=0.0)
         tl.store(out + at, normed.to(out.dtype.element_ty), inside)
 
 
@@ -163,15 +175,29 @@ def _weighted_sum_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), inside)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    weight: Tensor | None = None,
+    kind: str = "layer",
+) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _modulate(x, None, None, scale, shift, None, out, eps)
+    _modulate(x, None, None, scale, shift, None, out, eps, weight, rms=kind == "rms")
     return out
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    eps: float | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _modulate(x, y, gate, None, None, out, None, 0.0)
+    norms = eps is not None
+    _modulate(x, y, gate, None, None, out, None, eps or 0.0, weight, norms_y=norms)
     return out
 
 
@@ -192,16 +218,20 @@ def _modulate(
     sum_out: Tensor | None,
     out: Tensor | None,
     eps: float,
+    weight: Tensor | None = None,
+    rms: bool = False,
+    norms_y: bool = False,
 ) -> None:
     batch, rows, features = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y, gate, scale, shift = (_unit_stride(t) for t in (y, gate, scale, shift))
+    y, gate, scale, shift, weight = map(_unit_stride, (y, gate, scale, shift, weight))
     padded = triton.next_power_of_2(features)
     _modulate_kernel[(rows, batch)](
-        x, y, gate, scale, shift, sum_out, out, rows, *x.stride()[:2],
+        x, y, gate, scale, shift, weight, sum_out, out, rows, *x.stride()[:2],
         *((0, 0) if y is None else y.stride()[:2]),
         *(0 if t is None else t.stride(0) for t in (gate, scale, shift)),
-        eps, FEATURES=features, PADDED=padded, num_warps=min(max(padded // 512, 1), 16),
+        eps, FEATURES=features, PADDED=padded, RMS=rms, NORMS_Y=norms_y,
+        num_warps=min(max(padded // 512, 1), 16),
     )  # fmt: skip
 
 
@@ -318,8 +348,10 @@ def _register(op: str, run: Callable[[Any], Any]) -> None:
     )(run)  # fmt: skip
 
 
-_register("modulated_norm", lambda c: modulated_norm(c.x, c.scale, c.shift, c.eps))
-_register("gated_residual", lambda c: gated_residual(c.x, c.y, c.gate))
+_register(
+    "modulated_norm", lambda c: modulated_norm(c.x, c.scale, c.shift, c.eps, c.weight, c.kind)
+)
+_register("gated_residual", lambda c: gated_residual(c.x, c.y, c.gate, c.eps, c.weight))
 _register(
     "gated_residual_norm",
     lambda c: gated_residual_norm(c.x, c.y, c.gate, c.scale, c.shift, c.eps),

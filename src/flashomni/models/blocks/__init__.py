@@ -1,7 +1,7 @@
 """Parts of blocks, for adapters: import them from here."""
 
 from flashomni.models._relies import rely_on_attention
-from flashomni.models.blocks.fused import adaptive_norm, mlp, modulate, residual_norm
+from flashomni.models.blocks.fused import adaptive_norm, add_normed, mlp, modulate, residual_norm
 from flashomni.models.blocks.joint import (
     Stream,
     added_stream,
@@ -16,7 +16,7 @@ from flashomni.models.blocks.mmdit import TEXT, VISION, Inputs, MMDiT, MMDiTAdap
 
 __all__ = [
     "TEXT", "VISION", "Inputs", "MMDiT", "MMDiTAdapter", "Stream",
-    "adaptive_norm", "added_stream", "dual_attention", "feed_forward", "gelu_up",
+    "adaptive_norm", "add_normed", "added_stream", "dual_attention", "feed_forward", "gelu_up",
     "joint_attention", "mlp", "modulate", "own_stream", "rely_on_attention", "residual_norm",
     "valid_first",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.engine.linear import is_hooked, is_stock, plain_weights
+from flashomni.engine.linear import is_hooked, is_rms_norm, is_stock, norm_eps, plain_weights
 from flashomni.kernels.elementwise.op import gated_residual, gated_residual_norm, modulated_norm
 
 ADAPTIVE = ("AdaLayerNormZero", "AdaLayerNormZeroSingle")
@@ -37,19 +37,40 @@ def adaptive_norm(norm: Any, x: Tensor, emb: Tensor, *, backend: str | None) -> 
     return x, *parts[2:]
 
 
-def modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, *, backend: str | None) -> Tensor:
+def modulate(
+    norm: Any, x: Tensor, scale: Tensor, shift: Tensor | None, *, backend: str | None
+) -> Tensor:
     """``norm(x) * (1 + scale) + shift``.
 
     Args:
-        norm: a LayerNorm without weights; any other module is called.
+        norm: a LayerNorm without weights, or an RMSNorm; any other module is called.
         x: ``[B, R, K]``.
         scale: ``[B, K]``.
-        shift: ``[B, K]``.
+        shift: ``[B, K]``, or ``None`` for none.
         backend: take exactly this one; ``None`` takes the best that accepts.
     """
     if _is_bare(norm):
         return modulated_norm(x, scale, shift, norm.eps, backend=backend)
-    return norm(x) * (1 + scale[:, None]) + shift[:, None]
+    if _is_rms(norm, x):
+        eps = norm_eps(norm, x.dtype)
+        return modulated_norm(x, scale, shift, eps, norm.weight, "rms", backend=backend)
+    x = norm(x) * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]
+
+
+def add_normed(x: Tensor, y: Tensor, gate: Tensor, norm: Any, *, backend: str | None) -> Tensor:
+    """``x + gate * norm(y)``.
+
+    Args:
+        x: ``[B, R, K]``.
+        y: ``[B, R, K]``.
+        gate: ``[B, K]``.
+        norm: an RMSNorm; any other module is called.
+        backend: take exactly this one; ``None`` takes the best that accepts.
+    """
+    if not _is_rms(norm, x):
+        return gated_residual(x, norm(y), gate, backend=backend)
+    return gated_residual(x, y, gate, norm_eps(norm, x.dtype), norm.weight, backend=backend)
 
 
 def residual_norm(
@@ -83,6 +104,13 @@ def _is_bare(norm: Any) -> bool:
     """Whether a norm is a LayerNorm over the last dim without weights and without hooks."""
     bare = type(norm) is nn.LayerNorm and norm.weight is None and norm.bias is None
     return bare and len(norm.normalized_shape) == 1 and not is_hooked(norm)
+
+
+def _is_rms(norm: Any, x: Tensor) -> bool:
+    """Whether a norm is a stock RMSNorm over the last dim, in the dtype of the tokens."""
+    if norm is None or not is_rms_norm(norm, x.shape[-1]):
+        return False
+    return norm.weight is None or norm.weight.dtype == x.dtype
 
 
 def mlp(module: Any, x: Tensor) -> Tensor:
