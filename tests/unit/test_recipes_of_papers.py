@@ -25,7 +25,7 @@ FINE = {"block_m": 16, "block_n": 16, "token_order": "raster"}
 SETTINGS = {
     "dbcache": {"front": 2},
     "sta": {**FINE, "tile": "1x2x2", "window": "1x1x1"},
-    "radial": {**FINE, "frames": 8, "width": 0.0, "dense_steps": 2},
+    "radial": {**FINE, "frames": 8, "width": 0.0, "choose_at": [2], "dense_steps": 2},
     "svg": FINE,
     "draft": {**FINE, "pool": "2x2"},
     "jenga": {**FINE, "density": 0.1, "neighbours": False, "amounts": []},
@@ -77,7 +77,9 @@ def test_a_sparse_method_is_sparse_in_every_step(name):
     recipe = Recipe.of(name)
     assert recipe.policy.name == name and not recipe.policy.caches
     sparse = recipe.sparse
-    assert sparse.in_computed and sparse.choose_at == "computed" and sparse.carry == "off"
+    static = name in ("sta", "radial")  # chosen once, by places alone
+    assert sparse.choose_at == ((sparse.dense_steps,) if static else "computed")
+    assert sparse.in_computed and sparse.carry == "off" and sparse.summaries == 0
     plan = recipe.plan(28)
     assert {kind.value for kind in plan.kinds} == {"full"} and sparse.dense_steps < 14
 
