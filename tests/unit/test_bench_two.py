@@ -71,3 +71,15 @@ def test_what_is_not_as_published_is_said(monkeypatch):
     done = CliRunner().invoke(app, [*arguments, "--stock-steps", "2", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert note in " ".join(done.output.split())
+
+
+def test_peers_of_an_evaluation_are_refused(model):
+    """A cache on one of two transformers would be compared as if it were on both."""
+    from flashomni.lab.fidelity.methods import parse_method
+
+    method = parse_method("diffusers.pab")
+    with (
+        pytest.raises(NotImplementedError, match="and the pipeline has two"),
+        method.attach(model.pipe, 8),
+    ):
+        pass

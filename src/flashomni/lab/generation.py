@@ -14,7 +14,7 @@ from torch import Tensor
 from flashomni.engine import Recipe, Summary
 from flashomni.lab.clock import clocked
 from flashomni.lab.zoo import Loaded
-from flashomni.models import accelerate
+from flashomni.models import accelerate, transformers_of
 from flashomni.util.words import one_line
 
 OnStep = Callable[[int, int], None]
@@ -140,8 +140,8 @@ class Generation:
         return 2 if self.compiles and self.seconds < SHORT else 0
 
     def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
-        """The stock pipeline: frames, seconds, seconds of each call of the transformer."""
-        with clocked(self.pipe.transformer, device=self.device) as watches:
+        """The stock pipeline: frames, seconds, seconds of each call of its transformers."""
+        with clocked(*transformers_of(self.pipe).values(), device=self.device) as watches:
             pixels, seconds = self.run(on_step)
         return pixels, seconds, [watch.seconds() for watch in watches]
 

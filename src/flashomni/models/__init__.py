@@ -213,10 +213,16 @@ def tiers() -> dict[str, tuple[str, str]]:
     return dict(sorted({**table, **known}.items()))
 
 
-from flashomni.models._accelerate import accelerate, engine_of, restore  # noqa: E402
+from flashomni.models._accelerate import (  # noqa: E402
+    accelerate,
+    engine_of,
+    restore,
+    transformers_of,
+)
 from flashomni.models.generic import DECLARED, Blocks  # noqa: E402
 
 __all__ = [
     "ADAPTERS", "Adapter", "BlockRun", "Blocks", "Geometry", "Reliance", "Site", "Streams",
     "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore", "tiers",
+    "transformers_of",
 ]  # fmt: skip

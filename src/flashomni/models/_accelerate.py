@@ -62,7 +62,7 @@ def accelerate(
         NotImplementedError: the model is in a state that cannot be accelerated; the message names
             it. Nothing is left on the pipeline in either case.
     """
-    models = _transformers(pipe)
+    models = transformers_of(pipe)
     if not models:
         raise ValueError(
             f"pipe must be a diffusers pipeline with a transformer, or one of "
@@ -184,7 +184,7 @@ def engine_of(pipe: Any) -> Engine | None:
     """
     from flashomni.models import _attach
 
-    for model in _transformers(pipe).values():
+    for model in transformers_of(pipe).values():
         hook = _attach.call_hook(getattr(model, "_orig_mod", model))
         if hook is not None:
             return hook.engine
@@ -212,8 +212,12 @@ def _hold(model: nn.Module, engine: Engine) -> None:
     hook.engine = engine
 
 
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by their names, in the order in which they run."""
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by their names, in the order in which they run.
+
+    Args:
+        pipe: a pipeline, or a transformer itself.
+    """
     if isinstance(pipe, nn.Module):
         return {COMPONENTS[0]: pipe}
     found: dict[str, nn.Module] = {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.models import transformers_of
 from flashomni.models.flux import Flux
 from flashomni.models.hunyuan_video import HunyuanVideo
 from flashomni.models.wan import Wan
@@ -121,7 +122,7 @@ class Model:
     @property
     def transformers(self) -> list[Any]:
         """Of the pipeline, in the order in which they run."""
-        return _transformers(self.pipe)
+        return list(transformers_of(self.pipe).values())
 
     @property
     def shared(self) -> bool:
@@ -168,17 +169,12 @@ def build(
     size = MODELS[name]
     with _defaults(device, dtype, seed):
         pipe, call = _FAMILIES[size.family](size)
-    for number, transformer in enumerate(_transformers(pipe)):
+    for number, transformer in enumerate(transformers_of(pipe).values()):
         transformer.eval().requires_grad_(False)
         _structure(transformer, structure, seed + number)
     pipe.set_progress_bar_config(disable=True)
     calls = 2 if "negative_prompt_embeds" in call else 1
     return Model(name, pipe, call, size.tokens, device, seed, calls, size.note)
-
-
-def _transformers(pipe: Any) -> list[Any]:
-    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    return [part for part in parts if part is not None]
 
 
 @contextmanager

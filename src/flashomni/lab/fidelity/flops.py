@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from flashomni.lab.generation import Generation
+from flashomni.models import transformers_of
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -32,8 +33,8 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def count_flops(generation: Generation) -> float:
-    """FLOPs of the transformer in one generation, counted by torch; slow, and not timed."""
-    model, counter = generation.pipe.transformer, _FlopCounter()
+    """FLOPs of the transformers in one generation, counted by torch; slow, and not timed."""
+    counter = _FlopCounter()
 
     def start(*_: Any) -> None:
         counter.__enter__()
@@ -41,10 +42,10 @@ def count_flops(generation: Generation) -> float:
     def stop(*_: Any) -> None:
         counter.__exit__(None, None, None)
 
-    handles = [
-        model.register_forward_pre_hook(start),
-        model.register_forward_hook(stop, always_call=True),
-    ]
+    handles: list[Any] = []
+    for model in transformers_of(generation.pipe).values():
+        handles.append(model.register_forward_pre_hook(start))
+        handles.append(model.register_forward_hook(stop, always_call=True))
     try:
         generation.discard()
     finally:

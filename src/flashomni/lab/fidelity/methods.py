@@ -14,7 +14,7 @@ from flashomni.engine.forecasts import forecasts
 from flashomni.lab.fidelity.identity import foreign_code, package_versions
 from flashomni.lab.fidelity.named import parse
 from flashomni.lab.fidelity.peers import Peer
-from flashomni.models import accelerate
+from flashomni.models import accelerate, transformers_of
 
 DENSE = "dense"
 STEPS = "steps="
@@ -88,10 +88,10 @@ def _autocast(pipe: Any, num_steps: int) -> Iterator[Attached]:
         scope.__exit__(None, None, None)
         return tuple(x.to(model.dtype) for x in output) if isinstance(output, tuple) else output
 
-    handles = [
-        pipe.transformer.register_forward_pre_hook(start),
-        pipe.transformer.register_forward_hook(stop, always_call=True),
-    ]
+    handles: list[Any] = []
+    for model in transformers_of(pipe).values():
+        handles.append(model.register_forward_pre_hook(start))
+        handles.append(model.register_forward_hook(stop, always_call=True))
     try:
         yield Attached(lambda: 0.0)
     finally:
@@ -134,6 +134,8 @@ def parse_method(text: str, backend: str | None = None) -> Method:
 def _of_peer(name: str, peer: Peer) -> Method:
     @contextmanager
     def attach_peer(pipe: Any, num_steps: int) -> Iterator[Attached]:
+        if len(transformers_of(pipe)) > 1:
+            raise NotImplementedError(f"{name} is put on one transformer, and the pipeline has two")
         with peer.attached(pipe, num_steps):
             yield Attached()
 
