@@ -10,7 +10,7 @@ import torch
 
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
 from flashomni.tuning.cost import Costs, anchors_of, as_fitted, choose_fit, decibels
-from flashomni.tuning.gains import gain_curve, probe_steps
+from flashomni.tuning.gains import Gain, gain_curve, probe_steps
 from flashomni.tuning.plan import best_schedules, descend, neighbours, segment_costs
 from flashomni.tuning.polish import Candidate, search, signal_to_noise
 
@@ -26,19 +26,33 @@ def walks(prompts=3, steps=STEPS, width=40, seed=0):
 def costs(values, gains=None):
     steps = values.shape[1]
     grams = np.einsum("pti,psi->pts", values, values)
-    gains = np.linspace(3.0, 1.0, steps) if gains is None else np.asarray(gains)
-    return Costs(grams, np.linspace(0.5, 1.5, steps), gains)
+    if gains is None:
+        gains = np.stack([np.linspace(1.5, 1.0, steps), np.linspace(3.0, 0.0, steps)])
+    return Costs(grams, np.linspace(0.5, 1.5, steps), np.asarray(gains))
+
+
+def quiet(steps=STEPS):
+    """Gains of a network that neither makes good nor adds anything."""
+    return np.stack([np.ones(steps), np.zeros(steps)])
 
 
 def directly(values, found, computed, weights):
-    """The cost by its definition: the error that is there whenever the network looks, counted."""
+    """The cost by its definition: what is left at the end, and what each look at an error adds."""
     total = np.zeros(len(values))
-    ends = [*sorted(set(computed) - {0}), STEPS]
-    for place, end in enumerate(ends):
-        later = found.squares[ends[place + 1] - 1] if place + 1 < len(ends) else 0.0
-        for prompt, value in enumerate(values):
-            error = sum(found.effects[t] * (weights[t] @ value - value[t]) for t in range(end))
-            total[prompt] += (found.squares[end - 1] - later) * (error @ error)
+    along, across = found.gains[0], found.gains[1] ** 2
+    looks = sorted(set(computed) - {0})
+
+    def error(value, end):
+        return sum(
+            along[t] * np.linspace(0.5, 1.5, STEPS)[t] * (weights[t] @ value - value[t])
+            for t in range(end)
+        )
+
+    for prompt, value in enumerate(values):
+        total[prompt] = np.sum(error(value, STEPS) ** 2)
+        for look, following in zip(looks, [*looks, STEPS][1:], strict=True):
+            added = across[look - 1] - across[following - 1]
+            total[prompt] += added * np.sum(error(value, look) ** 2) / along[look - 1] ** 2
     return total
 
 
@@ -65,10 +79,11 @@ def test_a_later_forecast_makes_good_an_earlier_error():
     """Fitted weights leave less at the end than the best forecast of every step does."""
     times = np.linspace(0.0, 2.0, STEPS)
     curves = np.stack([np.ones(STEPS), np.sin(times), np.cos(2 * times), times**3])
-    found = costs(curves.T[None], gains=np.ones(STEPS))
+    found = costs(curves.T[None], gains=quiet())
     computed = (0, 1, 3, 5, 7)
     best = found.of(computed, found.fit(computed, 2, 1e-9))[0]
-    local = Costs(found.grams, found.effects, np.logspace(9, 0, STEPS))  # each step by itself
+    looks = np.stack([np.ones(STEPS), np.logspace(9, 0, STEPS)])  # each step counts by itself
+    local = Costs(found.grams, found.effects, looks)
     assert best < 0.1 * found.of(computed, local.fit(computed, 2, 1e-9))[0]
 
 
@@ -91,14 +106,17 @@ def test_fit_is_the_minimum(order):
 
 
 def test_gains_say_what_early_errors_count():
-    """An error that the network amplifies counts by the square of its gain."""
+    """What the network adds to an error counts by the square, and what it makes good does not."""
     values = walks(prompts=1)
     computed = (0, *range(2, STEPS))  # only step 1 is left out
     weights = costs(values).forecasts(computed, 0, "reuse")
-    one = costs(values, np.ones(STEPS)).of(computed, weights)
-    gains = np.ones(STEPS)
-    gains[:2] = 5.0
-    assert np.allclose(costs(values, gains).of(computed, weights), 25 * one)
+    one = costs(values, quiet()).of(computed, weights)
+    gains = quiet()
+    gains[1, :2] = 5.0
+    assert np.allclose(costs(values, gains).of(computed, weights), (1 + 25) * one)
+    gains = quiet()
+    gains[0, :2] = 0.5
+    assert np.allclose(costs(values, gains).of(computed, weights), 0.25 * one)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +145,8 @@ def test_a_segment_costs_its_signed_errors():
     values = walks(prompts=1)
     found = costs(values)
     segment = segment_costs(found, "reuse", 0)[STEPS, 0, 2, 5]
-    scale = np.sqrt(found.squares) * found.effects
+    effects = np.linspace(0.5, 1.5, STEPS)
+    scale = np.sqrt(found.gains[0] ** 2 + found.across) * effects
     error = sum(scale[t] * (values[0, 2] - values[0, t]) for t in (3, 4))
     unit = np.sum((values[0, 1:] - values[0, :-1]) ** 2)  # prompts count alike
     assert segment == pytest.approx(error @ error / unit)
@@ -175,10 +194,14 @@ def test_weights_as_a_recipe_keeps_them():
 
 
 def test_gains_between_probes():
-    """Mean logarithms of prompts, lines between steps, constant outside."""
-    curve = gain_curve([{1: 8.0, 5: 2.0}, {1: 2.0, 5: 2.0}], 8)
-    assert curve[0] == curve[1] == pytest.approx(4.0)
-    assert curve[3] == pytest.approx(np.sqrt(8.0)) and curve[7] == pytest.approx(2.0)
+    """Mean logarithms of prompts, lines between steps; behind the last nothing computes."""
+    measured = [{1: Gain(1.0, 8.0), 5: Gain(0.5, 2.0)}, {1: Gain(1.0, 2.0), 5: Gain(0.5, 2.0)}]
+    along, across = gain_curve(measured, 8)
+    assert across[0] == across[1] == pytest.approx(4.0)
+    assert across[3] == pytest.approx(np.sqrt(8.0)) and across[6] == pytest.approx(2.0)
+    assert along[1] == pytest.approx(1.0) and along[6] == pytest.approx(0.5)
+    assert (along[7], across[7]) == (1.0, 0.0)
+    assert gain_curve([{1: Gain(-9.0, 1.0)}], 3)[0, 1] == pytest.approx(1 / 3)
     assert probe_steps(28, 8)[0] == 1 and probe_steps(28, 8)[-1] == 26
     assert probe_steps(4, 8) == [1, 2]
 

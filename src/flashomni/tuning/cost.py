@@ -1,11 +1,11 @@
 """What a schedule and its forecasts cost, in relative square error of the final latents.
 
-At step t a forecast is off by e_t, known from the Gram matrix of a dense run. Errors add up in the
-latents, ``E_k = sum_{t < k} d_t e_t`` with the scheduler's direct effects d, signs and all. What is
-left at the end counts by itself; but whenever the network computes, it sees the latents that are
-off by E_k, and passes on more than that. How much more is what gains measure: an error made before
-step k is amplified by g(k - 1), one made after it only by the gain there, so the computed step k
-adds ``(g(k-1)^2 - g(next computed - 1)^2) |E_k|^2``.
+At step t a forecast is off by e_t, known from the Gram matrix of a dense run. Errors add up, signs
+and all: ``E_k = sum_{t < k} a_t d_t e_t``, with the scheduler's direct effects d and the part a_t
+of an error that is left at the end in its own direction. E_T is one part of the result's error. The
+other is what the network adds whenever it computes and sees latents that are off: the gain across,
+q_t, of an error that stays from step t on. A computed step k adds
+``(q(k-1)^2 - q(next computed - 1)^2) |E_k|^2 / a(k-1)^2``.
 
 The sum is a quadratic form of all weights of all forecasts, so the best weights of a schedule are
 the solution of one small linear system. They are not those that forecast best: after each computed
@@ -31,14 +31,15 @@ class Costs:
     Args:
         grams: ``[prompts, T, T]``, see :func:`flashomni.tuning.record.gram`.
         effects: ``[T]``, what a unit of the output at a step does to the final latents.
-        gains: ``[T]``, amplification of an error made at a step, by the network behind it.
+        gains: ``[2, T]``, what the network makes of an error: along it, and across.
     """
 
     def __init__(self, grams: np.ndarray, effects: np.ndarray, gains: np.ndarray) -> None:
-        self.grams, self.effects = grams, effects
-        # A gain cannot fall below that of later steps but by noise of the measurement.
-        self.squares = np.maximum.accumulate((gains**2)[::-1])[::-1]
-        self.num_steps = len(effects)
+        self.grams, self.gains, self.num_steps = grams, gains, len(effects)
+        self._direct = effects
+        self.effects = effects * gains[0]
+        # What is added cannot be less than what later steps add, but by noise of the measurement.
+        self.across = np.maximum.accumulate(gains[1][::-1])[::-1] ** 2
 
     def forecasts(self, computed: Sequence[int], order: int, name: str) -> np.ndarray:
         """Weights of a named forecast: ``[T, T]``, a row each step, 1 at itself where computed."""
@@ -51,9 +52,11 @@ class Costs:
 
     def masses(self, computed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The computed steps behind the first, and the end; what the error before each counts."""
-        ends = np.array([*(step for step in sorted(computed) if step > 0), self.num_steps])
-        before = self.squares[ends - 1]
-        return ends, before - np.append(before[1:], 0.0)
+        looks = np.array([step for step in sorted(computed) if step > 0], dtype=int)
+        ends = np.append(looks, self.num_steps)
+        before = self.across[ends - 1]
+        added = (before[:-1] - before[1:]) / self.gains[0][looks - 1] ** 2
+        return ends, np.append(added, 1.0)
 
     def of(self, computed: Sequence[int], weights: np.ndarray) -> np.ndarray:
         """Cost for each prompt, ``[prompts]``: relative square error of the final latents."""
@@ -120,11 +123,11 @@ class Costs:
     def without(self, prompt: int) -> Costs:
         """The costs of all prompts but one."""
         others = np.delete(self.grams, prompt, axis=0)
-        return Costs(others, self.effects, np.sqrt(self.squares))
+        return Costs(others, self._direct, self.gains)
 
     def only(self, prompt: int) -> Costs:
         """The costs of one prompt."""
-        return Costs(self.grams[prompt : prompt + 1], self.effects, np.sqrt(self.squares))
+        return Costs(self.grams[prompt : prompt + 1], self._direct, self.gains)
 
 
 def decibels(costs: np.ndarray) -> float:

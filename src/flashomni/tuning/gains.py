@@ -9,6 +9,7 @@ amplified tenfold at 128 pixels and not at all at 64, and a plan without gains l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,28 +58,53 @@ def probe_steps(num_steps: int, count: int) -> list[int]:
     return sorted({round(1 + (last - 1) * place) for place in places})
 
 
-def gain(driver: Driver, recording: Recording, step: int) -> float:
-    """Norm of the change of the final latents, over that of the direct effect alone.
+@dataclass(frozen=True)
+class Gain:
+    """What becomes of an error in the final latents, over its direct effect alone.
 
-    The error put in at ``step`` is that of a forecast over a gap as long as schedules have there.
+    Attributes:
+        along: the part in the error's own direction; below 1 where the network makes good some of
+            it, signed.
+        across: norm of the rest, which the network adds.
+    """
+
+    along: float
+    across: float
+
+
+def gain(driver: Driver, recording: Recording, step: int) -> Gain:
+    """What the network makes of an error at ``step``, of the size that is used.
+
+    The error put in is that of a forecast over a gap as long as schedules have there.
     """
     delta = _forecast_error(recording, step, _device(driver))
     start = recording.latents.to(delta.device)
     live = _replayed(driver, recording, step, delta, live=True) - start
     direct = _replayed(driver, recording, step, delta) - start
-    return float(live.norm() / direct.norm().clamp(min=1e-30))
+    along = float(live @ direct / (direct @ direct).clamp(min=1e-30))
+    rest = live - along * direct
+    return Gain(along, float(rest.norm() / direct.norm().clamp(min=1e-30)))
 
 
-def gain_curve(measured: Sequence[dict[int, float]], num_steps: int) -> np.ndarray:
-    """Gains of all steps from those of a few, of several prompts: mean logarithms, lines between.
+def gain_curve(measured: Sequence[dict[int, Gain]], num_steps: int) -> np.ndarray:
+    """Gains of all steps from those of a few, of several prompts: ``[2, T]``, along and across.
+
+    Means of logarithms over prompts, lines between steps. Behind the last step nothing computes:
+    it is 1 along and 0 across. An error's own part is a number near 1, which early probes tell only
+    roughly, since there nearly everything is across: it is kept between a third and three.
 
     Args:
-        measured: of each prompt, gain by step.
+        measured: of each prompt, by step.
         num_steps: of the generation.
     """
-    steps = sorted({step for each in measured for step in each})
-    logs = [np.mean([np.log(each[s]) for each in measured if s in each]) for s in steps]
-    return np.exp(np.interp(np.arange(num_steps), steps, logs))
+    steps = sorted({step for each in measured for step in each if step < num_steps - 1})
+    found = [[each[step] for each in measured if step in each] for step in steps]
+    along = [np.mean([np.log(np.clip(g.along, 1 / 3, 3.0)) for g in gains]) for gains in found]
+    across = [np.mean([np.log(max(g.across, 1e-6)) for g in gains]) for gains in found]
+    places = np.arange(num_steps)
+    curves = np.stack([np.exp(np.interp(places, steps, logs)) for logs in (along, across)])
+    curves[:, -1] = 1.0, 0.0
+    return curves
 
 
 def _forecast_error(recording: Recording, step: int, device: torch.device) -> Tensor:

@@ -37,7 +37,7 @@ def segment_costs(costs: Costs, name: str, order: int) -> np.ndarray:
     none = num_steps
     found = np.full((none + 1, none + 1, num_steps, none + 1), np.inf)
     gram = _even(costs)
-    scale = np.sqrt(costs.squares) * costs.effects
+    scale = np.sqrt(1.0 + costs.across / costs.gains[0] ** 2) * costs.effects
     for a, b, c in _states(num_steps):
         anchors = tuple(x for x in (a, b, c) if x != none)[-(order + 1) :]
         steps = np.arange(c + 1, num_steps)

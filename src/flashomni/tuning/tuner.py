@@ -15,7 +15,7 @@ from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver
-from flashomni.tuning.gains import direct_effects, gain, gain_curve, probe_steps
+from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
 from flashomni.tuning.polish import Candidate, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
@@ -217,12 +217,13 @@ class Tuner:
     def _probe_steps(self) -> list[int]:
         return probe_steps(self.num_steps, self.settings.probes)
 
-    def _gain(self, number: int, step: int) -> float:
+    def _gain(self, number: int, step: int) -> Gain:
         name = f"gain {number} {step}"
         kept = self.state.get(name)
-        if kept is not None:
-            return kept
-        return self.state.put(name, gain(self.driver, self.recording(number), step))
+        if kept is None:
+            found = gain(self.driver, self.recording(number), step)
+            kept = self.state.put(name, asdict(found))
+        return Gain(**kept)
 
     def step_seconds(self) -> tuple[float, float]:
         """Seconds of a computed step, and of everything else in a generation."""
