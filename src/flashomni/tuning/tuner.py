@@ -158,7 +158,7 @@ class Tuner:
             found += sum(steps - 1 - step for step in missing)
         for count in counts:
             if self.state.get(f"point {count}") is None:
-                found += (5 + self.settings.tries) * len(self.prompts) * count
+                found += (6 + self.settings.tries) * len(self.prompts) * count
                 found += 3 * len(self.held_back) * count
         self._total = self._done + found + len(self.held_back) * steps
 
@@ -277,18 +277,25 @@ class Tuner:
                     self.candidate(found[number], size, 1e-2, f"plan for {name}", name)
                     for (name, size), found in named.items()
                 ]
-        plans = self._plans[count]
-        *others, fitted = plans
+        *named_plans, fitted = self._plans[count]
+        hermite = named_plans[NAMED.index((BASE, BASE_ORDER))]
         descended, _ = descend(
-            ramp,
+            fitted.steps,
             self.num_steps,
             lambda steps: -decibels(costs.of(steps, costs.fit(steps, order, ridge, BASE))),
         )
+        schedules = {
+            "ramp": ramp,
+            "plan": fitted.steps,
+            f"plan for {BASE}": hermite.steps,
+            "descent from plan": descended,
+        }
         found = [
-            self.candidate(ramp, order, ridge, "ramp, fitted weights"),
-            self.candidate(fitted.steps, order, ridge, "plan, fitted weights"),
-            self.candidate(descended, order, ridge, "descent, fitted weights"),
-            max(others, key=lambda each: each.predicted),
+            *(
+                self.candidate(s, order, ridge, f"{k}, fitted weights")
+                for k, s in schedules.items()
+            ),
+            max(named_plans, key=lambda each: each.predicted),
         ]
         unique: dict[tuple[Steps, str], Candidate] = {}
         for each in found:
