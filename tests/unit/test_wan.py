@@ -242,6 +242,7 @@ def test_recipes_for_each_transformer(two_experts):
         report = engine.report()
     assert report.recipe["name"] == "lossless and fora:interval=2,warmup=0"
     assert report.recipe["transformer_2"]["name"].startswith("fora")
+    assert "fora" in str(report)
     bypassed = [s["transformer"] for s in report.steps if "bypass" in s["layer_kinds"]]
     assert set(bypassed) == {"transformer_2"}
     with flashomni.accelerate(pipe, {"transformer_2": "lossless"}):

@@ -132,7 +132,8 @@ class Summary:
         for op, dense in self.flops_dense.items():
             skipped = 1 - self.flops_executed[op] / dense if dense else 0.0
             lines.append(f"  {op:9}{dense / 1e9:12.1f} GFLOP dense, {skipped:6.1%} skipped")
-        if self.recipe["sparse"]["in_computed"]:
+        each = (self.recipe, *self.recipe.values())  # itself, or one for each transformer
+        if any(isinstance(r, dict) and r.get("sparse", {}).get("in_computed") for r in each):
             lines.append(f"  attention spent: {self.attention_spent:.3f} of dense in every step")
         for group in self.groups:
             names, forecast = group["layers"], group["forecast"]
