@@ -1,7 +1,6 @@
 """The scripts of examples/ run as they stand, on pipelines as small as they get."""
 
 import json
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from tiny_models import fill_gates
 
-import flashomni
 from flashomni.lab import zoo
 from flashomni.models import adapters
 
@@ -83,7 +81,9 @@ RUNS = {
         qwen_image, "QwenImagePipeline", "--size 64 --steps 10 --delta-every 2", "qwen.png",
     ),
     "wan": (wan, "WanPipeline", f"{VIDEO} --steps 24 --recipe quality --low-noise fast", "wan.gif"),
-    "hunyuan_video": (hunyuan_video, "HunyuanVideoPipeline", f"{VIDEO} --steps 10 --offload", "hunyuan.gif"),
+    "hunyuan_video": (
+        hunyuan_video, "HunyuanVideoPipeline", f"{VIDEO} --steps 10 --offload", "hunyuan.gif",
+    ),
     "own_model": (None, "", "--tokens 200 --steps 12", ""),
     "tune": (
         flux, "DiffusionPipeline", "--size 64 --steps 8 --speedup 1.5 --tries 1", "recipe.png",
@@ -98,10 +98,11 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "own_model" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
-)
+def slow(name):
+    return name if name == "own_model" else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(slow, RUNS))
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     """From its command line to its picture, and layers are left out on the way."""
     build, pipeline, options, picture = RUNS[name]
