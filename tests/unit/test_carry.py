@@ -78,7 +78,7 @@ def test_carry_is_exact_whatever_is_cached(constant, cache_whole, order, summari
     kinds = [step["kind"] for step in report.steps]
     assert worst < 1
     assert kinds == ["full", "update", "dispatch", "update", "dispatch", "full"]
-    assert all(step["kv_density"][0] < 0.9 for step in report.steps)
+    assert all(step["kv_density"][0] < 0.9 for step in report.steps[1:])
     assert error_of(*constant, recipe(order, carry="off"))[0] > 10
 
 

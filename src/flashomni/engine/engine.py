@@ -62,6 +62,7 @@ class Engine:
     def save_symbols(self, path: str | Path) -> None:
         """Write the symbols that the last generation chose last, as safetensors.
 
+        Of a recipe that chooses them anew at each Update, only while the generation runs.
         A recipe with ``sparse.symbols`` uses them instead of a choice. With ``sparse.measure`` the
         attention mass that they hold and the error of the carried difference go with them, by layer
         and step (see :mod:`flashomni.engine.symbols_file`).

@@ -47,9 +47,9 @@ class LayerCarry(LayerStep):
         if columns is None or not (sparse.skips or sparse.refreshes):
             self._record.add("attention", flops)
             return sparse_attention(q, k, v, **options, backend=self.backend)
-        self._record.kv_density = columns.density
         if sparse.refreshes or (sparse.carries and cache.carry is None):
             return self._refresh(q, k, v, flops, options)
+        self._record.kv_density = columns.density
         self._expect_own(columns.symbols)
         self._record.add("attention", flops, columns.density + self._summary_share)
         summary = self._summary(k, v)

@@ -109,6 +109,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "ssim": distance.ssim,
         "max_abs_diff": distance.max_abs_diff,
         "flops_skipped": s.flops_skipped,
+        "attention_spent": s.attention_spent,
         "cache_bytes": s.cache_bytes,
         "cache_bytes_host": s.cache_bytes_host,
         "seconds_by_kind": {**phases, **s.seconds_by_kind},
@@ -144,6 +145,7 @@ def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("SSIM", known("ssim", "{:.4f}")),
         ("largest difference", known("max_abs_diff", "{:.2e}")),
         ("FLOPs skipped (transformer blocks)", f"{data['flops_skipped']:.1%}"),
+        ("attention spent, of dense", f"{data['attention_spent']:.3f}"),
         ("cache, peak", f"{data['cache_bytes'] / 2**20:.1f} MiB"),
     ]
     if data["cache_bytes_host"]:

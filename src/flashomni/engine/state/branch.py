@@ -66,7 +66,8 @@ class Branch:
             :mod:`flashomni.engine.graphs`), ``START`` while they are empty, ``None`` if unknown.
         slot: the recordings that it uses.
         resets: how often everything was dropped.
-        chosen: the symbols that were dropped last; see :meth:`symbols`.
+        chosen: the symbols that were dropped last, where they outlive an Update (see
+            :meth:`symbols`).
     """
 
     def __init__(self, division: Division, backend: str | None = None) -> None:
@@ -82,7 +83,8 @@ class Branch:
     def reset(self) -> None:
         """Drop everything that is kept; the steps that were computed stay known."""
         recipes = self.division.recipes
-        self.chosen = self.symbols()
+        if recipes[0].sparse.keeps_columns:
+            self.chosen = self.symbols()
         kept = Storage(recipes[0].storage.history_dtype, backend=self._backend)
         self.layers = [LayerCache() for _ in self.division.of]
         for group, recipe in zip(self.groups, recipes, strict=True):
