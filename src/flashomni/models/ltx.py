@@ -66,7 +66,11 @@ class LTXVideo(Adapter):
         return found
 
     def geometry(self, model: Any, arguments: Mapping[str, Any]) -> Geometry:
-        return of_sizes(arguments)
+        frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+        shape = frames or 0, height or 0, width or 0
+        if math.prod(shape) != arguments["hidden_states"].shape[1]:
+            return Geometry(why="num_frames, height and width do not number its tokens")
+        return Geometry(shape)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         text = torch.arange(77) < torch.tensor([[77], [30]])
@@ -79,15 +83,6 @@ class LTXVideo(Adapter):
             "height": 9,
             "width": 7,
         }
-
-
-def of_sizes(arguments: Mapping[str, Any]) -> Geometry:
-    """The geometry of LTX's models, of the numbers of frames, rows and columns that they get."""
-    frames, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-    shape = frames or 0, height or 0, width or 0
-    if math.prod(shape) != arguments["hidden_states"].shape[1]:
-        return Geometry(why="num_frames, height and width do not number its tokens")
-    return Geometry(shape)
 
 
 def run_block(

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
 from flashomni.engine.token_order import TokenOrder
-from flashomni.models import Adapter, Geometry, Reliance, Site, adapter
+from flashomni.models import Reliance, Site, adapter
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks import feed_forward
 from flashomni.models.generic.run import Guide, InBlock
-from flashomni.models.ltx import add, modulation, of_sizes, scaled, self_attention
+from flashomni.models.ltx import LTXVideo, add, modulation, scaled, self_attention
 
 STREAMS = ("hidden_states", "audio_hidden_states")
 
 
 @adapter("LTX2VideoTransformer3DModel")
-class LTX2Video(Adapter):
-    reorders: ClassVar = True
+class LTX2Video(LTXVideo):
     sizes: ClassVar = {
         "tiny": {  # as LTX-2.3, but for where its text comes from
             "in_channels": 4,
@@ -76,9 +75,6 @@ class LTX2Video(Adapter):
             )
             found.append(Reliance(name, block, ("LTX2VideoTransformerBlock",), BLOCK))
         return found
-
-    def geometry(self, model: Any, arguments: Mapping[str, Any]) -> Geometry:
-        return of_sizes(arguments)
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
         text = torch.arange(77) < torch.tensor([[77], [30]])
