@@ -14,6 +14,7 @@ import argparse
 import itertools
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,11 @@ def measure(model: str, number: int, options: argparse.Namespace, names: list[st
         return None if not values else values[min(number, len(values) - 1)]
 
     loaded = zoo.load(model, options.device)
+    start = time.perf_counter()
+
+    def tell(name: str, done: int, total: int) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {model} {done}/{total} {name}", flush=True)
+
     timed = None
     if options.timed != "float32":
         timed = zoo.load(model, options.device, getattr(torch, options.timed)).pipe
@@ -113,7 +119,7 @@ def measure(model: str, number: int, options: argparse.Namespace, names: list[st
         rounds=options.rounds,
         timed=timed,
         seconds=mine(options.seconds),
-        on_method=lambda name, done, total: print(f"{model} {done}/{total} {name}", flush=True),
+        on_method=tell,
     )
 
 
@@ -147,7 +153,7 @@ def in_words(row: dict[str, str]) -> str:
         parts.append(f"{float(row['computed']):.3g} computed")
     if row["flops_skipped"]:
         parts.append(f"{float(row['flops_skipped']):.0%} skipped")
-    if row["attention_spent"]:
+    if row.get("attention_spent"):
         parts.append(f"attention {float(row['attention_spent']):.2f}")
     return ", ".join([*parts, f"{float(row['speedup']):.2f}x"])
 

@@ -75,10 +75,10 @@ class Summed:
     temporal_db: float | str
     computed: float | str
     flops_skipped: float | str
-    attention_spent: float | str
     prompts: int
     seeds: int
     measures: str
+    attention_spent: float | str = ""
 
 
 @dataclass(frozen=True)
