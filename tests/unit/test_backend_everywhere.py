@@ -33,6 +33,8 @@ NEEDED = {
     "output": {"attention", "norm_rope", *PASSES},
 }
 
+NO_NORM_ROPE = {"CogVideoXTransformer3DModel"}  # LayerNorms, and positions that are added before
+
 
 @pytest.fixture
 def chosen(monkeypatch):
@@ -63,6 +65,7 @@ def test_every_op_takes_the_backend_that_was_asked_for(
         kinds = {step["kind"] for step in engine.report().steps}
     assert kinds == {"full", "update", "dispatch"}
     left_out = set() if has_sparse_queries(model) else {"gemm_q"}
+    left_out |= {"norm_rope"} if type(model).__name__ in NO_NORM_ROPE else set()
     assert NEEDED[name] - left_out <= {op for op, _, _ in chosen}
     assert {asked for _, asked, _ in chosen} == {backend}
     assert {got for _, _, got in chosen} == {backend}
