@@ -105,3 +105,21 @@ def test_single_blocks_get_one_sequence(tiny_flux2):
         engine.step(0, 4)
         with pytest.raises(NotImplementedError, match="text and vision apart"):
             model(**inputs)
+
+
+def test_a_lora_on_the_fused_linear_is_applied(tiny_flux2):
+    """The Linear is called then, once for all of its parts: the adapted stock model is followed."""
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny_flux2
+    bare = call(model, inputs)
+    config = peft.LoraConfig(r=2, target_modules=r"single_.*(to_qkv_mlp_proj|to_out)")
+    config.init_lora_weights = False
+    model.add_adapter(config)
+    adapted = call(model.eval(), inputs)
+    assert not torch.allclose(bare, adapted, atol=1e-3)
+    with flashomni.accelerate(model, ONES) as engine:
+        for step in range(5):
+            engine.step(step, 6)
+            torch.testing.assert_close(call(model, inputs), adapted, atol=1e-5, rtol=1e-4)
+        notes = engine.report().notes
+    assert any("projections ran dense" in note for note in notes)
