@@ -120,3 +120,19 @@ def test_wrong_arguments_are_named():
         difference_(live, Part(live.o, rest.lse))
     with pytest.raises(ValueError, match="q must be float32"):
         difference_(live, rest, q=q.half(), symbols=symbols, summary=summary)
+
+
+def test_compiles_without_graph_breaks():
+    """One node, summaries and symbols in it."""
+    q, k, v, symbols, summary = given((2, 130, 4, 2, 64, 64, 4), torch.float32)
+    live, rest = parts(q, k, v, symbols)
+
+    def run(o, lse, other, other_lse):
+        mine, others = Part(o.clone(), lse), Part(other.clone(), other_lse)
+        difference_(mine, others, q=q, symbols=symbols, summary=summary)
+        return mine.o, others.o
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    tensors = live.o, live.lse, rest.o, rest.lse
+    torch.testing.assert_close(compiled(*tensors), run(*tensors), atol=0, rtol=0)

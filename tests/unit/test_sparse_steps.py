@@ -222,7 +222,10 @@ def test_what_was_spent_is_what_was_computed(flux, summaries):
 
 def carried(**settings):
     usual = {"choose_at": (1,), "carry": "extrapolate", "refresh": 3, "summaries": 4}
-    return Recipe.of(Noted(), **{**EVERY, **usual, **settings})
+    settings = {**EVERY, **usual, **settings}
+    if "schedule" in settings:
+        settings = {k: v for k, v in settings.items() if k not in ("interval", "warmup")}
+    return Recipe.of(Noted(), **settings)
 
 
 def test_carry_brings_sparse_steps_nearer_to_dense(flux):
@@ -373,3 +376,18 @@ def test_symbols_of_something_else_are_refused(flux, tmp_path):
         ValueError, match=r"must have all layers of the model, got none of blocks.0"
     ):
         flashomni.accelerate(small, used)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "first_block"])
+def test_schedules_that_decide_late(flux, name):
+    """Constant inputs: exact in every step, in layers that Dispatch steps compute too."""
+    model, inputs = flux
+    stock = call(model, inputs)
+    recipe = carried(choose_at=(0,), schedule={"name": name}, degrade_below=1.0)
+    with flashomni.accelerate(model, recipe) as engine:
+        for step in range(STEPS):
+            engine.step(step, STEPS)
+            torch.testing.assert_close(call(model, inputs), stock, atol=2e-5, rtol=1e-4)
+        report = engine.report()
+    assert {"update", "dispatch"} <= {step["kind"] for step in report.steps}
+    assert report.attention_spent < 0.7
