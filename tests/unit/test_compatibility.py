@@ -1,0 +1,164 @@
+"""The compatibility matrix: its page says what its rows and the code say; its checks can fail."""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+from matrix import jobs, models, page, small
+
+DATA = json.loads(page.DATA.read_text(encoding="utf-8"))
+MODELS, PIPELINES = page.parts(DATA["rows"])
+CLASSES = set(DATA["classes"])
+STATUS = ("works", "refused", "wrong", "miscounted", "not built", "not run")
+
+
+def test_the_page_is_that_of_the_rows():
+    """Nobody edits it by hand, and its counts are theirs."""
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
+
+
+@pytest.mark.slow
+def test_every_class_has_a_row_with_the_tier_that_the_code_gives():
+    """A class that gets an adapter, or a line in the table, is measured again."""
+    tiers = {name: page.tier_of(cls) for name, cls in small.classes().items()}
+    assert tiers == DATA["classes"]
+    for row in page.works(MODELS):
+        variant = any(note.startswith("without the adapter") for note in row["uncached"])
+        assert row["tier"] == tiers[row["name"]] or (variant and row["tier"] == "declared"), row
+    text = page.PAGE.read_text(encoding="utf-8")
+    for name in CLASSES:
+        assert f"| {name} | {tiers[name]}" in text, name
+
+
+def test_what_works_is_exact_and_guarded():
+    """No row says that it works without having shown it."""
+    assert len({row["name"] for row in page.works(MODELS)}) >= 64
+    for row in page.works(MODELS):
+        assert row["removed"] and row["lossless"]["error"] < 1e-5, row
+        cached = [row[key] for key in page.CACHED if "error" in row[key]]
+        assert cached and all(found["error"] < 1e-5 for found in cached), row
+        assert isinstance(row["guard"], str) or row["guard"] > 1, row
+        assert any("computed in every step" in note for note in row["uncached"]) >= isinstance(
+            row["guard"], str
+        ), row
+    for row in page.works(PIPELINES):
+        assert row["removed"] and row["lossless"] < 1e-5 and row["steps"] > 0, row
+
+
+def test_what_does_not_work_says_why():
+    """Refused, not built, not run: each with words."""
+    for row in [*MODELS, *PIPELINES]:
+        assert row["status"] in STATUS
+        assert bool(row["why"]) == (row["status"] != "works"), row
+
+
+def test_a_class_is_checked():
+    """A small model of the repository, from end to end."""
+    row = models.check(lambda: small.build("DiTTransformer2DModel"))
+    assert (row["status"], row["tier"], row["why"]) == ("works", "generic", "")
+    assert row["ours"] == sum(row["blocks"].values()) == 3 and row["removed"]
+    assert row["guard"] > 1 and row["tile guard"] > 1
+    assert row["fora"]["kinds"] == ["bypass", "full", "update"]
+
+
+def test_the_check_sees_what_is_wrong(monkeypatch):
+    """Values that are off while layers are cached, and a guard that sees nothing."""
+    run = models._Run.constant
+
+    def constant(self, name, recipe):
+        found = models.output
+        monkeypatch.setattr(models, "output", lambda *given: found(*given) + 1e-3)
+        run(self, name, recipe)
+        monkeypatch.setattr(models, "output", found)
+
+    monkeypatch.setattr(models._Run, "constant", constant)
+    monkeypatch.setattr(models, "shift_layers", lambda engine: 1)
+    row = models.check(lambda: small.build("DiTTransformer2DModel"))
+    assert row["status"] == "wrong"
+    for words in ("fora is off by", "balanced is off by", "guard: a cached value off by 1e-3"):
+        assert words in row["why"]
+
+
+def test_a_model_that_is_refused_says_why():
+    """No list of blocks: not a failure of the check."""
+
+    class Bare(torch.nn.Module):
+        def forward(self, hidden_states, return_dict=False):
+            return (hidden_states,)
+
+    row = models.check(lambda: (Bare(), {"hidden_states": torch.ones(2, 3)}))
+    assert row["status"] == "refused" and "no ModuleList of blocks" in row["why"]
+
+
+def test_cases_run_alone_and_once(tmp_path):
+    """One that dies, hangs or raises has a row as well; what has a row is not run again."""
+    ran = []
+
+    def raises():
+        raise ImportError("no module\n of that name")
+
+    cases = {
+        "models/A/dies": jobs.Case(lambda: os._exit(3)),
+        "models/B/hangs": jobs.Case(lambda: threading.Event().wait()),
+        "models/C/raises": jobs.Case(raises),
+        "models/D/works": jobs.Case(lambda: {"status": "works"}, lambda: ran.append("warm")),
+    }
+    rows = dict(row for row in jobs.run_all(cases, tmp_path, timeout=2))
+    assert [row["status"] for row in rows.values()] == ["not run", "not run", "not built", "works"]
+    assert rows[1]["why"] == "its process ended with 3" and "more than 2 s" in rows[2]["why"]
+    assert rows[3]["why"] == "ImportError: no module of that name"
+    assert [row["case"] for row in jobs.read_all(tmp_path)] == list(cases)
+    assert list(jobs.run_all(cases, tmp_path, timeout=2)) == [] and ran == ["warm"]
+
+
+PIPELINE = """
+import torch
+from diffusers import FluxPipeline
+from flashomni.lab import zoo
+
+
+class Tests:
+    pipeline_class = FluxPipeline
+
+    def get_dummy_components(self):
+        made = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
+        return dict(made.pipe.components, transformer=made.pipe.transformer)
+
+    def get_dummy_inputs(self):
+        return {
+            "prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 2,
+            "generator": torch.Generator().manual_seed(0), "output_type": "pt",
+        }
+"""
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_checked(tmp_path):
+    """Found by reading, built and run as diffusers' own tests are."""
+    from matrix import pipelines
+
+    folder = tmp_path / "tests" / "pipelines"
+    folder.mkdir(parents=True)
+    (folder / "test_tiny_flux.py").write_text(PIPELINE.replace("tests.", ""))
+    ((name, test),) = pipelines.cases(tmp_path)
+    assert name == "FluxPipeline/Tests"
+    _, module, cls = test
+    case = jobs.Case(lambda: pipelines.check((folder, module.rpartition(".")[2], cls)))
+    ((_, row),) = jobs.run_all({f"pipelines/{name}": case}, tmp_path / "out", timeout=120)
+    assert (row["status"], row["tier"], row["lora"]) == ("works", "adapter", "exact"), row
+    assert row["steps"] == pipelines.STEPS and row["ours"] == row["blocks"] == 2
+    assert "bypass" in row["fora"]["kinds"]
+
+
+def test_readme_has_a_row_to_take():
+    """What it says of models is counted, not written."""
+    row = page.support()
+    assert row.startswith("| models |") and row.endswith(" |")
+    assert f"of the {len(CLASSES)} transformer classes" in row and "`Flux`" in row

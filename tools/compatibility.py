@@ -1,0 +1,79 @@
+"""docs/compatibility.md: what happens on every transformer class and pipeline of diffusers.
+
+``python tools/compatibility.py --tests FOLDER`` checks every class on small random models, then
+every pipeline, each in a process of its own. FOLDER holds diffusers' ``tests``, of the installed
+version or one near it (``git clone --depth 1 https://github.com/huggingface/diffusers``; its sdist
+does not have them); without it only this repository's small models run. What has a result in
+``--out`` is not run again; ``--write`` makes docs/results/compatibility.json and the page of all of
+them. Parts that come from the Hub are small random stand-ins: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from matrix import jobs, models, page, small
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tests", type=Path, help="folder that holds diffusers' tests")
+    parser.add_argument("--out", type=Path, default=Path("out/compatibility"))
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="classes and pipelines by their names"
+    )
+    parser.add_argument("--part", nargs="+", default=["models", "pipelines"])
+    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds of a case")
+    parser.add_argument("--minutes", type=float, help="after which no further case is begun")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument(
+        "--write", action="store_true", help="the page, of what is known; runs nothing"
+    )
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    cases = {}
+    if "models" in options.part:
+        for cls, source, make in small.sources(options.tests):
+            check = partial(models.check, make, options.device, DTYPES[options.dtype])
+            cases[f"models/{cls}/{source}"] = jobs.Case(check)
+    if "pipelines" in options.part and options.tests is not None:
+        from matrix import pipelines
+
+        for name, test in pipelines.cases(options.tests):
+            check = partial(pipelines.check, test, options.device, DTYPES[options.dtype])
+            cases[f"pipelines/{name}"] = jobs.Case(check, partial(pipelines.warm, test))
+    if options.write:
+        rows = {row["case"]: row for row in jobs.read_all(options.out)}
+        missing = {"status": "not run", "why": "not reached: nothing is known of it"}
+        rows = {**{name: {"case": name, **missing} for name in cases}, **rows}
+        page.write([rows[name] for name in sorted(rows)], small.classes())
+        return
+    if options.only:
+        cases = {
+            name: case
+            for name, case in cases.items()
+            if any(word.lower() in name.lower() for word in options.only)
+        }
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    for done, row in jobs.run_all(cases, options.out, options.timeout, options.again, until):
+        said = row.get("why") or row.get("tier", "")
+        print(f"{done}/{len(cases)} {row['case']}: {row['status']}: {said}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""One transformer class: is it exact where it must be, and is that seen where it is not?
+
+Inputs that are the same in every step make every cached value exact, so each step must equal the
+stock model, whatever is cached; gates that are initialised to zero are filled, since blocks that
+change nothing prove nothing. The guard is the same generation with cached values off by 1e-3: it
+must be seen. ``lossless`` caches nothing, and runs two prompts and two seeds over timesteps that
+vary. The error is that of everything the model returns, as a share of its largest value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import flashomni
+from flashomni.engine import Recipe
+from flashomni.policies import make_policy
+from matrix.jobs import words
+
+ATOL, RTOL = 2e-5, 1e-4  # of the stock model in fp32
+STEPS = 8
+TILES = "topk, tiles"
+OFF = 1e-3
+LATENTS = ("hidden_states", "x", "latents", "sample", "audio_hidden_states")
+TEXT = ("encoder_hidden_states", "cap_feats", "context", "prompt_embeds", "text_embeds")
+TIMES = ("timestep", "timesteps", "t", "sigma", "audio_timestep")
+
+
+def recipes() -> dict[str, Recipe]:
+    """What runs on inputs that stay the same."""
+    tiles = make_policy("topk", q_density=0.5, kv_density=1.0)
+    sparse = {"interval": 3, "warmup": 0.0, "block_m": 16, "block_n": 16}
+    return {
+        "fora": Recipe.of("fora", interval=3, warmup=0.3),
+        "balanced": Recipe.of("balanced", min_steps=0),
+        TILES: Recipe.of(tiles, **sparse),
+    }
+
+
+@torch.no_grad()
+def check(make: Callable[[], Any], device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
+    """The row of one model."""
+    model, inputs = make()
+    row: dict[str, Any] = {"class": type(model).__name__, "device": device}
+    exact = output(model, inputs)
+    if not torch.equal(exact, output(model, inputs)):
+        return {**row, "status": "not run", "why": "stock itself differs from call to call"}
+    if device != "cpu" or dtype != torch.float32:
+        model, inputs = model.to(device, dtype), moved(inputs, device, dtype)
+    row["dtype"] = str(dtype).removeprefix("torch.")
+    run = _Run(model, inputs, exact, row)
+    try:
+        run.lossless()
+    except (ValueError, NotImplementedError) as error:
+        return {**row, "status": "refused", "why": words(error)}
+    for name, recipe in recipes().items():
+        run.constant(name, recipe)
+    run.guard("guard", recipes()["fora"], 3, shift_layers)
+    run.guard("tile guard", recipes()[TILES], 2, shift_tiles)
+    run.removed()
+    wrong = run.wrong
+    return {**row, "status": "wrong" if wrong else "works", "why": "; ".join(wrong)}
+
+
+class _Run:
+    """The checks of one model; ``row`` collects what they find."""
+
+    def __init__(self, model: nn.Module, inputs: dict, exact: Tensor, row: dict) -> None:
+        self.model, self.inputs, self.row, self.wrong = model, inputs, row, []
+        self.clean = residue(model)
+        self.stock = output(model, inputs)
+        self.scale = float(exact.abs().max())
+        low = float((self.stock.float().cpu() - exact).abs().max())
+        self.low = 0.0 if row["dtype"] == "float32" and row["device"] == "cpu" else 2 * low + 1e-2
+
+    def beyond(self, got: Tensor, stock: Tensor) -> tuple[float, float]:
+        """The largest difference as a share of the output's size, and of what is allowed."""
+        error = (got - stock).abs().float()
+        if not got.isfinite().all() or not stock.isfinite().all():
+            return float("inf"), float("inf")
+        allowed = ATOL + RTOL * stock.abs().float() + self.low
+        return float(error.max()) / self.scale, float((error / allowed).max())
+
+    def lossless(self) -> None:
+        """Two prompts, two seeds, each step with another time and other latents."""
+        cases = [
+            [varied(self.inputs, prompt, seed, step) for step in range(3)]
+            for prompt, seed in itertools.product(range(2), range(2))
+        ]
+        stock = [[output(self.model, given) for given in steps] for steps in cases]
+        worst = (0.0, 0.0)
+        with flashomni.accelerate(self.model, "lossless") as engine:
+            for steps, expected in zip(cases, stock, strict=True):
+                for step, given in enumerate(steps):
+                    engine.step(step, len(steps))
+                    got = output(self.model, given)
+                    worst = max(worst, self.beyond(got, expected[step]), key=lambda w: w[1])
+            self.describe(engine.report())
+        self.keep("lossless", *worst)
+
+    def describe(self, report: Any) -> None:
+        """Tier, blocks, and whose attention ran."""
+        self.row["tier"] = report.tier
+        self.row["blocks"] = dict(Counter(name.rpartition(".")[0] for name in report.layers))
+        self.row.update(attention(report))
+
+    def constant(self, name: str, recipe: Recipe) -> None:
+        """The same inputs in every step: every step is the stock model's."""
+        worst, kinds = (0.0, 0.0), set()
+        try:
+            with flashomni.accelerate(self.model, recipe) as engine:
+                for step in range(STEPS):
+                    engine.step(step, STEPS + 1)
+                    got = output(self.model, self.inputs)
+                    worst = max(worst, self.beyond(got, self.stock), key=lambda w: w[1])
+                for step in engine.report().steps:
+                    kinds |= set(step["layer_kinds"])
+        except (ValueError, NotImplementedError) as error:
+            self.row[name] = {"refused": words(error)}
+            return
+        self.keep(name, *worst, kinds=sorted(kinds))
+
+    def guard(self, name: str, recipe: Recipe, at: int, shift: Callable[[Any], int]) -> None:
+        """Values that are kept off by 1e-3 before a step that takes some: the check must see it."""
+        with flashomni.accelerate(self.model, recipe) as engine:
+            for step in range(at):
+                engine.step(step, STEPS)
+                output(self.model, self.inputs)
+            shifted = shift(engine)
+            engine.step(at, STEPS)
+            _, seen = self.beyond(output(self.model, self.inputs), self.stock)
+            last = engine.report().steps[-1]
+        taken = "bypass" in last["layer_kinds"] or min(last["q_density"], default=1.0) < 1
+        if not shifted or not taken:
+            self.row[name] = "nothing is cached"
+            return
+        self.row[name] = round(min(seen, 1e6), 1)
+        if seen <= 1 and self.low == 0:  # low precision is coarser than what the guard shifts
+            self.wrong.append(f"{name}: a cached value off by 1e-3 is not seen")
+
+    def removed(self) -> None:
+        """The stock model again, bit for bit, and nothing left on its modules."""
+        same = torch.equal(output(self.model, self.inputs), self.stock)
+        self.row["removed"] = same and residue(self.model) == self.clean
+        if not self.row["removed"]:
+            self.wrong.append("remove() leaves something behind")
+
+    def keep(self, name: str, error: float, beyond: float, **more: Any) -> None:
+        self.row[name] = {"error": float(f"{error:.1e}"), **more}
+        if not beyond <= 1:
+            self.wrong.append(f"{name} is off by {error:.1e} of the output's size")
+
+
+def shift_layers(engine: Any) -> int:
+    """Move every value that is kept of whole layers."""
+    return sum(
+        off(history.terms()[0][..., 0])  # one channel: a norm would hide a shift of all
+        for branch in engine._runtime.last.branches.values()
+        for group in branch.groups
+        for span in group.spans._current
+        for history in span.histories
+        if history is not None
+    )
+
+
+def shift_tiles(engine: Any) -> int:
+    """Move every value that is kept of attention, in front of its projection or behind it."""
+    count = 0
+    for branch in engine._runtime.last.branches.values():
+        for layer in branch.layers:
+            if layer.history is not None:
+                count += off(layer.history.terms()[0])
+            if layer.bias_terms is not None:
+                count += off(layer.bias_terms.get()[0])
+    return count
+
+
+def off(kept: Tensor) -> int:
+    """1e-3 more than it was; where values are large, 1e-3 of their size."""
+    kept.add_(OFF * max(1.0, float(kept.float().square().mean().sqrt())))
+    return 1
+
+
+def attention(report: Any) -> dict[str, Any]:
+    """How many blocks have their attention on our op, and why others have not."""
+    if report.tier == "adapter":  # which attends on our op in each of its blocks
+        return {"ours": len(report.layers), "own": [], "uncached": []}
+    ours, own, uncached = 0, [], []
+    for note in report.notes:
+        if found := re.search(r"attention of (\d+) of \d+ blocks on FlashOmni", note):
+            ours += int(found[1])
+        elif "the model's own attention" in note:
+            own.append(note)
+        elif "in every step, because" in note or note.startswith("without the adapter"):
+            uncached.append(note)
+    return {"ours": ours, "own": own, "uncached": uncached}
+
+
+def output(model: nn.Module, inputs: dict) -> Tensor:
+    """Every tensor that a model returns, in one."""
+    return torch.cat([x.flatten() for x in _tensors(model(**inputs, return_dict=False))])
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    parts = found if isinstance(found, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def varied(inputs: dict, prompt: int, seed: int, step: int) -> dict:
+    """The arguments of a step of a generation: other text, other latents, another time."""
+    given = {}
+    for name, value in inputs.items():
+        if name in LATENTS:
+            given[name] = _turned(value, 0.9 * seed + 0.3 * step)
+        elif name in TEXT:
+            given[name] = _turned(value, 0.8 * prompt)
+        elif name in TIMES and isinstance(value, Tensor):
+            given[name] = (value * (1 - 0.07 * step)).to(value.dtype)
+        else:
+            given[name] = value
+    return given
+
+
+def _turned(value: Any, angle: float) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_turned(part, angle) for part in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    turn = torch.tensor(angle)
+    return value * turn.cos() + value.flip(-1) * turn.sin()
+
+
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """Arguments on a device, floats lowered except positions and times."""
+    if isinstance(value, Tensor):
+        lower = value.dtype == torch.float32 and value.ndim > 2
+        return value.to(device, dtype if lower else None)
+    if isinstance(value, dict):
+        return {key: moved(part, device, dtype) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(part, device, dtype) for part in value)
+    return value
+
+
+def residue(model: nn.Module) -> list[str]:
+    """Modules on which something could be left behind."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__
+        or hasattr(module, "_diffusers_hook")
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ]

@@ -1,0 +1,266 @@
+"""docs/compatibility.md of the results, and README's row of what is supported."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashomni.models import adapters, tiers
+from flashomni.util.files import write_text
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "docs" / "results" / "compatibility.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+CACHED = ("fora", "balanced", "topk, tiles")
+ORDER = ("adapter", "declared", "generic")
+Row = dict[str, Any]
+
+HEAD = """# What happens on every transformer class and pipeline of diffusers
+
+Written by `python tools/compatibility.py --tests FOLDER --write` from
+[results/compatibility.json](results/compatibility.json), whose rows the same command without
+`--write` measures. Small random models in fp32 on a CPU ({versions}): this
+shows that blocks, token streams, steps and removal are right in each class, and which attention
+runs on our op, not how fast it is; kernels are tested by themselves. `flashomni show models` lists
+the tiers.
+
+**tier**: *adapter* takes the blocks apart, so projections are skipped too; *declared* is learned
+from the first call, and a table says where the text is; *generic* is learned alone.
+"""
+MODELS = """
+## Transformer classes
+
+{counts}
+
+**attention**: blocks whose largest self-attention is on our op, of all that are accelerated; the
+other blocks run the model's own, and are cached all the same. **errors**: the largest difference
+from the stock model, as a share of its output: `lossless` with two prompts and two seeds over
+varying timesteps / `fora` (whole layers) / `balanced` / cached tiles, the last three on inputs that
+stay the same, where every cached value must be exact. **guard**: the same with cached values off by
+1e-3, those of whole layers / of tiles, in multiples of what the check allows: over 1 it is seen, so
+none gives a wrong picture in silence; "-" where nothing of the kind was taken. **removed**: the
+stock model's bits again, and nothing left on its modules.
+
+"""
+PIPELINES = """
+## Pipelines
+
+{counts}
+
+Six steps. **lossless**: the largest difference from the stock pipeline over two prompts and two
+seeds, as a share of its output. **steps**: those of the scheduler, all of them seen under every
+recipe. **fora, balanced**: how far the small random model's output is from stock, on average; "-"
+where nothing was dispatched; of random weights, so no measure of quality. **LoRA**: with a random
+one on the transformer, `lossless` equals stock. **takes**: i an image or a video, c a control; ip:
+offers IP-Adapters, which were not run here.
+
+"""
+
+
+def write(rows: Sequence[Row], classes: Mapping[str, type]) -> None:
+    """Keep the rows, and write the page of them."""
+    import diffusers
+    import torch
+
+    versions = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
+    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    lines = ",\n".join(json.dumps(row) for row in kept)
+    names = json.dumps({name: tier_of(cls) for name, cls in sorted(classes.items())})
+    write_text(DATA, f'{{"versions": "{versions}",\n"classes": {names},\n"rows": [\n{lines}\n]}}\n')
+    write_text(PAGE, page())
+
+
+def page() -> str:
+    """The page, of what is kept."""
+    data = json.loads(DATA.read_text("utf-8"))
+    models, pipelines = parts(data["rows"])
+    return "".join(
+        [
+            HEAD.format(versions=data["versions"]),
+            MODELS.format(counts=count_models(models, data["classes"])),
+            *model_table(models, data["classes"]),
+            PIPELINES.format(counts=count_pipelines(pipelines)),
+            *pipeline_table(pipelines),
+            *not_run(pipelines),
+        ]
+    )
+
+
+def parts(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of models, and of pipelines that have a transformer."""
+    models, pipelines = [], []
+    for row in rows:
+        part, name, source = row["case"].split("/", 2)
+        row = {**row, "name": name, "source": source}
+        if part == "models":
+            models.append(row)
+        elif row["status"] != "no transformer":
+            pipelines.append(row)
+    return models, pipelines
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["source"] != "ours"):
+        found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def works(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == "works"]
+
+
+def tier_of(cls: type) -> str:
+    """What the code gives a transformer class, by its name and those of its base classes."""
+    if any(base.__name__ in adapters() for base in cls.__mro__):
+        return "adapter"
+    return tiers().get(cls.__name__, ("generic", ""))[0]
+
+
+def count_models(rows: Sequence[Row], classes: Mapping[str, str]) -> str:
+    named = by_name(rows)
+    right = {name for name, found in named.items() if works(found)}
+    counts = Counter(works(named[name])[0]["tier"] for name in right)
+    ours = sum(any(row["ours"] for row in works(named[name])) for name in right)
+    off = {name for name, found in named.items() if any(r["status"] == "wrong" for r in found)}
+    shares = ", ".join(f"{counts[tier]} {tier}" for tier in ORDER)
+    return (
+        f"{len(classes)} classes: {len(right)} work ({shares}), in {len(works(rows))} "
+        f"configurations, {ours} with their largest self-attention on our op; "
+        f"{len(classes) - len(right)} were not run. "
+        + (f"Wrong: {', '.join(sorted(off))}." if off else "None is wrong.")
+    )
+
+
+def model_table(rows: Sequence[Row], classes: Mapping[str, str]) -> Iterable[str]:
+    yield "| class | tier | blocks | attention | errors | guard | removed | not ours, and why |\n"
+    yield "|---|---|---|---|---|---|---|---|\n"
+    named = by_name(rows)
+    for name, tier in classes.items():
+        found = named.get(name, [])
+        right = works(found)
+        if not right:
+            why = found[0]["why"] if found else "no small model of it here, nor in diffusers' tests"
+            yield f"| {name} | {tier}, not run | | | | | | {plain(why)} |\n"
+            continue
+        largest = max(right, key=lambda row: sum(row["blocks"].values()))
+        errors = [worst(row["lossless"]["error"] for row in right)]
+        errors += [worst(r[key]["error"] for r in right if "error" in r[key]) for key in CACHED]
+        cells = (
+            name,
+            right[0]["tier"],
+            ", ".join(f"{path} {n}" for path, n in largest["blocks"].items()) or "none cached",
+            f"{largest['ours']} of {sum(largest['blocks'].values())}",
+            " / ".join(errors),
+            guarded(right),
+            "yes" if all(row["removed"] for row in right) else "**no**",
+            reasons(right),
+        )
+        yield f"| {' | '.join(cells)} |\n"
+
+
+def guarded(rows: Sequence[Row]) -> str:
+    """How far off the least visible of the shifted values is: of whole layers, of tiles."""
+    found = []
+    for name in ("guard", "tile guard"):
+        values = [row[name] for row in rows if not isinstance(row.get(name, ""), str)]
+        found.append(f"{min(values):g}" if values else "-")
+    return " / ".join(found)
+
+
+def reasons(rows: Iterable[Row]) -> str:
+    """Why attention is the model's own, and what is computed in every step; once each."""
+    said: dict[str, None] = {}
+    for row in rows:
+        for note in row["own"]:
+            said[f"attention: {note.rpartition(' blocks: ')[2]}"] = None
+        for note in row["uncached"]:
+            if note.startswith("without the adapter"):
+                note = f"tier {row['tier']} {note}"
+            said[note] = None
+        for key in CACHED:
+            if "refused" in row[key]:
+                said[f"{key}: {row[key]['refused']}"] = None
+    return plain("; ".join(said))
+
+
+def count_pipelines(rows: Sequence[Row]) -> str:
+    counts = Counter(row["status"] for row in rows)
+    names = {row["name"] for row in works(rows)}
+    loras = sum(row["lora"] == "exact" for row in works(rows))
+    left = counts["not built"] + counts["not run"]
+    return (
+        f"{len(rows)} tests of pipelines with a transformer, of {len({r['name'] for r in rows})} "
+        f"classes: {counts['works']} equal stock ({len(names)} classes; {loras} with a LoRA too), "
+        f"{counts['miscounted']} equal it but miss steps, {counts['wrong']} wrong, "
+        f"{counts['refused']} refused, {left} not run."
+    )
+
+
+def pipeline_table(rows: Sequence[Row]) -> Iterable[str]:
+    yield "| pipeline | transformer | tier | scheduler | attention | lossless | steps "
+    yield "| fora, balanced | LoRA | takes | remarks |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    for row in sorted(rows, key=lambda row: row["name"]):
+        if "lossless" not in row:
+            continue
+        takes = [key for key, has in (("i", "image"), ("c", "controlnet"), ("ip", "ip_adapter"))
+                 if row[has]]  # fmt: skip
+        remark = row["why"] or reasons([{"topk, tiles": {}, **row}])
+        cells = (
+            row["name"],
+            ", ".join(dict.fromkeys(row["transformers"].values())),
+            row["tier"],
+            row["scheduler"].removesuffix("Scheduler"),
+            f"{row['ours']} of {row['blocks']}",
+            f"{'**' if row['status'] == 'wrong' else ''}{worst([row['lossless']])}"
+            f"{'**' if row['status'] == 'wrong' else ''}",
+            str(row["steps"]),
+            ", ".join(change(row[key]) for key in CACHED[:2]),
+            row["lora"].partition(":")[0],
+            " ".join(takes),
+            plain(remark),
+        )
+        yield f"| {' | '.join(cells)} |\n"
+
+
+def change(found: Row) -> str:
+    """How far a recipe is from stock, if it left anything out."""
+    if "refused" in found:
+        return "refused"
+    return f"{found['change']:g}" if {"bypass", "dispatch"} & set(found["kinds"]) else "-"
+
+
+def not_run(rows: Sequence[Row]) -> Iterable[str]:
+    left = [row for row in rows if "lossless" not in row]
+    if left:
+        yield "\n## Pipelines that were not run\n\n| pipeline | what | why |\n|---|---|---|\n"
+    for row in sorted(left, key=lambda row: row["name"]):
+        yield f"| {row['name']} | {row['status']} | {plain(row['why'])} |\n"
+
+
+def worst(errors: Iterable[float]) -> str:
+    return f"{max(errors, default=0.0):.0e}".replace("0e+00", "0")
+
+
+def plain(text: str) -> str:
+    """Words for a cell of a table, without paths of the machine."""
+    return " ".join(text.split()).replace("|", "\\|").replace(str(Path.home()), "~")
+
+
+def support() -> str:
+    """README's row of models, from the registry and the matrix."""
+    data = json.loads(DATA.read_text("utf-8"))
+    models, pipelines = parts(data["rows"])
+    right = {name for name, found in by_name(models).items() if works(found)}
+    version = data["versions"].partition(",")[0]
+    short = ", ".join(f"`{name.partition('Transformer')[0]}`" for name in sorted(adapters()))
+    return (
+        "| models | every transformer with lists of blocks, of diffusers or your own: layers "
+        f"cached whole, attention on our kernels where it can be recognised. {len(right)} of the "
+        f"{len(data['classes'])} transformer classes of {version} and {len(works(pipelines))} of "
+        "the pipelines of its tests run exactly ([docs/compatibility.md](docs/compatibility.md)); "
+        f"{len(adapters())} have an adapter, which skips projections too: {short} |"
+    )
