@@ -37,10 +37,23 @@ PAGES = {  # files of the repository, and the pages that include them
     "CONTRIBUTING.md": "extending.md",
     "CHANGELOG.md": "changelog.md",
 }
+WIDE = ("methods.md",)  # whose tables need the room of the table of contents
 log = logging.getLogger("mkdocs.hooks.docs_site")
 
 
+def on_config(config: Any, **_: Any) -> Any:
+    """Studies that the menu lacks go behind those that it has; other pages have to be in it."""
+    for part in config["nav"]:
+        known = part.get("Studies", ())
+        if known:
+            there = (path.relative_to(DOCS).as_posix() for path in DOCS.glob("studies/*.md"))
+            known += sorted(set(there) - set(known))
+    return config
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return render(markdown, page.file.src_uri)
 
 

@@ -99,6 +99,16 @@ def test_the_recipes_of_a_page_are_recipes(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_recipes_that_a_page_names_are_recipes(page):
+    """Words of code like `balanced:interval=3`."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    known = {*flashomni.engine.recipe.presets(), *flashomni.engine.recipe.methods()}
+    for words in re.findall(r"`(\w+:\w+=[^`\s]+)`", text):
+        if words.partition(":")[0] in known:
+            assert flashomni.Recipe.of(words).name == words
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_exist(page):
     """Each takes these arguments; what is made or run is there."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
