@@ -43,7 +43,7 @@ lint: $(STAMP)  ## format, lint and types
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 bench: $(STAMP)  ## speed of the ops here, against torch's dense ones

@@ -37,7 +37,7 @@ PAGES = {  # files of the repository, and the pages that include them
     "CONTRIBUTING.md": "extending.md",
     "CHANGELOG.md": "changelog.md",
 }
-WIDE = ("methods.md",)  # whose tables need the room of the table of contents
+WIDE = ("methods.md", "compatibility.md")  # whose tables need the room of the table of contents
 log = logging.getLogger("mkdocs.hooks.docs_site")
 
 
