@@ -313,7 +313,7 @@ def test_the_output_level_skips_the_whole_model(tiny):
                 step(engine, model, inputs, index), stock, atol=2e-5, rtol=1e-4
             )
         output = engine.report()
-    _, layers = run(model, inputs, "taylorseer:interval=3,warmup=0.2")
+    _, layers = run(model, inputs, "taylorseer:interval=3,warmup=0.2,level=layers")
     assert output.cache_bytes < 0.7 * layers.cache_bytes
     assert output.flops_skipped == pytest.approx(layers.flops_skipped)
     assert torch.equal(call(model, inputs), stock)

@@ -16,7 +16,7 @@ from flashomni.models import Blocks, adapters
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 WIDTH, HEADS = 32, 4
-FORA = Recipe.of("fora", interval=3, warmup=0.0)
+FORA = Recipe.of("fora", interval=3, warmup=0.0, level="layers")
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 

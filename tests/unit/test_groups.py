@@ -97,7 +97,8 @@ def test_groups_go_to_json_and_back(tmp_path):
 def test_a_group_of_everything_is_no_group(tiny, policy):
     """Bit for bit, tiles and whole layers alike."""
     model, inputs = tiny
-    plain = cached() if policy == "cached" else Recipe.of("topk", schedule=EVERY, forecast=LINE)
+    topk = Recipe.of("topk", schedule=EVERY, forecast=LINE)
+    plain = cached().replace(level="layers") if policy == "cached" else topk
     other = plain.replace(schedule=OFTEN, groups=[group(":", EVERY, LINE)])
     with flashomni.accelerate(model, plain) as engine:
         expected = generation(engine, model, inputs)
@@ -108,7 +109,7 @@ def test_a_group_of_everything_is_no_group(tiny, policy):
 def test_two_groups_alike_are_one(tiny):
     """The forecast of a sum is the sum of the forecasts, up to rounding."""
     model, inputs = tiny
-    with flashomni.accelerate(model, cached()) as engine:
+    with flashomni.accelerate(model, cached().replace(level="layers")) as engine:
         expected = generation(engine, model, inputs)
     with flashomni.accelerate(model, cached([group("0:2")])) as engine:
         got = generation(engine, model, inputs)

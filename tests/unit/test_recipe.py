@@ -94,7 +94,7 @@ def test_presets_name_what_runs_without_text():
         ("forecast", {"speed": 3}, "forecast has name, order, .*; got 'speed'"),
         ("order", 4, "order must be an integer from 0 to 3, got 4"),
         ("layer_order", -1, "layer_order must be an integer from 0 to 3"),
-        ("level", "pixels", "level must be one of layers, output, got 'pixels'"),
+        ("level", "pixels", "level must be one of auto, layers, output, got 'pixels'"),
         ("level", "output", "policy must be 'cached', got 'dense'"),
         ("degrade_below", 1.5, "degrade_below must be a number from 0.0 to 1.0"),
         ("min_skip", -0.1, "min_skip must be a number from 0.0 to 1.0"),
@@ -259,7 +259,7 @@ def test_format_1_is_read(tmp_path):
         recipe = Recipe.of(path)
         assert recipe.schedule == make_schedule("interval", interval=4, warmup=0.25)
         assert recipe.to_dict()["forecast"] == {
-            "name": "hermite", "order": 2, "layer_order": 3, "level": "layers", "fitted": None,
+            "name": "hermite", "order": 2, "layer_order": 3, "level": "auto", "fitted": None,
         }  # fmt: skip
         assert recipe.to_dict()["storage"] == {"history_dtype": "float8", "history_device": "host"}
         assert recipe.sparse == SparseSettings(

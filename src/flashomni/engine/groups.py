@@ -54,8 +54,8 @@ class Group:
             if not isinstance(getattr(self, part), kind):
                 raise ValueError(f"{part} of a group must be given, got {getattr(self, part)!r}")
         refuse_late(self.schedule)
-        if self.forecast.level != "layers":
-            raise ValueError(f"level of a group must be 'layers', got {self.forecast.level!r}")
+        if self.forecast.level == "output":
+            raise ValueError("level of a group must be 'layers' or 'auto', got 'output'")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -147,12 +147,18 @@ class Division:
                 taken[index] = number
             recipes.append(
                 dataclasses.replace(
-                    recipe, schedule=group.schedule, forecast=group.forecast, groups=()
+                    recipe, schedule=group.schedule, forecast=_of_layers(group.forecast), groups=()
                 )
             )
         if len(taken) < len(names) or not recipes:
-            recipes.append(dataclasses.replace(recipe, groups=()))
+            forecast = _of_layers(recipe.forecast) if recipe.groups else recipe.forecast
+            recipes.append(dataclasses.replace(recipe, forecast=forecast, groups=()))
         return cls(tuple(recipes), tuple(taken.get(i, len(recipes) - 1) for i in range(len(names))))
+
+
+def _of_layers(forecast: ForecastSettings) -> ForecastSettings:
+    """The same where a group's layers are cached: never the output of the whole model."""
+    return dataclasses.replace(forecast, level="layers")
 
 
 def load_groups(value: Any, load: Any) -> tuple[Group, ...]:

@@ -109,6 +109,17 @@ class Recipe:
             )
 
     @property
+    def at_output(self) -> bool:
+        """Whether the output of the whole model is forecast, and not what its layers add.
+
+        Also where nothing is said, and every layer would be cached whole in each Dispatch step.
+        """
+        level, schedule = self.forecast.level, self.schedule
+        whole = self.policy.name == "cached" and self.sparse.degrade_below == 1.0
+        apart = bool(self.groups) or schedule.decides or schedule.front + schedule.back > 0
+        return level == "output" or (level == "auto" and whole and not apart)
+
+    @property
     def order(self) -> int:
         """The highest forecast order that is used: as many anchors before the last are kept."""
         return max(self.forecast.order, self.forecast.layer_order)

@@ -12,7 +12,7 @@ from flashomni.policies import check_int, check_range
 
 HISTORY_DTYPES = ("compute", *DTYPES)
 HISTORY_DEVICES = ("compute", "host")
-LEVELS = ("layers", "output")
+LEVELS = ("auto", "layers", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,15 @@ class ForecastSettings:
         order: of cached tiles, 0 to 3: the forecast uses one anchor more.
         layer_order: of layers that are cached whole, and of the output, 0 to 3.
         level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
-            needs policy ``cached``.
+            needs policy ``cached``; ``auto`` the output where every layer is cached whole anyway
+            (see :attr:`Recipe.at_output`): far less memory, the same fidelity.
         fitted: the weights of forecast ``fitted``, which a calibration finds.
     """
 
     name: str = "taylor"
     order: int = 1
     layer_order: int = 0
-    level: str = "layers"
+    level: str = "auto"
     fitted: Fitted | None = None
 
     def __post_init__(self) -> None:

@@ -284,7 +284,7 @@ class Runtime:
             call.update_instead()
         schedule = self.recipe.schedule
         inner = schedule.front <= index < len(self.layers) - schedule.back
-        inner = inner and plan.recipe.forecast.level == "layers"
+        inner = inner and not plan.recipe.at_output
         if schedule.decides and index <= schedule.front:
             self._look_inside(index, place)
         for other in branch.groups:
@@ -363,7 +363,7 @@ class Runtime:
             return compute()
         call = self._current()
         guidance, tick, plan = call.generation.guidance, call.tick, call.plans[0]
-        at_output = self.recipe.forecast.level == "output"
+        at_output = self.recipe.at_output
         if call.left_out or (at_output and plan.kind is StepKind.DISPATCH):
             for index, name in enumerate(self.layers):
                 call.bypassed(index, name)

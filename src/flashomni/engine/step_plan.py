@@ -97,7 +97,7 @@ class StepPlan:
             device: where the model computes.
             shared: what all groups share.
         """
-        at_output = recipe.forecast.level == "output"
+        at_output = recipe.at_output
         return cls(
             kind=kind,
             step=step,

@@ -219,10 +219,11 @@ from flashomni.models._accelerate import (  # noqa: E402
     restore,
     transformers_of,
 )
+from flashomni.models._memory import CacheBytes, cache_bytes  # noqa: E402
 from flashomni.models.generic import DECLARED, Blocks  # noqa: E402
 
 __all__ = [
-    "ADAPTERS", "Adapter", "BlockRun", "Blocks", "Geometry", "Reliance", "Site", "Streams",
-    "accelerate", "adapter", "adapters", "engine_of", "find_adapter", "restore", "tiers",
-    "transformers_of",
+    "ADAPTERS", "Adapter", "BlockRun", "Blocks", "CacheBytes", "Geometry", "Reliance", "Site",
+    "Streams", "accelerate", "adapter", "adapters", "cache_bytes", "engine_of", "find_adapter",
+    "restore", "tiers", "transformers_of",
 ]  # fmt: skip

@@ -94,7 +94,7 @@ class ModelForward(InsteadOfForward):
 
 def at_output(runtime: Runtime) -> bool:
     """Whether the recipe does something about the output of the whole model."""
-    return runtime.recipe.forecast.level == "output" or runtime.recipe.guidance.acts
+    return runtime.recipe.at_output or runtime.recipe.guidance.acts
 
 
 def _inert(*_: Any) -> None:

@@ -102,7 +102,7 @@ class Generic(Adapter):
         self._sort = tuple(sorted((name, _sort(v)) for name, v in self._inputs.items()))
         runtime = self._runtime
         assert runtime is not None
-        at_output = runtime.recipe.forecast.level == "output"  # which needs no streams
+        at_output = runtime.recipe.at_output  # which needs no streams
         is_new = self._sort not in self._known and not at_output
         self._watch = Watch(runtime.backend) if is_new else None
         self._guide = Guide(runtime.recipe)
@@ -170,7 +170,7 @@ class Generic(Adapter):
             named = named_arguments(names, args, kwargs)
             record = runtime.as_it_is(self.blocks[number][0])
             return self._watch.block(number, forward, named, args, kwargs, record.add)
-        if runtime.recipe.forecast.level == "output":
+        if runtime.recipe.at_output:
             return self._run_whole(number, forward, args, kwargs)
         learned = self._known[self._sort]
         site = learned.sites.get(number)

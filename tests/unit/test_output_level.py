@@ -1,0 +1,82 @@
+"""The output of the model is cached where every layer would be cached whole; bytes from shapes."""
+
+import pytest
+import torch
+
+import flashomni
+from flashomni.engine import Recipe
+from flashomni.models import adapters, cache_bytes
+
+STEPS = 8
+MODELS = ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "at_output"),
+    [
+        (Recipe.of("taylorseer"), True), (Recipe.of("fora"), True),
+        (Recipe.of("taylorseer", level="layers"), False),
+        (Recipe.of("taylorseer", degrade_below=0.5), False), (Recipe.of("balanced"), False),
+        (Recipe.of("dbcache"), False), (Recipe.of("fbcache"), False), (Recipe.of("pab"), False),
+        (Recipe.of("easycache"), True), (Recipe.of("cached", degrade_below=1.0), True),
+        (Recipe.of("cached"), False),
+        (Recipe.of("fora").replace(forecast={"name": "fitted", "fitted": {"num_steps": 8}}), True),
+    ],
+    ids=lambda value: value.name if isinstance(value, Recipe) else None,
+)  # fmt: skip
+def test_where_the_output_is_cached(recipe, at_output):
+    """Where all layers are cached whole in every Dispatch step, unless told otherwise."""
+    assert recipe.at_output is at_output
+    assert Recipe.from_dict(recipe.to_dict()).at_output is at_output
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("recipe", ["fora", "taylorseer:layer_order=2,history_dtype=bfloat16"])
+def test_bytes_are_known_before(name, recipe):
+    """What shapes say is what the engine keeps, at either level."""
+    model, inputs = adapters()[name].tiny()
+    model = model.eval()
+    expected = cache_bytes(model, inputs, recipe)
+    kept = {}
+    for level in ("output", "layers"):
+        chosen = Recipe.of(recipe).replace(level=level, interval=2, warmup=0.0)
+        with torch.no_grad(), flashomni.accelerate(model, chosen) as engine:
+            for step in range(STEPS):
+                engine.step(step, STEPS)
+                model(**inputs)
+            kept[level] = engine.report().cache_bytes
+    assert kept == {"output": expected.output, "layers": expected.layers}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_published_sizes_keep_a_twentieth(name):
+    """FLUX at 1,024 pixels, HunyuanVideo at 129 frames of 720p: nothing is computed."""
+    import diffusers
+
+    def shape(*sizes):
+        return torch.empty(*sizes, dtype=torch.bfloat16, device="meta")
+
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(guidance_embeds=True)
+    torch.nn.Module.to(model, torch.bfloat16)
+    one = {"timestep": shape(1), "guidance": shape(1), "pooled_projections": shape(1, 768)}
+    inputs = {
+        "FluxTransformer2DModel": {
+            "hidden_states": shape(1, 4096, 64), "encoder_hidden_states": shape(1, 512, 4096),
+            "img_ids": shape(4096, 3), "txt_ids": shape(512, 3),
+        },
+        "HunyuanVideoTransformer3DModel": {
+            "hidden_states": shape(1, 16, 33, 90, 160),
+            "encoder_hidden_states": shape(1, 256, 4096), "encoder_attention_mask": shape(1, 256),
+        },
+    }[name]  # fmt: skip
+    found = cache_bytes(model, {**one, **inputs}, "taylorseer")
+    wanted = {
+        "FluxTransformer2DModel": (2 * 4096 * 64 * 2, 2 * (4096 + 512) * 3072 * 2),
+        "HunyuanVideoTransformer3DModel": (
+            2 * 16 * 33 * 90 * 160 * 2, 2 * (33 * 45 * 80 + 256) * 3072 * 2
+        ),
+    }[name]  # fmt: skip
+    assert (found.output, found.layers) == wanted
+    assert found.layers > 20 * found.output
