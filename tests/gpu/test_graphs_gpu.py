@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("no_grad"),
 ]
-CACHING = "taylorseer:interval=3,warmup=0.2"
+CACHING = "taylorseer:interval=3,warmup=0.2,level=layers"
 MODELS = ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "wide"]
 
 

@@ -48,7 +48,9 @@ def test_the_host_waits_only_where_a_probe_is_read(name):
     model, inputs = adapters()["FluxTransformer2DModel"].tiny()
     model = model.eval().cuda()
     inputs = {key: value.cuda() for key, value in inputs.items()}
-    made = Recipe.of("taylorseer", schedule={"name": name, **SETTINGS.get(name, {})})
+    made = Recipe.of(
+        "taylorseer", level="layers", schedule={"name": name, **SETTINGS.get(name, {})}
+    )
     with flashomni.accelerate(model, made) as engine:
         for _ in range(2):  # nothing is compiled or allocated for the first time in the second
             latents, counts = inputs["hidden_states"], []

@@ -251,9 +251,9 @@ def test_additions_between_blocks_under_inference_mode(toy, cache_whole, between
 def test_inference_mode_gives_what_no_grad_gives(tiny):
     """Bit for bit, whole layers cached: copies lie as what they are copies of."""
     model, inputs = tiny
-    plain, _ = run(model, inputs, "fora:interval=3,warmup=0")
+    plain, _ = run(model, inputs, "fora:interval=3,warmup=0,level=layers")
     with torch.inference_mode():
-        inside, report = run(model, inputs, "fora:interval=3,warmup=0")
+        inside, report = run(model, inputs, "fora:interval=3,warmup=0,level=layers")
     assert torch.equal(plain, inside) and "bypass" in report.steps[1]["layer_kinds"]
 
 

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 STEPS = 8
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 TILES = make_policy("topk", q_density=0.5, kv_density=1.0)  # rows left are exact
-FORA = Recipe.of("fora", interval=3, warmup=0.3, level="layers")  # learns at step 0, Updates at 2 and 5
+FORA = Recipe.of(
+    "fora", interval=3, warmup=0.3, level="layers"
+)  # learns at step 0, Updates at 2 and 5
 CLASSES = sorted(set(TINY) - set(ADAPTERS))
 # Lists that are refused, and a word of the reason. (What VACE's side blocks return is no stream.)
 REFUSED = {"WanVACETransformer3DModel": {"vace_blocks": "could carry on"}}

@@ -14,7 +14,7 @@ from flashomni.engine.state.mirror import mirror
 from flashomni.models import adapters
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-CACHING = "taylorseer:interval=3,warmup=0.2"
+CACHING = "taylorseer:interval=3,warmup=0.2,level=layers"
 RECIPES = [ONES, SPARSE, CACHING, "balanced", "fast"]
 IDS = ["ones", "tiles", "whole", "balanced", "fast"]
 

@@ -57,7 +57,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_exact(variant, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""
@@ -90,7 +92,7 @@ def test_a_first_frame_that_is_replaced_goes_without_the_adapter():
     model, inputs = changed(VIDEO, {"image_condition_type": "token_replace"})
     fill_gates(model.eval())
     stock = call(model, inputs)
-    with flashomni.accelerate(model, "fora:warmup=0") as engine:
+    with flashomni.accelerate(model, "fora:warmup=0,level=layers") as engine:
         for step in range(5):
             engine.step(step, 8)
             torch.testing.assert_close(call(model, inputs), stock, **CLOSE)

@@ -69,7 +69,9 @@ def test_all_bits_one_in_bfloat16_is_as_exact_as_the_stock_model(tiny, device):
             assert (call(low, floats).float() - exact).abs().max() <= limit
 
 
-@pytest.mark.parametrize("recipe", ["lossless", SPARSE, "fora"], ids=["lossless", "sparse", "fora"])
+@pytest.mark.parametrize(
+    "recipe", ["lossless", SPARSE, "fora:level=layers"], ids=["lossless", "sparse", "fora"]
+)
 def test_remove_is_bit_exact_and_leaves_nothing(tiny, recipe):
     """After remove() the model computes the same bits and carries no hook."""
     model, inputs = tiny
@@ -276,7 +278,7 @@ def test_a_call_that_raises_leaves_the_engine_usable(tiny):
         assert torch.equal(generation(engine, model, inputs), alone)
 
 
-@pytest.mark.parametrize("name", ["fora", "taylorseer"])
+@pytest.mark.parametrize("name", ["fora:level=layers", "taylorseer:level=layers"])
 def test_whole_layer_caching_skips_attention_and_mlp(tiny, name):
     """Dispatch steps of a fully cached model execute none of the blocks' FLOPs."""
     model, inputs = tiny
@@ -320,7 +322,7 @@ def test_degradation_takes_effect_and_is_reversible(tiny):
 def test_whole_layer_caching_keeps_no_heads(tiny):
     """Layers that are cached whole hold what they add together, and nothing of their own."""
     model, inputs = tiny
-    with flashomni.accelerate(model, "fora") as engine:
+    with flashomni.accelerate(model, "fora:level=layers") as engine:
         for step in range(4):
             engine.step(step, STEPS)
             call(model, inputs)

@@ -46,7 +46,9 @@ def variant(request):
     return model, {**inputs, "img_shapes": [pictures] * 2}, shape, given
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 def test_every_variant_is_exact(variant, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""
     model, inputs, *_ = variant
@@ -179,7 +181,7 @@ class Kept(nn.Module):
 def test_whole_layer_caching_is_the_one_by_hand(pipeline):
     """Order 0, end to end, both branches."""
     pipe, generate = pipeline
-    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    recipe = Recipe.of("fora", interval=2, warmup=0.0, level="layers")
     with flashomni.accelerate(pipe, recipe):
         cached = generate()
     computes = [kind.value != "dispatch" for kind in recipe.plan(8).kinds]

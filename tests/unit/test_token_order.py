@@ -197,7 +197,7 @@ def test_the_policy_sees_the_tokens_in_order(tiny, monkeypatch):
 def test_whole_layers_are_cached_alike(tiny):
     """Forecasts of tokens do not mind their order; neither does what skips nothing."""
     model, inputs = tiny
-    recipe = Recipe.of("taylorseer", interval=3, warmup=0.1)
+    recipe = Recipe.of("taylorseer", interval=3, warmup=0.1, level="layers")
     raster, _ = run(model, inputs, recipe)
     moved, report = run(model, inputs, recipe.replace(token_order="hilbert"))
     torch.testing.assert_close(moved, raster, atol=1e-4, rtol=1e-3)
@@ -318,7 +318,7 @@ def test_an_exit_that_was_replaced_is_refused():
 def test_in_graphs(name):
     """Counted, recorded, replayed, each generation the same bits as without graphs."""
     model, inputs = controlled(name) if name.startswith("Flux") else tiny_of(name)
-    recipe = Recipe.of("taylorseer:interval=3,warmup=0.2", token_order="hilbert")
+    recipe = Recipe.of("taylorseer:interval=3,warmup=0.2,level=layers", token_order="hilbert")
     expected, _ = run(model, inputs, recipe, backend="reference")
     with flashomni.accelerate(model, recipe, graphs=True, backend="reference") as engine:
         engine._runtime.graphs._recorder_for = lambda device: TapeRecorder()

@@ -55,7 +55,9 @@ def variant(request):
     return model.eval(), dict(inputs)
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 def test_every_variant_is_exact(variant, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""
     model, inputs = variant
@@ -187,7 +189,7 @@ def parts_of(pipe):
 def test_each_transformer_follows_its_own_steps(two_experts, steps):
     """The plan of each is that of a generation as long as its own part, both branches alike."""
     pipe, generate = two_experts
-    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    recipe = Recipe.of("fora", interval=2, warmup=0.0, level="layers")
     with flashomni.accelerate(pipe, recipe) as engine:
         cached = generate(steps)
         report = engine.report()
@@ -222,7 +224,7 @@ class Whole(nn.Module):
 def test_whole_layer_caching_of_both_is_the_hand_written_one(two_experts):
     """Order 0, end to end, cond and uncond apart."""
     pipe, generate = two_experts
-    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    recipe = Recipe.of("fora", interval=2, warmup=0.0, level="layers")
     with flashomni.accelerate(pipe, recipe):
         cached = generate()
     for name, count in parts_of(pipe).items():

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 STEPS = 8
 SPARSE = Recipe.of("topk:q_density=.5,kv_density=.6,interval=3,warmup=.2,block_m=16,block_n=16")
-WHOLE = Recipe.of("fora", interval=2, warmup=0.0)
+WHOLE = Recipe.of("fora", interval=2, warmup=0.0, level="layers")
 TEXT = torch.randn(1, 512, 24, generator=torch.Generator().manual_seed(1))
 IMAGE = torch.randn(1, 5, 20, generator=torch.Generator().manual_seed(2))
 

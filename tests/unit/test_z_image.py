@@ -43,7 +43,9 @@ def outputs(model, inputs):
     return model(**inputs, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_any_batch_is_exact(batch, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""
@@ -85,11 +87,11 @@ def test_a_controlnet_adds_between_layers():
     added = {index: torch.randn(2, 192, 48) for index in (0, 2)}
     inputs["controlnet_block_samples"] = {i: x[:, : 96 + 96] for i, x in added.items()}
     stock = torch.stack(outputs(model, inputs))
-    with flashomni.accelerate(model, "fora:warmup=0") as engine:
+    with flashomni.accelerate(model, "fora:warmup=0,level=layers") as engine:
         for step in range(5):
             engine.step(step, 8)
             torch.testing.assert_close(torch.stack(outputs(model, inputs)), stock, **CLOSE)
-    with flashomni.accelerate(model, "fora:warmup=0", token_order="tile") as engine:
+    with flashomni.accelerate(model, "fora:warmup=0,level=layers", token_order="tile") as engine:
         engine.step(0, 8)
         with pytest.raises(NotImplementedError, match="with controlnet_block_samples"):
             outputs(model, inputs)
@@ -114,7 +116,7 @@ def test_given_images_go_without_the_adapter():
     """Z-Image-Omni is learned, and the report says so; its plain calls are exact as well."""
     model, inputs = omni()
     stock = outputs(model, inputs)[0]
-    with flashomni.accelerate(model, "fora:warmup=0") as engine:
+    with flashomni.accelerate(model, "fora:warmup=0,level=layers") as engine:
         for step in range(5):
             engine.step(step, 8)
             torch.testing.assert_close(outputs(model, inputs)[0], stock, **CLOSE)
