@@ -102,6 +102,7 @@ class HeldBack:
         ]
         self._dense: list[tuple[Tensor, float]] = []
         self._on_steps = on_steps
+        self._warm = False
 
     def dense(self) -> list[tuple[Tensor, float]]:
         """Frames and seconds of the stock pipeline; run once."""
@@ -116,7 +117,11 @@ class HeldBack:
         """All held-back prompts under a recipe, and the frames of the first."""
         dense, found, pictures = self.dense(), [], []
         # Without graphs: these are the first generations, which record none that would be timed.
-        with accelerate(self._generations[0].pipe, recipe, graphs=False):
+        first = self._generations[0]
+        with accelerate(first.pipe, recipe, graphs=False):
+            if first.compiles and not self._warm:
+                first.discard()  # kernels compile, and nobody times it
+                self._warm = True
             for generation, (reference, dense_seconds) in zip(
                 self._generations, dense, strict=True
             ):
