@@ -25,7 +25,9 @@ def build(name, **changes):
     return model, dict(known.tiny()[1])
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 def test_rotary_tables_of_cogvideox(recipe):
     """5B: tables for the video come from the pipeline; in either order of tokens."""
     model, inputs = build(VIDEO, use_rotary_positional_embeddings=True)
@@ -131,7 +133,7 @@ class Kept(nn.Module):
 def test_whole_layer_caching_is_the_one_by_hand(pipeline):
     """Order 0, end to end, all branches."""
     pipe, generate, calls = pipeline
-    recipe = Recipe.of("fora", interval=2, warmup=0.0)
+    recipe = Recipe.of("fora", interval=2, warmup=0.0, level="layers")
     with flashomni.accelerate(pipe, recipe):
         cached = generate()
     computes = [kind.value != "dispatch" for kind in recipe.plan(8).kinds]

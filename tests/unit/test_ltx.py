@@ -66,7 +66,9 @@ def outputs(model, inputs):
     return model(**inputs, return_dict=False)
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_exact(variant, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""

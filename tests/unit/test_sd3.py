@@ -29,7 +29,9 @@ def build(**changes):
     return model, dict(known.tiny()[1])
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_exact(variant, recipe):
     """Constant inputs: each step equals stock, whatever is cached; so does the model afterwards."""
@@ -66,7 +68,7 @@ def test_each_attention_has_tiles_of_its_own():
 def test_a_layer_is_cached_whole_with_both_or_not_at_all():
     """Whole-layer caching is the first one's decision: the second keeps no heads then."""
     model, inputs = build()
-    with flashomni.accelerate(model, "fora:warmup=0") as engine:
+    with flashomni.accelerate(model, "fora:warmup=0,level=layers") as engine:
         for step in range(3):
             engine.step(step, 10)
             call(model, inputs)
@@ -98,14 +100,16 @@ def test_residuals_of_a_control_net():
     model, inputs = build()
     inputs["block_controlnet_hidden_states"] = [torch.randn(2, 342, 48) for _ in range(2)]
     stock = call(model, inputs)
-    for recipe in (ONES, TILES, ONES.replace(token_order="hilbert"), "fora:warmup=0"):
+    for recipe in (ONES, TILES, ONES.replace(token_order="hilbert"), "fora:warmup=0,level=layers"):
         with flashomni.accelerate(model, recipe) as engine:
             for step in range(4):
                 engine.step(step, 9)
                 torch.testing.assert_close(call(model, inputs), stock, **CLOSE)
 
 
-@pytest.mark.parametrize("recipe", [ONES, TILES, "fora:warmup=0"], ids=["ones", "tiles", "fora"])
+@pytest.mark.parametrize(
+    "recipe", [ONES, TILES, "fora:warmup=0,level=layers"], ids=["ones", "tiles", "fora"]
+)
 def test_layers_that_guidance_leaves_out(recipe):
     """Skip-layer guidance: a branch whose calls run without some blocks."""
     model, inputs = build()

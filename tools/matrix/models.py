@@ -37,7 +37,7 @@ def recipes() -> dict[str, Recipe]:
     tiles = make_policy("topk", q_density=0.5, kv_density=1.0)
     sparse = {"interval": 3, "warmup": 0.0, "block_m": 16, "block_n": 16}
     return {
-        "fora": Recipe.of("fora", interval=3, warmup=0.3),
+        "fora": Recipe.of("fora", interval=3, warmup=0.3, level="layers"),
         "balanced": Recipe.of("balanced", min_steps=0),
         TILES: Recipe.of(tiles, **sparse),
     }

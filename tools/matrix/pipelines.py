@@ -32,7 +32,7 @@ LIMIT = 1e-5  # of the largest value of the stock output, in fp32
 SECOND = "w5 w7 w11 w13"
 PARTS = ("transformer", "transformer_2")
 RECIPES = {
-    "fora": Recipe.of("fora", interval=3, warmup=0.3),
+    "fora": Recipe.of("fora", interval=3, warmup=0.3, level="layers"),
     "balanced": Recipe.of("balanced", min_steps=0),
 }
 Test = tuple[Path, str, str]
