@@ -62,7 +62,7 @@ CLI = {
         "--device", "--dtype",
     },
     "tune-kernels": {"--head-dim", "--device", "--dtype"},
-    "doctor": set(),
+    "doctor": {"PIPE_FOLDER"},
     "bench op": {
         "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",
         "--plot",

@@ -195,14 +195,15 @@ def count_pipelines(rows: Sequence[Row]) -> str:
     return (
         f"{len(rows)} tests of pipelines with a transformer, of {len({r['name'] for r in rows})} "
         f"classes: {counts['works']} equal stock ({len(names)} classes; {loras} with a LoRA too), "
-        f"{counts['miscounted']} equal it but miss steps, {counts['wrong']} wrong, "
+        f"{counts['miscounted']} equal it but report fewer calls than were made, "
+        f"{counts['wrong']} wrong, "
         f"{counts['refused']} refused, {left} not run."
     )
 
 
 def pipeline_table(rows: Sequence[Row]) -> Iterable[str]:
     yield "| pipeline | transformer | tier | scheduler | attention | lossless | steps "
-    yield "| fora, balanced | LoRA | takes | remarks |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    yield f"| fora, balanced | LoRA | takes | remarks |\n{'|---' * 11}|\n"
     for row in sorted(rows, key=lambda row: row["name"]):
         if "lossless" not in row:
             continue

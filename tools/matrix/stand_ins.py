@@ -47,7 +47,7 @@ def _tokenizer(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
 
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(WORDS))])}
     words = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",

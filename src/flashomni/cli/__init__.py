@@ -27,6 +27,7 @@ from flashomni.cli._common import (
     progress_bars,
     quiet,
     say,
+    show_rows,
     status,
 )
 from flashomni.cli.bench import bench_app
@@ -332,10 +333,7 @@ def _show_policies(name: str | None) -> None:
 def _show_backends(name: str | None) -> None:
     from flashomni.lab import doctor
 
-    table = Table("op", "backend", "here", title="best first")
-    for row in doctor.backends(name):
-        table.add_row(*row)
-    console.print(table)
+    show_rows(("op", "backend", "here"), doctor.backends(name), "best first")
 
 
 def _show_models(name: str | None) -> None:
@@ -382,12 +380,16 @@ def tune_kernels(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    pipe_folder: Annotated[
+        Path | None, typer.Argument(help="Also what would happen to the pipeline in this folder.")
+    ] = None,
+) -> None:
     """Versions, device, and which backend each op uses here, with the reasons of the others."""
-    from flashomni.lab import doctor as found
+    with plain_errors():
+        from flashomni.lab import doctor as found
 
-    table = Table("what", "version", title="doctor")
-    for row in found.facts():
-        table.add_row(*row)
-    console.print(table)
-    _show_backends(None)
+        if pipe_folder is not None:
+            show_rows(("what", "value"), found.pipeline(pipe_folder), str(pipe_folder))
+        show_rows(("what", "version"), found.facts(), "doctor")
+        _show_backends(None)

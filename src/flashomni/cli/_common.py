@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from flashomni.util.words import clean, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -31,6 +32,14 @@ DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
 DEBUG = "FLASHOMNI_DEBUG"
+
+
+def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print a table of plain cells."""
+    table = Table(*columns, title=Text(clean(title)))
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    console.print(table)
 
 
 def say(*parts: str | tuple[str, str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from flashomni.kernels import OPS, refusals, registered
 from flashomni.lab.versions import versions
+from flashomni.models import Foreseen, foresee
 
 
 def facts() -> list[tuple[str, str]]:
@@ -32,6 +34,35 @@ def backends(op: str | None = None) -> list[tuple[str, str, str]]:
             rows.append((known, backend.name, why.pop(backend.name, "yes")))
         rows += [(known, broken, reason) for broken, reason in why.items()]
     return rows
+
+
+def pipeline(folder: str | Path) -> list[tuple[str, str]]:
+    """What ``accelerate`` would do to the pipeline of a folder: what, value. Reads no weights.
+
+    Raises:
+        ValueError: it is no folder of a pipeline with a transformer.
+    """
+    return [row for found in foresee(folder) for row in _foreseen(found)]
+
+
+def _foreseen(found: Foreseen) -> Iterator[tuple[str, str]]:
+    yield found.component, found.transformer
+    if found.refused:
+        yield "refused", found.refused
+    else:
+        yield "tier", found.tier
+        yield "blocks", ", ".join(f"{path} {count}" for path, count in found.blocks.items())
+        ours = "of every block on FlashOmni's op"
+        yield "attention", ours if found.tier == "adapter" else "seen in the first call"
+    if found.parameters:
+        size = (found.weight_bytes or 2 * found.parameters) / 2**30
+        how = "of its files" if found.weight_bytes else "in bfloat16"
+        yield "weights", f"{size:.2f} GiB {how}, {found.parameters / 1e9:.2f} B parameters"
+    if found.inner and not found.refused:
+        each = f"{2 * found.inner / 1024:.1f} KiB a token"
+        yield "kept", f"{each} for each run of cached layers and term of its forecast, in 16 bits"
+    for note in found.notes:
+        yield "note", note
 
 
 def text() -> str:

@@ -219,11 +219,13 @@ from flashomni.models._accelerate import (  # noqa: E402
     restore,
     transformers_of,
 )
+from flashomni.models._foresee import Foreseen, foresee  # noqa: E402
 from flashomni.models._memory import CacheBytes, cache_bytes  # noqa: E402
 from flashomni.models.generic import DECLARED, Blocks  # noqa: E402
 
 __all__ = [
-    "ADAPTERS", "Adapter", "BlockRun", "Blocks", "CacheBytes", "Geometry", "Reliance", "Site",
-    "Streams", "accelerate", "adapter", "adapters", "cache_bytes", "engine_of", "find_adapter",
+    "ADAPTERS", "Adapter", "BlockRun", "Blocks", "CacheBytes", "Foreseen", "Geometry", "Reliance",
+    "Site", "Streams", "accelerate", "adapter", "adapters", "cache_bytes", "engine_of",
+    "find_adapter", "foresee",
     "restore", "tiers", "transformers_of",
 ]  # fmt: skip
