@@ -49,6 +49,7 @@ class Engine:
             summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
         notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
+        notes += [] if runtime.sharding.ranks is None else runtime.sharding.ranks.notes()
         room = None if runtime.last is None else runtime.last.room
         notes += [] if room is None else room.notes()
         if self._replaced():
@@ -69,8 +70,11 @@ class Engine:
 
         Raises:
             ValueError: there are none.
+            NotImplementedError: the sequence is spread over ranks.
         """
         runtime = self._runtime
+        if runtime.sharding.ranks is not None:
+            raise NotImplementedError("a rank has the symbols of its own heads only: save on one")
         branches = {} if runtime.last is None else runtime.last.branches
         chosen = {
             name: {

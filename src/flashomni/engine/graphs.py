@@ -30,6 +30,7 @@ from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.branch import START
 from flashomni.engine.state.mirror import mirror
+from flashomni.parallel import Ranks
 
 MODES = (True, False, "auto")
 MAX_GRAPHS = 256  # of one model
@@ -309,11 +310,13 @@ class Graphs:
         return cloned(entry.output)
 
 
-def why_none(recipe: Recipe, learner: Learner | None) -> str:
+def why_none(recipe: Recipe, learner: Learner | None, ranks: Ranks | None = None) -> str:
     """Why no call under a recipe can be recorded; empty if that is not known before."""
     schedule = recipe.schedule
     if learner is not None:
         return "the model has no adapter, and is learned while it runs"
+    if ranks is not None:
+        return "the sequence is spread over ranks"
     if recipe.storage.history_device == "host":
         return "histories are kept on the host"
     if recipe.guidance.acts:

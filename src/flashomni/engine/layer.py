@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flashomni.engine.layer_carry import LayerCarry
 from flashomni.engine.linear import (
     Projection,
+    Weights,
     is_rms_norm,
     norm_eps,
     norm_heads,
@@ -69,6 +70,26 @@ class LayerRun(LayerCarry):
             row_offset: position of ``x[:, 0]`` in the sequence.
             rope_layout: ``"interleaved"`` or ``"half"``.
         """
+        what: dict[str, Any] = {"norm": norm, "rope_layout": rope_layout}
+        if self._shard is None or self.kind is not StepKind.DISPATCH:
+            self._project_q(x, linear, out, rope=rope, row_offset=row_offset, **what)
+            return
+        for rows, place in self._shard.places(row_offset, x.shape[1]):
+            part = rope and (_rows_of(rope[0], rows), _rows_of(rope[1], rows))
+            self._project_q(x[:, rows], linear, out[:, rows], rope=part, row_offset=place, **what)
+
+    def _project_q(
+        self,
+        x: Tensor,
+        linear: Projection,
+        out: Tensor,
+        *,
+        norm: nn.Module | None,
+        rope: Rope | None,
+        row_offset: int,
+        rope_layout: str,
+    ) -> None:
+        """:meth:`project_q` of tokens that are neighbours in the whole sequence."""
         batch, rows, features = x.shape
         num_heads, head_dim = out.shape[2:]
         flops = 2 * batch * rows * features * num_heads * head_dim
@@ -136,6 +157,10 @@ class LayerRun(LayerCarry):
     ) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
 
+        Where the sequence is spread over ranks, S is this rank's rows: they are exchanged for rows
+        of all ranks, of H / P heads, and O back. Nothing else in a layer communicates but the
+        choice of symbols.
+
         Args:
             q: ``[B, S, H, D]``; cached tiles may be undefined on Dispatch steps.
             k: ``[B, S, H, D]``, after norm and RoPE.
@@ -156,15 +181,22 @@ class LayerRun(LayerCarry):
         remembers = self._plan.redone and self._first is None  # of the layer's main attention
         redone = self._plan.redone[self.index] if remembers else None
         options: dict[str, Any] = {"kv_len": kv_len, "softmax_scale": scale, "redone": redone}
+        if self._shard is not None:
+            if gate is not None:
+                raise NotImplementedError("gated attention on several ranks is not supported")
+            v, k, q = self._shard.to_heads(v, k, q)
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
             site = self._site(q, k, v, scale, guide)
             self._find_room(q)
             self._choose(site)
-            o = self._gated(self._attend_computed(q, k, v, flops, options), gate)
+            o = self._to_rows(self._attend_computed(q, k, v, flops, options))
+            o = self._gated(o, gate)
             cache.attended = q.shape
-            if self.kind is StepKind.FULL and self._plan.probes and self._cacheable:
-                self._send(measure(self._policy(site), backend=self.backend)[1])
+            is_probe = self.kind is StepKind.FULL and self._plan.probes and self._cacheable
+            if is_probe and self._is_asked:
+                symbols, q_density, _ = measure(self._policy(site), backend=self.backend)
+                self._send(q_density, self._everywhere(symbols))
             if self._stores and self._caches_heads:
                 plain = None if out_projection is None else plain_weights(out_projection, q)
                 cache.projected = plain is not None
@@ -177,9 +209,30 @@ class LayerRun(LayerCarry):
             assert cache.history is not None
             scales = self._plan.coefficients(cache.history.times, q.dtype == torch.float16)
             forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
-        o = sparse_attention(q, k, v, symbols, **options, forecast=forecast, backend=self.backend)
+        inside = forecast if self._shard is None else None  # else it is by rows, of all heads
+        o = sparse_attention(q, k, v, symbols, **options, forecast=inside, backend=self.backend)
+        o = self._to_rows(o)
+        if inside is not forecast:
+            o = self._filled(o)
         o = self._gated(o, gate, forecasts=forecast is not None)
         return o if out_projection is not None else self._carried(o, 0)
+
+    def _to_rows(self, o: Tensor) -> Tensor:
+        """O of all heads ``[B, S, H, D]``, of what attention gave."""
+        return o if self._shard is None else self._shard.to_rows(o)
+
+    def _filled(self, o: Tensor) -> Tensor:
+        """This rank's rows of O with the forecast in the tiles that are cached."""
+        history, (start, stop), shard = self._cache.history, self._cache.rows, self._shard
+        assert history is not None and shard is not None
+        scales = self._plan.coefficients(history.times, o.dtype == torch.float16)
+        forecast = history.predict(scales)
+        live = self._symbols().q_mask().repeat_interleave(self.grid.block_m, -1).mT[..., None]
+        for rows, place in shard.places(start, stop - start):
+            own, count = forecast[:, rows], rows.stop - rows.start
+            part = o[:, start + rows.start : start + rows.stop]
+            part.copy_(torch.where(live[:, place : place + count], part, own))
+        return o
 
     def _gated(self, o: Tensor, gate: Tensor | None, *, forecasts: bool = False) -> Tensor:
         """O times its gate, like what is carried of it; a forecast in O is gated already."""
@@ -221,18 +274,7 @@ class LayerRun(LayerCarry):
         if self._stores and self._caches_heads:
             terms = self._push_history(o, row_offset)
             if self.kind is StepKind.UPDATE and weights is not None:
-                # 1 + (count - 1) * (1 - live), in one launch.
-                count, live = len(terms), self._live_share(row_offset, o.shape[1])
-                share = torch.rsub(live, count + self._projects_difference, alpha=count - 1)
-                self._record.add("gemm_o", flops, share)
-                y, bias_terms = gemm_o_update(
-                    terms,
-                    *weights,
-                    self._symbols(),
-                    always=always,
-                    row_offset=row_offset,
-                    backend=self.backend,
-                )
+                y, bias_terms = self._update_o(terms, weights, flops, always, row_offset)
                 if cache.bias_terms is None:
                     cache.bias_terms = Kept(self._plan.storage)
                 cache.bias_terms.put(bias_terms)
@@ -245,24 +287,75 @@ class LayerRun(LayerCarry):
                     f"{self._record.name}: the output projection changed within a generation "
                     f"({why_not_plain(linear, o)}); load or remove adapters between generations"
                 )
-            self._record.add("gemm_o", flops, self._live_share(row_offset, o.shape[1]))
-            bias_terms, is_half = cache.bias_terms.get(), o.dtype == torch.float16
-            y = sparse_gemm_o(
-                o,
-                *weights,
-                self._symbols(),
-                bias_terms,
-                self._plan.coefficients(cache.bias_times, is_half)[: len(bias_terms)],
-                always=always,
-                row_offset=row_offset,
-                backend=self.backend,
-            )
+            y = self._dispatch_o(o, weights, flops, always, row_offset)
             return self._carried(y, row_offset, weights)
         extra = self._projects_difference if weights is not None else 0
         self._record.add("gemm_o", flops, 1.0 + extra)
         if weights is None:
             return project_joined(linear, self._carried(o, row_offset), always)
         return self._carried(project_joined(linear, o, always), row_offset, weights)
+
+    def _update_o(
+        self,
+        terms: list[Tensor],
+        weights: Weights,
+        flops: int,
+        always: Tensor | None,
+        row_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The dense projection, and the cached heads' part of it for every term."""
+        count, size, parts = len(terms), terms[0].shape[1], []
+        for rows, place in self._places(row_offset, size):
+            part = [term[:, rows] for term in terms]
+            # 1 + (count - 1) * (1 - live), in one launch.
+            live, length = self._live_share(place, part[0].shape[1]), part[0].shape[1]
+            share = torch.rsub(live, count + self._projects_difference, alpha=count - 1)
+            self._record.add("gemm_o", flops * length // size, share)
+            parts.append(
+                gemm_o_update(
+                    part,
+                    *weights,
+                    self._symbols(),
+                    always=None if always is None else always[:, rows],
+                    row_offset=place,
+                    backend=self.backend,
+                )
+            )
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([y for y, _ in parts], 1), torch.cat([each for _, each in parts], 2)
+
+    def _dispatch_o(
+        self, o: Tensor, weights: Weights, flops: int, always: Tensor | None, row_offset: int
+    ) -> Tensor:
+        """Live heads projected, and the forecast of the cached ones."""
+        cache, size, parts = self._cache, o.shape[1], []
+        assert cache.bias_terms is not None
+        bias_terms, is_half = cache.bias_terms.get(), o.dtype == torch.float16
+        coefficients = self._plan.coefficients(cache.bias_times, is_half)[: len(bias_terms)]
+        for rows, place in self._places(row_offset, size):
+            part = o[:, rows]
+            share = self._live_share(place, part.shape[1])
+            self._record.add("gemm_o", flops * part.shape[1] // size, share)
+            parts.append(
+                sparse_gemm_o(
+                    part,
+                    *weights,
+                    self._symbols(),
+                    bias_terms[:, :, rows],
+                    coefficients,
+                    always=None if always is None else always[:, rows],
+                    row_offset=place,
+                    backend=self.backend,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _places(self, row_offset: int, rows: int) -> list[tuple[slice, int]]:
+        """Runs of rows that are neighbours in the whole sequence, and where they begin there."""
+        if self._shard is None:
+            return [(slice(0, rows), row_offset)]
+        return self._shard.places(row_offset, rows)
 
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""
@@ -273,3 +366,8 @@ class LayerRun(LayerCarry):
             cache.history = History(order, keep, self._plan.storage, halved=True)
         cache.rows = (row_offset, row_offset + o.shape[1])
         return cache.history.push(o, self._plan.step)
+
+
+def _rows_of(table: Tensor, rows: slice) -> Tensor:
+    """Rows of a RoPE table, ``[R, D / 2]`` or ``[B or 1, R, H or 1, D / 2]``."""
+    return table[rows] if table.ndim == 2 else table[:, rows]

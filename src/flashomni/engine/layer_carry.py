@@ -153,7 +153,7 @@ class LayerCarry(LayerStep):
 
     def _dispatched(self, flops: int) -> Symbols:
         """The symbols of a Dispatch step, whose share of dense attention is recorded."""
-        symbols, record = self._symbols(), self._record
+        symbols, record = self._own_symbols(), self._record
         if self._plan.step < self.recipe.sparse.dense_steps:
             record.kv_density = 1.0
             symbols = every_column(symbols)

@@ -22,6 +22,7 @@ from flashomni.engine.state.columns import Columns, every_column
 from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.symbols_file import attention_name
 from flashomni.engine.trace import LayerRecord
+from flashomni.parallel import Shard
 from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
 from flashomni.symbols.choice.op import live_share, measure
@@ -56,6 +57,7 @@ class LayerStep:
         self.kind = plan.kind if cacheable else StepKind.FULL
         self._cache, self._plan, self.recipe = cache, plan, plan.recipe
         self._record, self._shared, self.backend = record, shared, plan.backend
+        self._shard = plan.shard
         self.inputs: Mapping[str, Any] = plan.inputs
         record.kind = self.kind.value
         cache.ops = record.ops  # filled while the block runs
@@ -91,6 +93,8 @@ class LayerStep:
         Returns:
             The grid of the sequence.
         """
+        if self._shard is not None:
+            seqlen, text, kv_len, place = self._whole(self._shard, seqlen, text, kv_len)
         blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n
         sizes = (seqlen, text, blocks, tuple(place.items()))
         key = ("grid", sizes, id(kv_len))
@@ -105,6 +109,20 @@ class LayerStep:
             cache, record = self._cache, self._record
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
         return self.grid
+
+    def _whole(
+        self, shard: Shard, seqlen: int, text: tuple[int, int], kv_len: Tensor | None
+    ) -> tuple[int, tuple[int, int], None, dict[str, Any]]:
+        """What :meth:`begin` takes, of the whole sequence, where it is spread over ranks."""
+        if kv_len is not None:
+            raise NotImplementedError(
+                f"{self._record.name}: padded keys are not supported by context parallelism"
+            )
+        text, vision = shard.layout.whole(shard.rank, seqlen, text)
+        place = {}
+        if self.geometry is not None:
+            place = self.geometry.place(vision[0], vision[1] - vision[0])
+        return shard.layout.seqlen, text, None, place
 
     def shared(self, make: Callable[..., T], *inputs: Any) -> T:
         """``make(*inputs)``, once in each call of the model: for what all layers share.
@@ -160,10 +178,15 @@ class LayerStep:
         plan = self._plan
         return AttentionSite(
             q=q, k=k, v=v, grid=self.grid, layer=self.index, num_layers=plan.num_layers,
-            heads=range(q.shape[2]), step=plan.step, num_steps=plan.num_steps,
+            heads=self._heads(q), step=plan.step, num_steps=plan.num_steps,
             progress=plan.progress, branch=plan.branch, softmax_scale=scale, guide=guide,
             backend=self.backend,
         )  # fmt: skip
+
+    def _heads(self, q: Tensor) -> range:
+        """Which heads of the model attention has here."""
+        count = q.shape[2]
+        return range(count) if self._shard is None else self._shard.heads(count * self._shard.size)
 
     def _choose(self, site: AttentionSite) -> None:
         """Choose what this computed step chooses: columns, and at an Update tiles."""
@@ -183,10 +206,13 @@ class LayerStep:
             found = measure(self._joined(site, found), backend=self.backend)
         assert found is not None
         symbols, q_density, kv_density = found
-        self._send(q_density)
+        is_asked = self._is_asked or not cache.degraded
+        cache.everywhere = self._everywhere(symbols) if is_asked else None
+        if self._is_asked:
+            self._send(q_density, cache.everywhere)
         cache.live_shares.clear()
         if cache.degraded:  # no tile of it will be asked for
-            cache.symbols = None
+            cache.symbols = cache.everywhere = None
             return
         cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
 
@@ -207,16 +233,39 @@ class LayerStep:
         tiles = self._policy(site) if found is None else found[0]
         return every_column(tiles) if columns is None else columns.under(tiles.q_bits)
 
-    def _send(self, q_density: Tensor) -> None:
-        """Keep the computed fraction for the host, where S_q depends on it."""
-        if self.recipe.sparse.degrade_below > 0 and self._known is None and self._first is None:
-            self._cache.fraction = Fraction(q_density)
-            self._cache.measured = self._plan.step
+    @property
+    def _is_asked(self) -> bool:
+        """Whether S_q depends on what is measured here."""
+        return self.recipe.sparse.degrade_below > 0 and self._known is None and self._first is None
 
-    def _symbols(self) -> Symbols:
+    def _everywhere(self, symbols: Symbols) -> Symbols | None:
+        """S_c of all heads, where these are of a rank's own."""
+        if self._shard is None or not self._policy.caches:
+            return None
+        return self._shard.everywhere(symbols)
+
+    def _send(self, q_density: Tensor, everywhere: Symbols | None) -> None:
+        """Keep the computed fraction for the host; that of all heads, so that ranks decide alike.
+
+        Args:
+            q_density: of the heads here.
+            everywhere: S_c of all of them, where those are not all.
+        """
+        if everywhere is not None:
+            q_density = measure(everywhere, backend=self.backend)[1]
+        self._cache.fraction = Fraction(q_density)
+        self._cache.measured = self._plan.step
+
+    def _own_symbols(self) -> Symbols:
+        """Of the heads that attention has here."""
         symbols = self._cache.symbols
         assert symbols is not None, "a Dispatch step without an Update"
         return symbols
+
+    def _symbols(self) -> Symbols:
+        """Of all heads: S_c, by which projections go."""
+        everywhere = self._cache.everywhere
+        return self._own_symbols() if everywhere is None else everywhere
 
     def _live_share(self, row_offset: int, rows: int) -> Tensor:
         """Share of a stream's (token, head) pairs that are computed: fp32 scalar on the device."""

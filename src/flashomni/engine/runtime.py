@@ -32,6 +32,7 @@ from flashomni.engine.learner import Learner
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
+from flashomni.engine.sharding import Sharding
 from flashomni.engine.state.branch import signature
 from flashomni.engine.state.generation import Generation
 from flashomni.engine.state.room import Keeping, Room
@@ -61,11 +62,13 @@ class Runtime:
         learner: watches the first calls of a model that has no adapter.
         geometry: asks the adapter where the tokens of a generation lie.
         graphs: records calls and replays them, if it is told to.
+        sharding: whether the sequence is spread over ranks.
     """
 
     tier: str = "adapter"
     learner: Learner | None = None
     geometry: Asked | None = None
+    sharding: Sharding
 
     def __init__(
         self,
@@ -162,11 +165,12 @@ class Runtime:
             generation = self._start(Generation(position, self.division, self.backend))
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
-            self.graphs.start(device, why_none(self.recipe, self.learner))
+            self.graphs.start(device, why_none(self.recipe, self.learner, self.sharding.ranks))
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
         inputs = by_name(self.model, args, kwargs)
+        shard = self.sharding.of(inputs)
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
         left_out = not is_new and generation.leaves_out(tick)
@@ -179,7 +183,7 @@ class Runtime:
         record = generation.trace.begin(*place, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._keeping.on(device), "backend": self.backend, "device": device}
-        shared |= {"geometry": generation.geometry, "grids": self.grids.on(device)}
+        shared |= {"geometry": generation.geometry, "grids": self.grids.on(device), "shard": shard}
         shared |= {"inputs": inputs, "room": generation.room, "symbols": self.symbols}
         plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
@@ -231,6 +235,7 @@ class Runtime:
         is_last = call.tick.step == call.tick.num_steps - 1
         if is_last:
             branch.end()
+            self.sharding.settle()
         self._stop()
         if is_last and log.isEnabledFor(logging.INFO):
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())

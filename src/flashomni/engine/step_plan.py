@@ -16,6 +16,7 @@ from flashomni.engine.sparse_settings import Marks, SparseStep
 from flashomni.engine.state.room import Room
 from flashomni.engine.state.storage import Storage
 from flashomni.engine.symbols_file import SymbolsFile
+from flashomni.parallel import Shard
 from flashomni.symbols import Grid
 
 Wanted = tuple[str, tuple[int, ...], bool]
@@ -46,6 +47,7 @@ class StepPlan:
         inputs: the model's arguments by name.
         room: where D is kept; ``None`` where nobody asked.
         symbols: what is used instead of a choice.
+        shard: how the sequence is spread over ranks; ``None`` on one card.
         marks: what was done with the columns of the symbols before this step.
         numbers: the coefficients that were asked for so far, by what they are for.
     """
@@ -69,6 +71,7 @@ class StepPlan:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     room: Room | None = None
     symbols: SymbolsFile | None = None
+    shard: Shard | None = None
     marks: Marks = field(default_factory=Marks)
     numbers: dict[Wanted, Tensor] = field(default_factory=dict)
 

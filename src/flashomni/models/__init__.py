@@ -98,6 +98,8 @@ class Adapter:
             for each token, such as RoPE tables, then follows ``run.geometry.tokens`` (the streams
             and ``Site.by_token`` do so by themselves).
         residuals: arguments of the model that hold what is added to vision tokens behind blocks.
+        parallel: the model's arguments that are its token streams ``[B, S, K]``, as they follow one
+            another, where the sequence may be spread over ranks; empty where it may not.
         exit: where there are any, the module that gets the tokens next; they have the model's own
             order again in front of it, otherwise behind the last block.
     """
@@ -107,6 +109,7 @@ class Adapter:
     latents: ClassVar[str] = "hidden_states"
     reorders: ClassVar[bool] = False
     residuals: ClassVar[tuple[str, ...]] = ()
+    parallel: ClassVar[tuple[str, ...]] = ()
     exit: ClassVar[str] = ""
 
     def build(self, size: str) -> nn.Module:

@@ -16,7 +16,9 @@ from flashomni.engine import Clock, Engine, Experts, Recipe
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs
 from flashomni.engine.runtime import Runtime
+from flashomni.engine.sharding import Sharding
 from flashomni.models import Adapter, adapters, find_adapter
+from flashomni.models._parallel import find_ranks
 from flashomni.models.generic import Blocks
 
 log = logging.getLogger("flashomni")
@@ -34,6 +36,10 @@ def accelerate(
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
+
+    A sequence that ranks share by diffusers' context parallelism (``enable_parallelism`` with an
+    ``ulysses_degree``, before or after) stays shared where the adapter knows how, each rank with
+    the symbols of its heads and the caches of its rows; other kinds of parallelism are refused.
 
     Args:
         pipe: a pipeline with a ``transformer``, or a transformer itself, of diffusers or your own.
@@ -118,7 +124,10 @@ def _one(
     sites = found.sites(model)
     _attach.clear_remains(model, sites)
 
+    sharding = Sharding(model, partial(find_ranks, model, found, recipe), found.parallel)
+
     def check() -> None:
+        sharding.start()
         _attach.refuse_hooked(model, sites)
         found.check(model)
 
@@ -136,6 +145,7 @@ def _one(
             f"{type(model).__name__}; take token_order 'raster'"
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
+    runtime.sharding = sharding
     if graphs != "auto" or torch.cuda.is_available():
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model), order)

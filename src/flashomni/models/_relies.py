@@ -85,10 +85,6 @@ def _verify_processor(each: Reliance) -> None:
             "accelerated model uses its own attention; call "
             "transformer.reset_attention_backend(), or accelerate anew: set before, it is kept"
         )
-    if getattr(processor, "_parallel_config", None) is not None:
-        raise NotImplementedError(
-            f"{block}: context parallelism is not supported; call accelerate without it"
-        )
 
 
 def _origin(thing: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flashomni.models import Geometry, adapter
-from flashomni.models.blocks import MMDiT, MMDiTAdapter
+from flashomni.models.blocks import TEXT, VISION, MMDiT, MMDiTAdapter
 from flashomni.models.blocks.positions import of_position_ids
 
 
@@ -25,6 +25,7 @@ class Flux(MMDiTAdapter):
         clip=True,
     )
     reorders: ClassVar = True
+    parallel: ClassVar[tuple[str, ...]] = (TEXT, VISION)
     residuals: ClassVar[tuple[str, ...]] = (
         "controlnet_block_samples",
         "controlnet_single_block_samples",

@@ -145,6 +145,7 @@ class LayerCache:
 
     Attributes:
         symbols: of the current interval.
+        everywhere: S_c of all heads, where ``symbols`` are of a rank's own.
         history: of O, for the rows that the output projection sees.
         bias_terms: ``[T, B, R, N]`` projected terms of the cached heads, of the forecast so far.
         rows: token range of ``history`` in the sequence.
@@ -164,6 +165,7 @@ class LayerCache:
     """
 
     symbols: Symbols | None = None
+    everywhere: Symbols | None = None
     history: History | None = None
     bias_terms: Kept | None = None
     rows: tuple[int, int] = (0, 0)
@@ -250,6 +252,8 @@ class LayerCache:
             kept += self.bias_terms.tensors()
         if self.symbols is not None:
             kept += [self.symbols.q_bits, self.symbols.kv_bits]
+        if self.everywhere is not None:
+            kept.append(self.everywhere.q_bits)
         if self.columns is not None:
             kept.append(self.columns.symbols.kv_bits)
         if self.carry is not None:

@@ -85,7 +85,8 @@ def joint_attention(
         streams: the parts of the sequence; one for a model with self-attention alone.
         out_projection: see :meth:`LayerRun.attend`, like ``guide`` and ``gate``.
     """
-    num_heads, batch, seqlen = attn.heads, streams[0].x.shape[0], run.grid.seqlen_q
+    num_heads, batch = attn.heads, streams[0].x.shape[0]
+    seqlen = sum(stream.x.shape[1] for stream in streams)
     q, k, v = (
         streams[0].x.new_empty(batch, seqlen, num_heads, attn.inner_dim // num_heads)
         for _ in range(3)

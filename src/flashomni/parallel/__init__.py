@@ -1,0 +1,7 @@
+"""One sequence on several ranks of torch.distributed: who holds what, and how it is exchanged."""
+
+from flashomni.parallel.layout import Layout
+from flashomni.parallel.ranks import Agreement, Ranks
+from flashomni.parallel.shard import Shard
+
+__all__ = ["Agreement", "Layout", "Ranks", "Shard"]

@@ -1,0 +1,102 @@
+"""The ranks that share a sequence, and the collectives between them, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """A group of torch.distributed.
+
+    Args:
+        group: whose ranks share a sequence, in the order of their parts.
+
+    Attributes:
+        rank: the own place in it.
+        size: how many there are.
+        exchanges: all-to-alls since the last :meth:`restart`.
+        nbytes: what this rank put into them, its own part included.
+        gathers: all-gathers since then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.exchanges = self.nbytes = self.gathers = 0
+
+    def restart(self) -> None:
+        """Count from 0."""
+        self.exchanges = self.nbytes = self.gathers = 0
+
+    def exchange(self, x: Tensor, takes: Sequence[int], sends: Sequence[int]) -> tuple[Tensor, Any]:
+        """Start to send ``sends[r]`` rows of ``x`` to rank r, and to take ``takes[r]`` from it.
+
+        Args:
+            x: ``[sum(sends), ...]``, contiguous.
+
+        Returns:
+            ``[sum(takes), ...]``, and the work to wait for before it is read.
+        """
+        out = x.new_empty(sum(takes), *x.shape[1:])
+        self.exchanges += 1
+        self.nbytes += x.numel() * x.element_size()
+        work = dist.all_to_all_single(
+            out, x, list(takes), list(sends), group=self.group, async_op=True
+        )
+        return out, work
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """``x`` of every rank: the same bits on all of them."""
+        self.gathers += 1
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x, group=self.group)
+        return parts
+
+    def notes(self) -> list[str]:
+        """For the report."""
+        return [
+            f"rank {self.rank} of {self.size}, whose share these figures are: it put "
+            f"{self.nbytes:,} bytes into {self.exchanges} all-to-alls"
+        ]
+
+
+class Agreement:
+    """Whether all ranks were given the same tensors; on the device until somebody asks.
+
+    Args:
+        ranks: who.
+        tensors: by name, of the same shape on all ranks.
+    """
+
+    def __init__(self, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
+        self._names = tuple(tensors)
+        sums = torch.stack([checksum(x) for x in tensors.values()])
+        self._sums = torch.stack(ranks.gather(sums))
+
+    def check(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            ValueError: a tensor is another on another rank. All ranks raise alike.
+        """
+        wrong = (self._sums != self._sums[0]).any(0).tolist()
+        names = [name for name, is_wrong in zip(self._names, wrong, strict=True) if is_wrong]
+        if names:
+            raise ValueError(
+                f"{' and '.join(names)} must be the same on all ranks of a context parallel group, "
+                "but ranks were given different values, and the picture would be none: pass "
+                "generator=torch.Generator('cpu').manual_seed(n) with one n on every rank, and the "
+                "same prompt"
+            )
+
+
+def checksum(x: Tensor) -> Tensor:
+    """A sum of the bits, exact in any order: int64 scalar on the device."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.contiguous().view(kinds[x.element_size()]).sum(dtype=torch.int64)
