@@ -135,6 +135,8 @@ REFUSED = {
     "noise of one step": r"ValueError: hidden_states .*generator=torch.Generator\('cpu'\)",
     "within": "NotImplementedError: .*within a generation",
     "odd": "ValueError: encoder_hidden_states has 77 tokens.*ulysses_anything",
+    "ids": "ValueError: RoPE covers 420 tokens, and the block has 210.*img_ids",
+    "relative": "NotImplementedError: .*context parallelism.*BriaTransformer2DModel",
     "saved": "NotImplementedError: .*own heads",
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from diffusers import (
+    BriaTransformer2DModel,
     ContextParallelConfig,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -213,6 +214,19 @@ def refusals(rank):
         many._parallel_config.context_parallel_config.ring_degree = 2
         flashomni.accelerate(many, "lossless")
 
+    def ids():  # diffusers does not split them with a batch in front
+        names = ("img_ids", "txt_ids")
+        many, arguments = make()
+        arguments |= {name: arguments[name].expand(2, -1, -1) for name in names}
+        with flashomni.accelerate(parallel(many), "lossless") as engine:
+            generate(many, arguments, engine, 1)
+
+    def relative():
+        sizes = adapters()["BriaTransformer2DModel"].sizes["tiny"]
+        many = BriaTransformer2DModel(**{**sizes, "num_attention_heads": 4}).eval()
+        many._parallel_config = parallel(copy.deepcopy(model))._parallel_config
+        flashomni.accelerate(many, "lossless")
+
     def saved():
         with flashomni.accelerate(parallel(copy.deepcopy(model)), "lossless") as engine:
             generate(engine._runtime.model, inputs, engine, 1)
@@ -236,6 +250,8 @@ def refusals(rank):
         "within": refused(within),
         "odd": refused(odd),
         "saved": refused(saved),
+        "ids": refused(ids),
+        "relative": refused(relative),
     }
 
 

@@ -39,9 +39,12 @@ class LayerStep:
         recipe: what is run.
         geometry: of the vision tokens; what its ``place(start, count)`` gives is for :meth:`begin`.
         inputs: the model's arguments by name, for their sizes: what a block is not told.
+        rows: tokens that the block has, after :meth:`begin`: a part of the grid's, where ranks
+            share the sequence.
     """
 
     grid: Grid
+    rows: int
     _first: LayerStep | None = None
 
     def __init__(
@@ -93,6 +96,7 @@ class LayerStep:
         Returns:
             The grid of the sequence.
         """
+        self.rows = seqlen
         if self._shard is not None:
             seqlen, text, kv_len, place = self._whole(self._shard, seqlen, text, kv_len)
         blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n

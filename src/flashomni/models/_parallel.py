@@ -40,7 +40,7 @@ def find_ranks(model: nn.Module, adapter: Adapter, recipe: Recipe) -> tuple[Rank
     if context.ring_degree > 1:
         kind = "ring attention" if context.ulysses_degree == 1 else "ring with Ulysses (unified)"
         reasons.append(f"{kind} is not, an ulysses_degree alone is")
-    if not adapter.parallel:
+    if "parallel" not in vars(type(adapter)):  # what a relative can says nothing of this one
         reasons.append(f"not for {name}: call accelerate without it")
     heads = getattr(model.config, "num_attention_heads", 0)
     if heads % context.ulysses_degree:

@@ -180,7 +180,14 @@ class MMDiT:
         tables = next((each for each in given if each is not None), None)
         if tables is None:
             return None
-        return rope_in_order(run, run.shared(pack_rope, *tables), vision[0] * self.rope_on_text)
+        packed = run.shared(pack_rope, *tables)
+        if self.rope_on_text and packed[0].ndim == 2 and packed[0].shape[0] != run.rows:
+            raise ValueError(
+                f"RoPE covers {packed[0].shape[0]} tokens, and the block has {run.rows}: pass "
+                "position ids (img_ids, txt_ids) of the same tokens, where ranks share them with "
+                "the dimensions that diffusers splits"
+            )
+        return rope_in_order(run, packed, vision[0] * self.rope_on_text)
 
     def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         """A block with two streams."""
