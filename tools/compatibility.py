@@ -42,7 +42,11 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="the page, of what is known; runs nothing"
     )
+    parser.add_argument("--readme", action="store_true", help="print README's row of models")
     options = parser.parse_args()
+    if options.readme:
+        print(page.support())
+        return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -238,15 +238,18 @@ def _turned(value: Any, angle: float) -> Any:
     return value * turn.cos() + value.flip(-1) * turn.sin()
 
 
-def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
-    """Arguments on a device, floats lowered except positions and times."""
+def moved(value: Any, device: str, dtype: torch.dtype, dims: int = 3) -> Any:
+    """Arguments on a device, floats of that many dims lowered: not positions and times."""
     if isinstance(value, Tensor):
-        lower = value.dtype == torch.float32 and value.ndim > 2
+        lower = value.dtype == torch.float32 and value.ndim >= dims
         return value.to(device, dtype if lower else None)
     if isinstance(value, dict):
-        return {key: moved(part, device, dtype) for key, part in value.items()}
+        return {
+            key: moved(part, device, dtype, 2 if key.startswith("pooled") else dims)
+            for key, part in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return type(value)(moved(part, device, dtype) for part in value)
+        return type(value)(moved(part, device, dtype, dims) for part in value)
     return value
 
 

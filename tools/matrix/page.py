@@ -25,7 +25,7 @@ Written by `python tools/compatibility.py --tests FOLDER --write` from
 `--write` measures. Small random models in fp32 on a CPU ({versions}): this
 shows that blocks, token streams, steps and removal are right in each class, and which attention
 runs on our op, not how fast it is; kernels are tested by themselves. `flashomni show models` lists
-the tiers.
+the tiers; `flashomni doctor FOLDER` says what would happen to a pipeline before anything runs.
 
 **tier**: *adapter* takes the blocks apart, so projections are skipped too; *declared* is learned
 from the first call, and a table says where the text is; *generic* is learned alone.
@@ -259,9 +259,9 @@ def support() -> str:
     version = data["versions"].partition(",")[0]
     short = ", ".join(f"`{name.partition('Transformer')[0]}`" for name in sorted(adapters()))
     return (
-        "| models | every transformer with lists of blocks, of diffusers or your own: layers "
-        f"cached whole, attention on our kernels where it can be recognised. {len(right)} of the "
-        f"{len(data['classes'])} transformer classes of {version} and {len(works(pipelines))} of "
-        "the pipelines of its tests run exactly ([docs/compatibility.md](docs/compatibility.md)); "
-        f"{len(adapters())} have an adapter, which skips projections too: {short} |"
+        "| models | every transformer with lists of blocks, of diffusers or your own: "
+        f"{len(right)} of the {len(data['classes'])} transformer classes of {version}, and "
+        f"{len(works(pipelines))} of the pipelines of its tests, ran exactly on small models "
+        f"([each of them](docs/compatibility.md)). {len(adapters())} classes have an adapter, "
+        f"which skips projections too: {short} ([tiers](docs/models.md)) |"
     )
