@@ -26,6 +26,7 @@ Written by `python tools/compatibility.py --tests FOLDER --write` from
 shows that blocks, token streams, steps and removal are right in each class, and which attention
 runs on our op, not how fast it is; kernels are tested by themselves. `flashomni show models` lists
 the tiers; `flashomni doctor FOLDER` says what would happen to a pipeline before anything runs.
+These rows are of diffusers' tests of 0.40.0.dev0, the newest that were at hand.
 
 **tier**: *adapter* takes the blocks apart, so projections are skipped too; *declared* is learned
 from the first call, and a table says where the text is; *generic* is learned alone.
@@ -261,7 +262,7 @@ def support() -> str:
     return (
         "| models | every transformer with lists of blocks, of diffusers or your own: "
         f"{len(right)} of the {len(data['classes'])} transformer classes of {version}, and "
-        f"{len(works(pipelines))} of the pipelines of its tests, ran exactly on small models "
-        f"([each of them](docs/compatibility.md)). {len(adapters())} classes have an adapter, "
+        f"{len(works(pipelines))} of the pipelines of diffusers' tests, ran exactly on small "
+        f"models ([each of them](docs/compatibility.md)). {len(adapters())} have an adapter, "
         f"which skips projections too: {short} ([tiers](docs/models.md)) |"
     )
