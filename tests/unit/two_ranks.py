@@ -15,6 +15,7 @@ import torch.distributed as dist
 from diffusers import (
     BriaTransformer2DModel,
     ContextParallelConfig,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
 )
@@ -50,7 +51,13 @@ RECIPES = {
 }
 UNEVEN = ("topk", "cached by measure", "svg")
 CALLED = ["called topk"]
-CASES = [*RECIPES, *CALLED, *(f"uneven {name}" for name in UNEVEN)]
+FLUX2 = ("lossless", "topk", "cached by measure", "taylorseer")
+CASES = [
+    *RECIPES,
+    *(f"flux2 {name}" for name in FLUX2),
+    *CALLED,
+    *(f"uneven {name}" for name in UNEVEN),
+]
 LAYERS = 4
 
 
@@ -72,6 +79,20 @@ def make(heads=4, text=78, width=19):
         "txt_ids": torch.zeros(text, 3),
         "guidance": torch.full((2,), 3.5),
     }
+
+
+def make_flux2():
+    """FLUX.2, whose position ids diffusers splits with a batch in front."""
+    torch.manual_seed(0)
+    _, inputs = make()
+    sizes = adapters()["Flux2Transformer2DModel"].sizes["tiny"]
+    one = torch.arange(1)
+    text = torch.cartesian_prod(one, one, one, torch.arange(78)).float()
+    image = torch.cartesian_prod(one, torch.arange(18), torch.arange(19), one).float()
+    del inputs["pooled_projections"]
+    ids = {"img_ids": image.expand(2, -1, -1), "txt_ids": text.expand(2, -1, -1)}
+    model = Flux2Transformer2DModel(**{**sizes, "num_attention_heads": 4}).eval()
+    return model, {**inputs, **ids}
 
 
 def generate(model, inputs, engine=None, steps=STEPS):
@@ -312,6 +333,9 @@ def main(rank, store, out):
         uneven, arguments = make(text=77)
         many = parallel(copy.deepcopy(uneven), ulysses_degree=2, ulysses_anything=True)
         found |= equality(rank, uneven, arguments, many, UNEVEN, "uneven ")
+        model2, arguments = make_flux2()
+        many = parallel(copy.deepcopy(model2))
+        found |= equality(rank, model2, arguments, many, FLUX2, "flux2 ")
         found["orders"] = both_orders(model, inputs)
         found["refusals"] = refusals(rank)
     Path(out).write_text(json.dumps(found))

@@ -114,6 +114,14 @@ class LayerStep:
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
         return self.grid
 
+    def tokens_of(self, name: str) -> int:
+        """Tokens that the block has of one of the model's token streams.
+
+        Args:
+            name: of the model's argument ``[B, S, K]``.
+        """
+        return self.inputs[name].shape[1] if self._shard is None else self._shard.lengths[name]
+
     def _whole(
         self, shard: Shard, seqlen: int, text: tuple[int, int], kv_len: Tensor | None
     ) -> tuple[int, tuple[int, int], None, dict[str, Any]]:

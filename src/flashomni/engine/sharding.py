@@ -76,7 +76,8 @@ class Sharding:
         if self._is_first:
             self._is_first = False
             self._pending = Agreement(self.ranks, streams)
-        return Shard(self.ranks, Layout.split(tuple(lengths.values()), self.ranks.size))
+        layout = Layout.split(tuple(lengths.values()), self.ranks.size)
+        return Shard(self.ranks, layout, self._streams)
 
     def settle(self) -> None:
         """Ask what the ranks began with; it was sent a step ago.

@@ -19,6 +19,7 @@ from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import (
     TEXT,
+    VISION,
     Inputs,
     MMDiT,
     MMDiTAdapter,
@@ -78,7 +79,7 @@ class Flux2Blocks(MMDiT):
             )
         x, attn = inputs.x, block.attn
         batch, seqlen, _ = x.shape
-        num_text = run.inputs[TEXT].shape[1]
+        num_text = run.tokens_of(TEXT)
         place = {} if run.geometry is None else run.geometry.place(num_text, seqlen - num_text)
         run.begin(seqlen, text=(0, num_text), **place)
         shift, scale, gate = run.shared(_modulation, inputs.rest["temb_mod"], 3, batch)
@@ -106,6 +107,7 @@ class Flux2(MMDiTAdapter):
         clip=True,
     )
     reorders: ClassVar = True
+    parallel: ClassVar[tuple[str, ...]] = (TEXT, VISION)
     sizes: ClassVar = {
         "tiny": {
             "in_channels": 16,

@@ -10,6 +10,8 @@ h = H / P heads of a rank, D head_dim, P ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,17 @@ class Shard:
     Args:
         ranks: who shares it.
         layout: of the sequence.
+        names: of its streams.
+
+    Attributes:
+        lengths: rows that this rank has of each stream.
     """
 
-    def __init__(self, ranks: Ranks, layout: Layout) -> None:
+    def __init__(self, ranks: Ranks, layout: Layout, names: Sequence[str] = ()) -> None:
         self.ranks, self.layout = ranks, layout
         self.rank, self.size = ranks.rank, ranks.size
+        mine = (lengths[ranks.rank] for lengths in layout.lengths)
+        self.lengths = dict(zip(names, mine, strict=False))
         self._counts = [layout.rows(rank) for rank in range(self.size)]
 
     def heads(self, num_heads: int) -> range:
