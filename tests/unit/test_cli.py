@@ -108,7 +108,7 @@ def test_show_models_says_what_is_known_of_each():
     words = run("show", "models").output.split()
     for word in ("adapter", "declared", "generic"):
         assert word in words
-    assert "text=last" in run("show", "models", "SD3Transformer2DModel").output
+    assert "text=last" in run("show", "models", "MochiTransformer3DModel").output
 
 
 def test_show_recipe_prints_json():

@@ -371,7 +371,7 @@ def test_a_backend_that_is_set_later_is_kept_from_the_next_generation_on():
     """A model without an adapter follows; the report says whose attention ran."""
     from tiny_models import build, output
 
-    model, given = build("SkyReelsV2Transformer3DModel")
+    model, given = build("ErnieImageTransformer2DModel")
     stock = output(model, given)
     with flashomni.accelerate(model, FORA) as engine:
         for backend in (None, "_native_math"):
