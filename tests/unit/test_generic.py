@@ -237,7 +237,7 @@ def test_schedules_that_look_at_the_model(name, left_out, schedule):
 
 def test_a_declaration_places_the_text():
     """Tier B: text blocks of a class that is in the table are never cached."""
-    model, inputs = build("SD3Transformer2DModel")
+    model, inputs = build("MochiTransformer3DModel")
     with flashomni.accelerate(model, Recipe.of(TILES, interval=3, warmup=0.0)) as engine:
         for step in range(2):
             engine.step(step, 4)
@@ -245,7 +245,7 @@ def test_a_declaration_places_the_text():
         (branch,) = engine._runtime.last.branches.values()
         grids = [layer.symbols.grid for layer in branch.layers if layer.symbols is not None]
         assert engine.report().tier == "declared"
-    assert {grid.text_spans for grid in grids} == {((25, 34),)}
+    assert {grid.text_spans for grid in grids} == {((30, 39),)}
 
 
 def test_skip_connections_are_seen_without_a_declaration(cache_whole):

