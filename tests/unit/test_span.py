@@ -89,7 +89,7 @@ def test_nothing_is_kept_of_layers_that_are_computed_again(spans):
 @policy("alternate")
 @dataclass(frozen=True)
 class Alternate(type(make_policy("topk"))):
-    """Says of half of the layers that little of them is computed, whether they ask once or twice."""
+    """Says of half of the layers that little of them is computed; a layer may ask twice."""
 
     name = "alternate"
 
