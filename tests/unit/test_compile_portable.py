@@ -87,12 +87,12 @@ def resources(compiled, arch, tmp_path):
     return registers, spills, compiled.metadata.shared
 
 
-def check(compiled, arch, tmp_path, may_spill=0):
+def check(compiled, arch, tmp_path, may_spill=0, may_spill_later=64):
     registers, spills, shared = resources(compiled, arch, tmp_path)
     print(f"sm_{arch}: {registers} registers, {spills} bytes spilled, {shared} bytes shared")
     assert shared <= SHARED_MEMORY[arch]
     # Other releases than the one that the configurations were measured with may need a little more.
-    assert spills <= (may_spill if triton.__version__.startswith("3.6") else 64)
+    assert spills <= (may_spill if triton.__version__.startswith("3.6") else may_spill_later)
 
 
 def config_of(op, arch, dtype, head_dim):
@@ -154,7 +154,7 @@ def test_difference(arch, dtype, head_dim, per_block, tmp_path):
     types |= {"bit_strides": ("i32",) * 4, "live": f"*{dtype}", "rest": f"*{dtype}"}
     types |= {"live_lse": "*fp32", "rest_lse": "*fp32", "log_n": "*fp32", "bits": "*u8"}
     compiled = compile_kernel(merge.difference_kernel, arch, dtype, constants, types=types)
-    check(compiled, arch, tmp_path)
+    check(compiled, arch, tmp_path, may_spill_later=72)  # with 3.9: four summaries, bf16, 128
     if arch == 90 and per_block:
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
