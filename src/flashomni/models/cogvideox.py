@@ -29,9 +29,6 @@ class CogVideoXBlocks(SharedBlocks):
         x = gated_residual(x, y, gate[:, 0], backend=backend)
         return x, gated_residual(c, c_y, c_gate[:, 0], backend=backend)
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
-        return block.norm1(inputs.x, inputs.c, inputs.rest["temb"])[0]
-
 
 @adapter("CogVideoXTransformer3DModel")
 class CogVideoX(MMDiTAdapter):

@@ -48,9 +48,6 @@ class CogView4Blocks(SharedBlocks):
         x = gated_residual(x, y, gate_mlp, backend=backend)
         return x, gated_residual(c, c_y, c_gate_mlp, backend=backend)
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
-        return block.norm1(inputs.x, inputs.c, inputs.rest["temb"])[0]
-
 
 @adapter("CogView4Transformer2DModel")
 class CogView4(MMDiTAdapter):

@@ -36,6 +36,9 @@ class SharedBlocks(MMDiT):
             found.append(Reliance(name, block, (self.dual_class,), BLOCK))
         return found
 
+    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+        return block.norm1(inputs.x, inputs.c, inputs.rest["temb"])[0]
+
     def attention_of(
         self, run: LayerRun, attn: Any, x: Tensor, c: Tensor, inputs: Inputs
     ) -> tuple[Tensor, Tensor]:
