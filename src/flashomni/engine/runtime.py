@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from flashomni.engine.block import run_block
 from flashomni.engine.call import (
     Call,
     Place,
@@ -22,13 +23,15 @@ from flashomni.engine.call import (
     overall,
     plans_now,
 )
-from flashomni.engine.clock import Clock
+from flashomni.engine.clock import Clock, Position
+from flashomni.engine.generations import MAX_GENERATIONS, Generations
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs, why_none
 from flashomni.engine.grids import Grids
 from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
+from flashomni.engine.model_output import model_output
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
@@ -40,7 +43,6 @@ from flashomni.engine.state.span import Streams
 from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.engine.trace import LayerRecord, Trace
 
-MAX_GENERATIONS = 8  # that have begun and not ended
 log = logging.getLogger("flashomni")
 
 
@@ -84,7 +86,7 @@ class Runtime:
         self.layers, self._check, self._latents = layers, check, latents
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
         self.redone, self.grids = Redone(len(layers)), Grids()
-        self.generations: dict[Hashable, Generation] = {}
+        self.generations = Generations()
         self.last: Generation | None = None
         self._call: Call | None = None
         self._owner: int | None = None
@@ -159,10 +161,10 @@ class Runtime:
                 type(self.model).__name__,
             )
             return None
-        generation = self.generations.get(position.key)
-        if generation is None or not generation.continues(position):
+        generation = self.generations.at(position)
+        if generation is None:
             self._check()
-            generation = self._start(Generation(position, self.division, self.backend))
+            generation = self._start(position)
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
             self.graphs.start(device, why_none(self.recipe, self.learner, self.sharding.ranks))
@@ -189,25 +191,16 @@ class Runtime:
         branch.prefetch(0, plans[self.division.of[0]].stores)
         return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
 
-    def _start(self, generation: Generation) -> Generation:
-        """Remember a new generation, and forget those that have ended."""
-        alive = {
-            key: old
-            for key, old in self.generations.items()
-            if key != generation.key and not old.finished and getattr(key, "alive", True)
-        }
-        while len(alive) >= MAX_GENERATIONS:
-            oldest = next(iter(alive))
-            del alive[oldest]
+    def _start(self, position: Position) -> Generation:
+        """A generation begins."""
+        generation = Generation(position, self.division, self.backend)
+        if self.generations.add(generation):
             self._warn(
                 "generations",
                 "more than %d generations are under way on one transformer: the oldest lost its "
                 "caches, and computes its next step",
                 MAX_GENERATIONS,
             )
-        for gone in self.generations.keys() - alive.keys():
-            self.generations[gone].leave()
-        self.generations = {**alive, generation.key: generation}
         return generation
 
     def end(self, output: Any = None) -> None:
@@ -261,11 +254,8 @@ class Runtime:
         Args:
             pipe: the pipeline, or ``None`` where it is not known; then all that have ended.
         """
-        for key, generation in list(self.generations.items()):
-            is_its = pipe is not None and getattr(key, "belongs_to", lambda _: False)(pipe)
-            if (is_its or generation.finished) and not self.running:
-                generation.free()
-                del self.generations[key]
+        if not self.running:
+            self.generations.done(pipe)
 
     def block(
         self,
@@ -282,60 +272,13 @@ class Runtime:
             compute: runs the block with its run; gives the streams behind it.
             chain: whether the block may share a span with its neighbours.
         """
-        call = self._current()
-        branch, streams = call.branch, place.streams
-        plan, group = call.plans[self.division.of[index]], branch.group_of(index)
-        if branch.expect(index, tuple((x.shape, x.dtype, x.device) for x in streams)):
-            call.update_instead()
-        schedule = self.recipe.schedule
-        inner = schedule.front <= index < len(self.layers) - schedule.back
-        inner = inner and not plan.recipe.at_output
-        if schedule.decides and index <= schedule.front:
-            self._look_inside(index, place)
-        for other in branch.groups:
-            if other is not group:
-                other.spans.close(plan.step)
-        if plan.kind is StepKind.DISPATCH and inner:
-            times = group.spans.times(index)
-            if times:
-                behind = group.spans.replay(index, streams, plan.coefficients(times))
-                if behind is not None:
-                    call.bypassed(index, self.layers[index])
-                    return behind
-        if index + 1 < len(self.layers):
-            branch.prefetch(index + 1, call.plans[self.division.of[index + 1]].stores)
-        record = LayerRecord(self.layers[index], plan.kind.value)
-        run = LayerRun(index, branch.layers[index], plan, record, call.shared, cacheable=inner)
-        behind = compute(run)
-        call.record.layers.append(record)
-        if plan.stores:
-            if inner and branch.layers[index].degraded:
-                behind = group.spans.record(index, streams, behind, plan.step, chain=chain)
-            else:
-                group.spans.close(plan.step)
-        return behind
-
-    def _look_inside(self, index: int, place: Place) -> None:
-        """A schedule that decides inside a step sees its first blocks; once a step it decides."""
         call, schedule = self._current(), self.recipe.schedule
-        if index == 0:
-            call.entrance = place.streams
-        if index < schedule.front or call.decided or not call.tick.leads:
-            return
-        call.decided, signals = True, call.signals(place)
-        call.entrance = ()
-        if call.plans[0].kind is not StepKind.DISPATCH:
-            schedule.watch(index, signals)
-            return
-        call.generation.inside = bool(schedule.decide(index, signals))
-        if call.generation.inside:
-            call.update_instead()
+        return run_block(call, schedule, self.layers, index, place, compute, chain)
 
     def arrange(self, layers: list[str]) -> None:
         """The layers of a model that was just watched: nothing is kept of them yet."""
         self.layers, self.division = layers, Division.make(self.recipe, layers)
-        for generation in self.generations.values():
-            generation.arrange(self.division)
+        self.generations.arrange(self.division)
 
     def as_it_is(self, name: str) -> LayerRecord:
         """Where the FLOPs of a block go that runs as it is in this call, its output not kept."""
@@ -366,28 +309,8 @@ class Runtime:
         """
         if not self.running:
             return compute()
-        call = self._current()
-        guidance, tick, plan = call.generation.guidance, call.tick, call.plans[0]
-        at_output = self.recipe.at_output
-        if call.left_out or (at_output and plan.kind is StepKind.DISPATCH):
-            for index, name in enumerate(self.layers):
-                call.bypassed(index, name)
-            if call.left_out and guidance is not None:
-                return guidance.derive(tick.branch, tick.step, tick.num_steps)
-            kept = call.branch.output
-            output = kept.predict(plan.coefficients(kept.times))
-        else:
-            output = compute()
-            measure = plan.coefficients if self.recipe.schedule.measures else None
-            kept = call.branch.output
-            if at_output and plan.stores and not kept.record(output, plan.step, measure):
-                raise NotImplementedError(
-                    f"forecast.level 'output': {type(self.model).__name__} returned "
-                    f"{type(output).__name__}, which holds no tensor; use level 'layers'"
-                )
-        if guidance is not None:
-            guidance.saw(tick.branch, tick.step, tick.leads, call.live_share() > 0.5, output)
-        return output
+        name = type(self.model).__name__
+        return model_output(self._current(), self.recipe, self.layers, name, compute)
 
     def _warn(self, key: str, message: str, *values: object) -> None:
         """Log a warning once."""
