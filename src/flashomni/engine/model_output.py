@@ -32,10 +32,11 @@ def model_output(
             call.bypassed(index, layer)
         if call.left_out and guidance is not None:
             return guidance.derive(tick.branch, tick.step, tick.num_steps)
+        kept = call.branch.output
         output = kept.predict(plan.coefficients(kept.times))
     else:
         output = compute()
-        kept = call.branch.output  # another one, if that dropped the caches
+        kept = call.branch.output  # now: an Update may have dropped what was kept before
         measure = plan.coefficients if recipe.schedule.measures else None
         if recipe.at_output and plan.stores and not kept.record(output, plan.step, measure):
             raise NotImplementedError(
