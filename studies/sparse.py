@@ -135,6 +135,7 @@ class Options:
     work: Path
     dtype: torch.dtype = torch.float32
     timed: bool = False
+    share: tuple[int, int] = (0, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,13 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--timed", action="store_true", help="cost is time, a page of its own")
     parser.add_argument("--write", action="store_true", help="the page of what is measured already")
+    parser.add_argument("--share", default="0/1", help="I/N: every N-th pair, from I; no page")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=ROOT / "eval" / "studies" / "sparse")
     args = parser.parse_args(arguments)
     options = Options(
         args.device, tuple(args.models.split(",")), args.prompts, tuple(range(args.seeds)),
         args.steps, 0.0 if args.write else args.seconds, args.work, getattr(torch, args.dtype),
-        args.timed,
+        args.timed, _share(args.share),
     )  # fmt: skip
     wanted = {"today", *args.series.split(";")}
     asked = {
@@ -163,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in options.models
     }
     found = run(options, asked)
+    if options.share != (0, 1):
+        return  # whoever started them writes the page when all are done
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
     every = [point for some in asked.values() for point in some]
     study = dataclasses.replace(STUDY, **TIMED) if options.timed else STUDY
@@ -180,6 +184,7 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
             (place, model)
             for model in options.models
             for place in range(options.prompts * len(options.seeds))
+            if place % options.share[1] == options.share[0]
         )
         for place, model in order:
             if runner.over:
@@ -203,6 +208,13 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
     if options.timed:
         found = [each for each in found if each.time is not None]
     return tables(found, asked, options.timed)
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--share must be I/N with 0 <= I < N, got {text!r}")
+    return int(index), int(count)
 
 
 def load(model: str, options: Options) -> zoo.Loaded:
