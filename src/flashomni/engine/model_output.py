@@ -26,7 +26,6 @@ def model_output(
         NotImplementedError: it holds no tensor, and the recipe caches it.
     """
     guidance, tick, plan = call.generation.guidance, call.tick, call.plans[0]
-    kept = call.branch.output
     if call.left_out or (recipe.at_output and plan.kind is StepKind.DISPATCH):
         for index, layer in enumerate(layers):
             call.bypassed(index, layer)
