@@ -6,26 +6,23 @@ The padding of the text is wherever its tokenizer puts it, unless a second encod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from flashomni.models import Geometry, adapter
-from flashomni.models.blocks import TEXT, VISION, MMDiT
 from flashomni.models.hunyuan_video import HunyuanVideo
 
 
 @adapter("HunyuanImageTransformer2DModel")
 class HunyuanImage(HunyuanVideo):
-    blocks: ClassVar = MMDiT(
+    blocks: ClassVar = replace(
+        HunyuanVideo.blocks,
         dual_class="HunyuanImageTransformerBlock",
         single_class="HunyuanImageSingleTransformerBlock",
         attention=("Attention", "HunyuanImageAttnProcessor"),
-        text="last",
-        returns=(VISION, TEXT),
-        rope_on_text=False,
-        mask="attention_mask",
         unsorted=True,
     )
     sizes: ClassVar = {

@@ -8,26 +8,23 @@ tokens are there all the same, as padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from flashomni.models import adapter
-from flashomni.models.blocks import TEXT, VISION, MMDiT
 from flashomni.models.hunyuan_video import HunyuanVideo
 
 
 @adapter("HunyuanVideo15Transformer3DModel")
 class HunyuanVideo15(HunyuanVideo):
-    blocks: ClassVar = MMDiT(
+    blocks: ClassVar = replace(
+        HunyuanVideo.blocks,
         dual_class="HunyuanVideo15TransformerBlock",
+        single_class=None,
         attention=("Attention", "HunyuanVideo15AttnProcessor2_0"),
-        text="last",
-        returns=(VISION, TEXT),
-        rope=("freqs_cis",),
-        rope_on_text=False,
-        mask="attention_mask",
     )
     sizes: ClassVar = {
         "tiny": {
