@@ -1,9 +1,11 @@
 """Seeds, devices, and uninitialised memory that shows: every test starts from the same state."""
 
 import functools
+import gc
 import importlib.util
 import itertools
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -287,6 +289,25 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    set_modules_apart(item.session)
+    skip_without_gpu(item)
+
+
+def set_modules_apart(session):
+    """Objects of modules stay as long as the tests: whoever collects garbage need not walk them.
+
+    A million of torch, diffusers and transformers take half a second, and a benchmark collects
+    before each generation.
+    """
+    known, now = getattr(session, "modules_apart", 0), len(sys.modules)
+    if now > known + 50:
+        gc.collect()
+        gc.freeze()
+        session.modules_apart = now
+
+
 @pytest.fixture
 def cache_whole(monkeypatch):
     """Choose the layers that are cached whole; the others cache tiles."""
@@ -302,7 +323,7 @@ def cache_whole(monkeypatch):
     return choose
 
 
-def pytest_runtest_setup(item):
+def skip_without_gpu(item):
     """What the marker says: no test has to ask for the device itself.
 
     A kernel's test needs none where Triton interprets.
