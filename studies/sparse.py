@@ -43,6 +43,11 @@ LADDER = {
     "+ carry, refresh 8": BEST.format(8),
     "+ carry, refresh 4": BEST.format(4),
 }
+AMOUNTS = {
+    "today": DENSITIES,
+    "+ carry, refresh 4": DENSITIES,
+    "+ carry, refresh 8": (0.5, 0.25, 0.125),
+}
 # One thing changed, at density 0.25.
 ASIDE = {
     "tile order": ",token_order=tile" + SUMMARIES + FINE + EACH,
@@ -56,14 +61,15 @@ ASIDE = {
     "carry alone, raster": CARRIED + CARRY.format(4),
     "control: chosen again at step 14": BEST.format(4).replace("[3]", "[3,14]"),
 }
-# Rules as published, with five thresholds each; with our order, and with our carry too.
+# Published rules with five thresholds each and the same dense steps, in our order, and with our
+# carry too: at lengths where attention is most of the time. SpargeAttn's gate on similar tokens is
+# open: with it nearly every query block visits everything here, whatever the mass.
 RULES = {
-    "spargeattn": ("spargeattn:mass={}," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
+    "spargeattn": ("spargeattn:similarity_gate=-1,mass={}," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
     "window": ("window:reach={}," + STEPS, (0.02, 0.05, 0.1, 0.15, 0.25)),
     "radial": ("radial:width={}," + STEPS, (0.05, 0.1, 0.2, 0.4, 0.8)),
 }
 VARIANTS = {
-    "": EACH,
     ", our order": ORDER + EACH,
     ", our order and carry": ORDER + CARRIED + CARRY.format(4),
 }
@@ -75,14 +81,15 @@ RAMPS = (11, 13, 17)
 
 def points(model: str) -> Iterator[Point]:
     """All of one model."""
+    long = "@" in model
     for series, rest in LADDER.items():
-        for density in DENSITIES if series in ("today", "+ carry, refresh 4") else DENSITIES[::2]:
+        for density in AMOUNTS.get(series, DENSITIES[::2]):
             yield Point(series, None, TOP.format(density) + rest, model)
-    for series, rest in ASIDE.items():
+    for series, rest in () if long else ASIDE.items():
         yield Point(series, None, TOP.format(0.25) + rest, model)
     for rule, (method, thresholds) in RULES.items():
-        if rule == "radial" and model.startswith("tiny-image"):
-            continue  # a picture is one frame, which it sees whole
+        if not long or (rule == "radial" and model.startswith("tiny-image")):
+            continue  # a picture is one frame, which radial sees whole
         for variant, rest in VARIANTS.items():
             for threshold in thresholds:
                 yield Point(rule + variant, None, method.format(threshold) + rest, model)

@@ -95,7 +95,10 @@ def test_what_the_page_says(tmp_path):
     from _sparse_page import write
 
     asked = list(sparse.points("tiny-image"))
-    assert not [point for point in asked if point.series.startswith("radial")]
+    larger = sparse.points("tiny-image@512x512")
+    assert {p.series.split(",")[0] for p in larger} >= {"spargeattn", "window"} and not [
+        point for point in sparse.points("tiny-image@512x512") if point.series.startswith("radial")
+    ]
     rows = []
     for prompt in (0, 1):
         for number, point in enumerate(asked):
