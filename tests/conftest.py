@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import flashomni
+from covering import covered
 from flashomni.dispatch import OPS, find, registered
 from flashomni.engine import Recipe
 from flashomni.engine.layer import LayerRun
@@ -175,10 +176,15 @@ def no_grad():
 @pytest.fixture(params=ADAPTERS)
 def tiny(request):
     """``(model, inputs)`` of one adapter, weights of unit scale so that attention is not flat."""
+    return make_tiny(request.param)
+
+
+def make_tiny(name):
+    """The same each time, bit by bit."""
     torch.manual_seed(0)
-    model, inputs = adapters()[request.param].tiny()
-    for name, parameter in model.named_parameters():
-        if "norm_q" in name or "norm_k" in name:
+    model, inputs = adapters()[name].tiny()
+    for key, parameter in model.named_parameters():
+        if "norm_q" in key or "norm_k" in key:
             parameter.mul_(2.0)
     known = {own: usual for usual, own in own_names(model).items()}
     return model.eval(), {known.get(key, key): value for key, value in inputs.items()}
@@ -243,6 +249,17 @@ def run(model, inputs, recipe, steps=STEPS, **options):
         return generation(engine, model, inputs, steps), engine.report()
 
 
+def sparse_run(model):
+    """``run(model, inputs, SPARSE)`` of `tiny`'s fresh model and its inputs, once for all tests."""
+    return _sparse_run(type(model).__name__)
+
+
+@functools.cache
+def _sparse_run(name):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return run(*make_tiny(name), SPARSE)
+
+
 def residue(model):
     """What an engine could leave behind on the modules of a model."""
     return [
@@ -282,7 +299,7 @@ def is_for_another(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    items[:] = [item for item in items if not is_for_another(item)]
+    items[:] = covered([item for item in items if not is_for_another(item)])
     if config.getoption("--quick"):
         kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])

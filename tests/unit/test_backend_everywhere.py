@@ -50,6 +50,7 @@ def chosen(monkeypatch):
     return seen
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("backend", "device"), WHERE)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_op_takes_the_backend_that_was_asked_for(
