@@ -129,7 +129,7 @@ class Runner:
             prompt: number and text.
             seed: of the noise.
             steps: denoising steps; the model's own by default.
-            timed: generate twice each, and time the second.
+            timed: time each, and the stock pipeline, once nothing compiles or is recorded.
             drawn: methods whose pictures are kept, the stock pipeline's with them.
 
         Returns:
@@ -150,6 +150,8 @@ class Runner:
                 reference, dense_seconds = _run(generation, timed)
                 self._draw(model, "stock", reference, drawn)
             with accelerate(generation.pipe, Recipe.of(method)) as engine:
+                if timed and generation.compiles:
+                    generation.discard()  # the next one is recorded, the third is a replay
                 pixels, seconds = _run(generation, timed)
                 report = engine.report()
             flip = None
@@ -186,7 +188,7 @@ def file_name(model: str) -> str:
 
 
 def _run(generation: Generation, timed: bool) -> tuple[Tensor, float]:
-    """Frames and seconds: of the second generation where they count, and nothing compiles."""
+    """Frames and seconds: of a later generation where they count."""
     if timed:
         generation.discard()
     return generation.run(_nothing)
@@ -240,7 +242,9 @@ class Table:
         self.timed = timed
         by_pair: dict[tuple[int, int], dict[str, Measured]] = {}
         for each in found:
-            by_pair.setdefault(each.pair, {})[each.method] = each
+            known = by_pair.setdefault(each.pair, {})
+            if each.method not in known or each.time is not None:
+                known[each.method] = each
         whole = {pair: some for pair, some in by_pair.items() if set(methods) <= set(some)}
         self.pairs = sorted(whole)
         self._rows = whole
@@ -264,20 +268,34 @@ class Table:
         return [min(x, 99.0) for x in self.column(method, lambda m: m.psnr_db)]
 
     def cost(self, method: str) -> float:
-        """What a method costs, of dense: the mean of attention spent, or of time."""
-        return statistics.fmean(self.column(method, self._cost))
+        """What a method costs, of dense: the mean of attention spent, or of the times taken."""
+        if not self.timed:
+            return statistics.fmean(self.column(method, lambda m: m.spent))
+        rows = [self._rows[pair][method] for pair in self.pairs]
+        times = [each.time for each in rows if each.time is not None]
+        return statistics.fmean(times) if times else math.nan
 
-    def _cost(self, measured: Measured) -> float:
-        return measured.time or 0.0 if self.timed else measured.spent
+    def whole_cost(self, method: str) -> float:
+        """What a generation costs, of dense: time, or the mean of the FLOPs of all ops computed."""
+        if self.timed:
+            return self.cost(method)
+        return 1 - statistics.fmean(self.column(method, lambda m: m.skipped))
 
-    def between(self, methods: Sequence[str], cost: float) -> list[float]:
+    def between(
+        self,
+        methods: Sequence[str],
+        cost: float,
+        cost_of: Callable[[str], float] | None = None,
+    ) -> list[float]:
         """PSNR of each pair where a line through the methods costs so much."""
-        found = []
-        for pair in self.pairs:
-            some = [self._rows[pair][method] for method in methods]
-            line = sorted((self._cost(m), min(m.psnr_db, 99.0)) for m in some)
-            found.append(_on_line(line, cost))
-        return found
+        cost_of = cost_of or self.cost
+        order = sorted(methods, key=cost_of)
+        costs = [cost_of(method) for method in order]
+        values = [self.psnr(method) for method in order]
+        return [
+            _on_line(list(zip(costs, line, strict=True)), cost)
+            for line in zip(*values, strict=True)
+        ]
 
 
 def _on_line(line: Sequence[tuple[float, float]], x: float) -> float:

@@ -80,11 +80,9 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
 
 
 def _costs(table: Table, method: str) -> dict[str, float | str]:
-    times = table.column(method, lambda m: m.time)
-    return {
-        "spent": round(statistics.fmean(table.column(method, lambda m: m.spent)), 4),
-        "time": round(statistics.fmean(times), 4) if times else "",
-    }
+    spent = statistics.fmean(table.column(method, lambda m: m.spent))
+    time = round(table.cost(method), 4) if table.timed else ""
+    return {"spent": round(spent, 4), "time": time}
 
 
 def _numbers(name: str, mean: Mean, digits: int = 2) -> dict[str, float | str]:
@@ -167,6 +165,7 @@ def page(
         lines += [f"![The first pair, density 0.25]({study.name}_pictures.png)", ""]
     lines += _targets(points, tables)
     lines += _published(points, tables)
+    lines += _on_caching(points, tables)
     lines += [
         "## Every method",
         "",
@@ -258,6 +257,38 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
                     f"| {model} | {limit:.2f} | {name} | {Mean.of(table.psnr(rule))} | "
                     f"{threshold} | {Mean.of(gain)} |"
                 )
+    return [*lines, ""]
+
+
+def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
+    """Sparse attention in the steps that caching computes, against a ramp that costs as much."""
+    timed = next(iter(tables.values())).timed
+    what = "time of a generation" if timed else "FLOPs of a generation, all ops"
+    lines = ["## On top of caching", "",
+             "Sparse attention in the computed steps of a ramp, against whole-layer caching alone "
+             f"on a ramp that costs as much (between two measured ones). Cost: {what}, of dense.",
+             "",
+             "| model | series | computed steps | cost | PSNR, dB | caching alone | gain, dB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for model, table in tables.items():
+        ramps = _of(points, model, "caching")
+        low, high = min(map(table.whole_cost, ramps)), max(map(table.whole_cost, ramps))
+        for point in points:
+            if point.model != model or not point.series.startswith("caching"):
+                continue
+            cost, psnr = table.whole_cost(point.method), table.psnr(point.method)
+            alone, gain = "", ""
+            if point.series != "caching" and low <= cost <= high:
+                line = table.between(ramps, cost, table.whole_cost)
+                alone = str(Mean.of(line))
+                gain = str(Mean.of([a - b for a, b in zip(psnr, line, strict=True)]))
+            elif point.series != "caching":
+                alone = "no ramp so cheap" if cost < low else "no ramp so dear"
+            steps = point.method.partition("computed=")[2].partition(",")[0]
+            lines.append(
+                f"| {model} | {point.series} | {steps} | {cost:.3f} | {Mean.of(psnr)} | {alone} | "
+                f"{gain} |"
+            )
     return [*lines, ""]
 
 

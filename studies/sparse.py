@@ -45,8 +45,14 @@ LADDER = {
 }
 AMOUNTS = {
     "today": DENSITIES,
-    "+ carry, refresh 4": DENSITIES,
-    "+ carry, refresh 8": (0.5, 0.25, 0.125),
+    "+ carry, refresh 4": (*DENSITIES, 0.22, 0.09),
+    "+ carry, refresh 8": (0.5, 0.25, 0.125, 0.09),
+}
+# At lengths where every generation takes its time: what is worth it there.
+LONG_AMOUNTS = {
+    "today": (0.5, 0.25),
+    "+ carry, refresh 4": (0.25, 0.125),
+    "+ carry, refresh 8": (0.25, 0.125, 0.09),
 }
 # One thing changed, at density 0.25.
 ASIDE = {
@@ -65,41 +71,51 @@ ASIDE = {
 # carry too: at lengths where attention is most of the time. SpargeAttn's gate on similar tokens is
 # open: with it nearly every query block visits everything here, whatever the mass.
 RULES = {
-    "spargeattn": ("spargeattn:similarity_gate=-1,mass={}," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
+    "spargeattn": ("spargeattn:mass={},similarity_gate=-1," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
     "window": ("window:reach={}," + STEPS, (0.02, 0.05, 0.1, 0.15, 0.25)),
     "radial": ("radial:width={}," + STEPS, (0.05, 0.1, 0.2, 0.4, 0.8)),
 }
-VARIANTS = {
-    ", our order": ORDER + EACH,
-    ", our order and carry": ORDER + CARRIED + CARRY.format(4),
-}
+OURS = ORDER + EACH
+OURS_CARRIED = ORDER + CARRIED + CARRY.format(4)
 CACHED = "topk:q_density=1,diagonal=true,text_rows=true,kv_density={},degrade_below=1,computed={}"
 CACHED += ",forecast=hermite,layer_order=2,in_computed=true,dense_steps=1,choose_at=[0]"
 CACHED += ORDER + SUMMARIES + FINE
-RAMPS = (11, 13, 17)
+RAMPS = (7, 9, 11, 13, 17)
+ON_RAMPS = dict.fromkeys((11, 13, 17), ((0.25, 3), (0.125, 3), (0.25, 2)))  # density, refresh
+LONG_RAMPS = (9, 11, 13, 17)
+ON_LONG_RAMPS = {11: ((0.25, 3),), 13: ((0.25, 3), (0.25, 2)), 17: ((0.25, 3), (0.125, 3))}
 
 
 def points(model: str) -> Iterator[Point]:
     """All of one model."""
     long = "@" in model
     for series, rest in LADDER.items():
-        for density in AMOUNTS.get(series, DENSITIES[::2]):
+        amounts = LONG_AMOUNTS.get(series, ()) if long else AMOUNTS.get(series, DENSITIES[::2])
+        for density in amounts:
             yield Point(series, None, TOP.format(density) + rest, model)
-    for series, rest in () if long else ASIDE.items():
-        yield Point(series, None, TOP.format(0.25) + rest, model)
-    for rule, (method, thresholds) in RULES.items():
-        if not long or (rule == "radial" and model.startswith("tiny-image")):
-            continue  # a picture is one frame, which radial sees whole
-        for variant, rest in VARIANTS.items():
-            for threshold in thresholds:
-                yield Point(rule + variant, None, method.format(threshold) + rest, model)
-    for ramp in RAMPS:
-        yield Point(
-            "caching", None, f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}", model
-        )
-        for density, refresh in ((0.25, 3), (0.125, 3), (0.25, 2)):
+    if long:
+        yield from rules(model)
+    else:
+        for series, rest in ASIDE.items():
+            yield Point(series, None, TOP.format(0.25) + rest, model)
+    for ramp in LONG_RAMPS if long else RAMPS:
+        method = f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}"
+        yield Point("caching", None, method, model)
+        for density, refresh in (ON_LONG_RAMPS if long else ON_RAMPS).get(ramp, ()):
             series = f"caching + sparse {density:g}, refresh {refresh}"
             yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
+
+
+def rules(model: str) -> Iterator[Point]:
+    """Published ones: every threshold in our order, some of them with our carry."""
+    for rule, (method, thresholds) in RULES.items():
+        if rule == "radial" and model.startswith("tiny-image"):
+            continue  # a picture is one frame, which radial sees whole
+        for threshold in thresholds:
+            yield Point(f"{rule}, our order", None, method.format(threshold) + OURS, model)
+        for threshold in thresholds[1::2]:
+            series = f"{rule}, our order and carry"
+            yield Point(series, None, method.format(threshold) + OURS_CARRIED, model)
 
 
 STUDY = Study(
@@ -123,7 +139,7 @@ TIMED = {
     "question": (
         "The methods of [the study of attention spent](sparse.md) against the measured time of a "
         "whole generation: the second of each kind, of the stock pipeline's second, one after the "
-        "other in one process."
+        "other in one process, on the first pair."
     ),
     "x_label": "time of a generation, of dense",
 }
@@ -205,15 +221,12 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
                 continue
             methods = [point.method for point in asked[model]]
             drawn = drawings() if place == 0 else ()
-            runner.pair(
-                model, some, methods, *todo[place], options.steps, timed=options.timed, drawn=drawn
-            )
+            timed = options.timed and place == 0  # more pairs tell nothing new about time
+            runner.pair(model, some, methods, *todo[place], options.steps, timed=timed, drawn=drawn)
             if place == 0:
                 agreement(model, some, todo[0], options.work, options.steps, deadline)
     kind = str(options.dtype).removeprefix("torch.")
     found = [e for e in read(options.work / "measured.jsonl") if e.dtype == kind]
-    if options.timed:
-        found = [each for each in found if each.time is not None]
     return tables(found, asked, options.timed)
 
 
