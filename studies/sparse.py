@@ -106,6 +106,23 @@ def points(model: str) -> Iterator[Point]:
             yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
 
 
+FEW_TOP = TOP.replace("dense_steps=4", "dense_steps=2") + ORDER + SUMMARIES + FINE
+
+
+def few(model: str) -> Iterator[Point]:
+    """For a generation of few steps (8), of which two are dense: sparse attention or caching."""
+    for density in DENSITIES[::2]:
+        today = TOP.format(density).replace("dense_steps=4", "dense_steps=2") + EACH
+        yield Point("today", None, today, model)
+    for refresh in (2, 3):
+        for density in (0.5, 0.25, 0.125):
+            method = FEW_TOP.format(density) + ",choose_at=[1]" + CARRY.format(refresh)
+            yield Point(f"+ carry, refresh {refresh}", None, method, model)
+    for ramp in (4, 5, 6, 7):
+        method = f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}"
+        yield Point("caching", None, method, model)
+
+
 def rules(model: str) -> Iterator[Point]:
     """Published ones: every threshold in our order, some of them with our carry."""
     for rule, (method, thresholds) in RULES.items():
@@ -145,6 +162,17 @@ TIMED = {
 }
 
 
+FEW = {
+    "name": "sparse_few",
+    "title": "Sparse attention in few steps",
+    "question": (
+        "Generations of 8 steps, as distilled models make them, of which the first two have dense "
+        "attention: sparse attention in the others, or whole-layer caching. (These models are not "
+        "distilled: what is compared is the distance to their own 8 dense steps.)"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line."""
@@ -170,21 +198,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
     parser.add_argument("--series", default="", help="only these, and today's way; apart by ;")
+    parser.add_argument("--few", action="store_true", help="8 steps, a page of its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--timed", action="store_true", help="cost is time, a page of its own")
     parser.add_argument("--write", action="store_true", help="the page of what is measured already")
     parser.add_argument("--share", default="0/1", help="I/N: every N-th pair, from I; no page")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--work", type=Path, default=ROOT / "eval" / "studies" / "sparse")
+    parser.add_argument("--work", type=Path, help="of measurements; by default one for each page")
     args = parser.parse_args(arguments)
+    steps = 8 if args.few else args.steps
+    study = dataclasses.replace(STUDY, **(TIMED if args.timed else FEW if args.few else {}))
+    work = args.work or ROOT / "eval" / "studies" / study.name
     options = Options(
         args.device, tuple(args.models.split(",")), args.prompts, tuple(range(args.seeds)),
-        args.steps, 0.0 if args.write else args.seconds, args.work, getattr(torch, args.dtype),
+        steps, 0.0 if args.write else args.seconds, work, getattr(torch, args.dtype),
         args.timed, _share(args.share),
     )  # fmt: skip
     wanted = {"today", *args.series.split(";")}
     asked = {
-        model: [p for p in points(model) if not args.series or p.series in wanted]
+        model: [
+            p for p in (few if args.few else points)(model) if not args.series or p.series in wanted
+        ]
         for model in options.models
     }
     found = run(options, asked)
@@ -192,7 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return  # whoever started them writes the page when all are done
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
     every = [point for some in asked.values() for point in some]
-    study = dataclasses.replace(STUDY, **TIMED) if options.timed else STUDY
     write(study, every, found, options.work, args.out, " ".join(command))
 
 
