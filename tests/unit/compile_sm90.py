@@ -1,5 +1,8 @@
 """Compile Gluon kernels for Hopper without a GPU and read what ptxas made of them."""
 
+import contextlib
+import functools
+import io
 import re
 import subprocess
 import tempfile
@@ -46,11 +49,11 @@ class Build:
 
     def sass(self):
         """Instructions in order, one string each, without addresses and encodings."""
-        return [line for _, line in self._listing()]
+        return [line for _, line in self._listing]
 
     def loops(self):
         """Innermost loops: the instructions from each backward branch's target to the branch."""
-        listing, found = self._listing(), []
+        listing, found = self._listing, []
         for address, line in listing:
             target = re.match(r"(?:@!?U?P\w+ )?BRA.*?(0x[0-9a-f]+)", line)
             if target and int(target[1], 16) < address:
@@ -62,6 +65,7 @@ class Build:
         ]
         return [[line for at, line in listing if start <= at <= end] for start, end in inner]
 
+    @functools.cached_property
     def _listing(self):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
@@ -95,18 +99,25 @@ def build(kernel, types, constants, num_warps=4):
     source = GluonASTSource(
         kernel, signature, {at[name]: value for name, value in constants.items()}, aligned
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        done = subprocess.run(
-            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    log = done.stdout + done.stderr
+    printed = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
+        )
+    log = printed.getvalue() or log_of(compiled.asm["ptx"])
     return Build(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, log)
+
+
+def log_of(ptx):
+    """What ptxas says of a kernel that Triton has found in its cache."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(90).path, "-lineinfo", "-v", "--gpu-name=sm_90a", file.name]
+        command += ["-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def writes_in_flight(sass):

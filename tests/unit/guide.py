@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import flashomni
@@ -50,6 +51,24 @@ def install(folder, pyproject, modules, package="flashomni_extras"):
         done = run("-m", "pip", *command, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
     return site
+
+
+def lay_out(folder, pyproject, modules, package="flashomni_extras"):
+    """What :func:`install` leaves, without building a wheel: modules, and the entry points."""
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").touch()
+    for name, text in modules.items():
+        (folder / package / f"{name}.py").write_text(text, encoding="utf-8")
+    project = tomllib.loads(pyproject)["project"]
+    info = folder / f"{package}-{project['version']}.dist-info"
+    info.mkdir()
+    head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(head)
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return folder
 
 
 def distribution(pyproject):

@@ -153,15 +153,14 @@ print(weights_digest(small().pipe))
 def test_the_weights_have_one_digest_in_every_program(loaded):
     """Whatever the order of sets, before and after a generation; else nothing is ever found."""
     digests = [weights_digest(loaded.pipe)]
-    for seed in "12":
-        done = subprocess.run(
-            [sys.executable, "-c", DIGEST, str(Path(__file__).parent)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        digests.append(done.stdout.split()[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST, str(Path(__file__).parent)],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    digests.append(done.stdout.split()[-1])
     assert len(set(digests)) == 1
 
 

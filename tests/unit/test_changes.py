@@ -18,6 +18,7 @@ from conftest import (
     residue,
     run,
     self_attention,
+    sparse_run,
 )
 from flashomni.models import find_adapter
 
@@ -119,7 +120,7 @@ def test_what_would_be_ignored_is_refused_in_either_order(tiny, change, when):
             flashomni.accelerate(model, "lossless")
         return
     with flashomni.accelerate(model, "lossless") as engine:
-        generation(engine, model, inputs)
+        generation(engine, model, inputs, steps=2)
         word = change(model)
         with pytest.raises(NotImplementedError, match=word):
             step(engine, model, inputs)
@@ -129,7 +130,7 @@ def test_what_would_be_ignored_is_refused_in_either_order(tiny, change, when):
 def test_a_cache_that_is_disabled_again_leaves_the_engine_working(tiny):
     """enable, refusal, disable: the next generation is what it was."""
     model, inputs = tiny
-    expected, _ = run(model, inputs, SPARSE)
+    expected, _ = sparse_run(model)
     with flashomni.accelerate(model, SPARSE) as engine:
         first_block_cache(model)
         with pytest.raises(NotImplementedError):
@@ -291,6 +292,7 @@ def test_the_library_says_what_it_does(tiny, caplog):
     assert "accelerated with recipe fora" in lines[0] and "cached whole" in lines[1]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("steps", [4, 5, 9])
 @pytest.mark.parametrize("preset", ["quality", "balanced", "fast", "lossless"])
 def test_short_runs_are_served_and_the_report_says_what_could_be_gained(tiny, preset, steps):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_graphs import accelerate, plain_run, replays
 
-from conftest import STEPS, call, generation, residue
+from conftest import STEPS, call, first_item, generation, residue
 from flashomni.engine.schedules import StepKind
 from flashomni.models import adapters
 
@@ -19,7 +19,7 @@ CARRY = ",choose_at=[1],dense_steps=2,carry=extrapolate,refresh=3,summaries=4"
 def flux():
     torch.manual_seed(0)
     model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-    return model.eval(), dict(inputs)
+    return model.eval(), first_item(inputs)
 
 
 @pytest.mark.slow
