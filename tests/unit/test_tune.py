@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,12 +200,29 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path):
 @pytest.mark.slow
 def test_no_recipe_where_the_ramp_is_not_beaten(loaded, tmp_path, monkeypatch):
     """The error names the ramp and both figures, and nothing is written."""
-    lost = Verdict(30.0, 29.0, 31.0, 30.0, -1.0, 0.2, None, 2.0)
+    lost = Verdict(30.0, 29.0, 31.0, 30.0, -1.0, 0.2, None, None, None, 2.0)
     monkeypatch.setattr(Verdict, "of", classmethod(lambda cls, *_: lost))
     out = tmp_path / "mine.json"
     with pytest.raises(NotBetterError, match=r"ramp:computed=4,of=8.*31.0 dB") as caught:
         tune(loaded.pipe, PROMPTS, call=loaded.call, pareto=[4], out=out, settings=FEW)
     assert not list(tmp_path.glob("mine*.json")) and caught.value.found.points[0].computed == 4
+
+
+@pytest.mark.slow
+def test_a_schedule_that_the_fitted_ramp_beats_is_not_written(loaded, tmp_path, monkeypatch):
+    """The ramp with weights fitted in the same way is, where it beats the presets' forecast."""
+    of = Verdict.of
+
+    def worse(cls, tuned, ramp, same):
+        found = of(tuned, ramp, same)
+        return found if same is None else replace(found, schedule_gain_db=-0.1)
+
+    monkeypatch.setattr(Verdict, "of", classmethod(worse))
+    options = {"call": loaded.call, "pareto": [4], "settings": FEW}
+    found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
+    assert found.recipe.schedule.steps == ramp_steps(4, STEPS)
+    assert found.recipe.forecast.name == "fitted" and found.chosen.source.startswith("ramp")
+    assert found.chosen.verdict.gain_db > 0 and found.chosen.verdict.same_weights_db is None
 
 
 def test_recording_that_does_not_fit_is_refused(loaded, tmp_path):
@@ -245,7 +263,7 @@ def test_a_fidelity_is_reached_by_the_fewest_steps(monkeypatch):
             pass
 
         def point(self, count):
-            verdict = Verdict(20.0 + count, 0, 0, 0, 1.0, 0, None, 1.0)
+            verdict = Verdict(20.0 + count, 0, 0, 0, 1.0, 0, None, None, None, 1.0)
             return running.Point(count, None, "", 0.0, 0.0, 0.0, verdict)
 
     points = running._reach(Fake(), 30.0)

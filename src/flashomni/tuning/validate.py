@@ -157,6 +157,8 @@ class Verdict:
         gain_db: mean of the paired differences, ``error_db`` its standard error.
         same_weights_db: mean of the ramp with weights fitted in the same way; ``None`` where the
             tuned schedule is the ramp's.
+        schedule_gain_db: mean of the paired differences to that ramp, ``schedule_error_db`` its
+            standard error: what the schedule alone is worth. ``None`` likewise.
         speedup: measured, median.
     """
 
@@ -167,19 +169,24 @@ class Verdict:
     gain_db: float
     error_db: float
     same_weights_db: float | None
+    schedule_gain_db: float | None
+    schedule_error_db: float | None
     speedup: float
 
     @property
     def beats(self) -> bool:
-        """Whether the recipe may be written."""
-        return self.gain_db > 0
+        """Whether the recipe may be written: neither forecast makes the ramp as good."""
+        return self.gain_db > 0 and (self.schedule_gain_db is None or self.schedule_gain_db > 0)
 
     @classmethod
     def of(cls, tuned: list[Held], ramp: list[Held], same_weights: list[Held] | None) -> Verdict:
         """From what the prompts gave, in the same order."""
         own, others = [x.psnr_db for x in tuned], [x.psnr_db for x in ramp]
         gains = [a - b for a, b in zip(own, others, strict=True)]
-        same = None if same_weights is None else [x.psnr_db for x in same_weights]
+        same, over_same = None, None
+        if same_weights is not None:
+            same = [x.psnr_db for x in same_weights]
+            over_same = [a - b for a, b in zip(own, same, strict=True)]
         return cls(
             psnr_db=round(statistics.fmean(own), 2),
             worst_db=round(min(own), 2),
@@ -188,6 +195,8 @@ class Verdict:
             gain_db=round(statistics.fmean(gains), 2),
             error_db=round(spread(gains), 2),
             same_weights_db=None if same is None else round(statistics.fmean(same), 2),
+            schedule_gain_db=None if over_same is None else round(statistics.fmean(over_same), 2),
+            schedule_error_db=None if over_same is None else round(spread(over_same), 2),
             speedup=round(statistics.median(x.dense_seconds / x.seconds for x in tuned), 2),
         )
 
