@@ -6,17 +6,26 @@ the page: PSNR to the dense picture (mean and its standard error over prompts, w
 steps, FLOPs skipped, speed-up. A recipe with ", calibrated" behind it gets the magnitude ratios or
 the polynomial that one dense run of a ``tune`` prompt gives; they are printed. Rows that no run has
 keep what they hold.
+
+``--jobs N`` looks at pictures in N processes, which share a card whose kernels are too short to
+fill it, and takes all times behind that, alone. ``--ours`` names methods that are compared with
+every line of peers at their own measured time, ``--equal-time`` is the CSV of that.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +36,8 @@ import torch
 from flashomni.engine import Recipe
 from flashomni.lab import results, split, zoo
 from flashomni.lab.fidelity.compare import compare
-from flashomni.lab.fidelity.comparison import Comparison, Summed
+from flashomni.lab.fidelity.comparison import Comparison, Picture, Summed
+from flashomni.lab.fidelity.equal_time import Equal, at_equal_time
 from flashomni.lab.fidelity.methods import Method, of_recipe, parse_method
 from flashomni.lab.generation import Generation
 from flashomni.models import find_adapter
@@ -36,6 +46,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 RECIPE = "recipe"
 MEASURED = {"tiny-image": "measured, picture", "tiny-video": "measured, video"}
 CALIBRATED = ", calibrated"
+SHARE = 0.45  # of the seconds, for pictures where they have processes of their own
 RAMP = "[0,1,2,4,6,10,15,20,24,27]"  # the steps of `balanced`, given to peers that take a list
 PEERS = (
     "steps=20", "steps=14", "steps=10",
@@ -62,7 +73,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="a model")
     parser.add_argument("--rounds", type=int, default=3, help="timed generations")
     parser.add_argument("--seconds", type=float, nargs="+", help="a model; no further one is begun")
+    parser.add_argument("--enough", type=float, default=2.0, help="timed seconds of a method")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make pictures")
+    parser.add_argument("--ours", nargs="*", default=["balanced"], help="at equal time with peers")
     parser.add_argument("--csv", type=Path, help="where rows are kept")
+    parser.add_argument("--equal-time", type=Path, help="where differences are kept")
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # of one of the jobs
     parser.add_argument("--write", action="store_true", help=f"from the CSV into {PAGE.name}")
     options = parser.parse_args()
 
@@ -74,23 +90,36 @@ def main() -> None:
             parser.error("--write needs --csv")
         PAGE.write_text(filled(page, cells_of(results.read(options.csv, Summed))), "utf-8")
         return
+    options.recipe = options.recipe or list(recipes_of(page))
+    if options.part is not None:
+        _work_on(options)
+        return
     found = {}
     for number, model in enumerate(options.model):
-        found[model] = measure(model, number, options, list(recipes_of(page)))
+        found[model] = measure(model, number, options)
         if options.csv is not None:
             found[model].save(options.csv, model)
     for model, comparison in found.items():
         print(f"\n{model}, {comparison.seconds:.0f} s\n{comparison}", flush=True)
+        equal = at_equal_time(comparison, [_called(name) for name in options.ours])
+        for each in equal:
+            print(each, flush=True)
+        if options.equal_time is not None:
+            rows = [Equal.of(each, model, comparison) for each in equal]
+            results.replace(options.equal_time, rows, ("model", "method", "line", "device"))
 
 
-def measure(model: str, number: int, options: argparse.Namespace, names: list[str]) -> Comparison:
+def measure(model: str, number: int, options: argparse.Namespace) -> Comparison:
     """Every method on one model: as far as the time goes, the most important first."""
+    start = time.perf_counter()
 
     def mine(values: list[Any] | None) -> Any:
         return None if not values else values[min(number, len(values) - 1)]
 
+    limit, looked = mine(options.seconds), None
+    folder = tempfile.TemporaryDirectory()
+    running = started(model, options, mine, Path(folder.name)) if options.jobs > 1 else []
     loaded = zoo.load(model, options.device)
-    start = time.perf_counter()
 
     def tell(name: str, done: int, total: int) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {model} {done}/{total} {name}", flush=True)
@@ -107,8 +136,13 @@ def measure(model: str, number: int, options: argparse.Namespace, names: list[st
             methods.append(parse_method(name))
         except NotImplementedError as error:
             print(f"{name}: {error}", flush=True)
-    methods += made(options.recipe or names, loaded, call, options.steps, model)
-    return compare(
+    methods += made(options.recipe, loaded, call, options.steps, model)
+    if running:
+        looked = joined(running)
+        seen = {picture.method for each in looked for picture in each.pictures}
+        methods = [method for method in methods if method.name in seen]
+    spent = time.perf_counter() - start
+    found = compare(
         loaded.pipe,
         methods,
         prompts,
@@ -116,11 +150,94 @@ def measure(model: str, number: int, options: argparse.Namespace, names: list[st
         call=call,
         steps=options.steps,
         batch=mine(options.batch),
-        rounds=options.rounds,
+        rounds=0 if options.part else options.rounds,
+        pictures=looked is None,
+        enough=options.enough,
         timed=timed,
-        seconds=mine(options.seconds),
+        seconds=None if limit is None else max(limit - spent, 1.0),
         on_method=tell,
     )
+    return found if looked is None else Comparison.merged(looked, found)
+
+
+Hand = list[tuple[str, str]]  # kind and name of methods
+Job = tuple[Path, Hand, "subprocess.Popen[bytes]"]
+
+
+def started(model: str, options: argparse.Namespace, mine: Any, folder: Path) -> list[Job]:
+    """Processes that make the pictures of all methods.
+
+    Methods that decide by what they see make theirs one by one: they are dealt to processes of
+    their own, which need the stock pipeline's pictures one by one as well.
+    """
+    names = {"peer": list(options.peer), "recipe": list(options.recipe)}
+    slow, fast = Hand(), Hand()
+    for kind, several in names.items():
+        for name in several:
+            (slow if _alone(name, kind) else fast).append((kind, name))
+    jobs = min(options.jobs, len(slow) + len(fast))
+    few = min(max(round(jobs * 0.4), 1), len(slow), jobs - 1) if fast else jobs
+    hands = [slow[i::few] for i in range(few)]
+    hands += [fast[i :: jobs - few] for i in range(jobs - few)]
+    limit = mine(options.seconds)
+    running = []
+    for number, hand in enumerate(hands):
+        part = folder / f"{number}.json"
+        chosen = {kind: [name for of, name in hand if of == kind] for kind in names}
+        seconds = None if limit is None else [SHARE * limit]
+        said = {**vars(options), **chosen, "model": [model], "jobs": 1, "seconds": seconds}
+        said |= {"count": [mine(options.count)], "batch": [mine(options.batch)]}
+        part.write_text(json.dumps(said, default=str), "utf-8")
+        command = [sys.executable, __file__, "--part", str(part)]
+        threads = max((os.cpu_count() or 1) // jobs, 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        running.append((part, hand, subprocess.Popen(command, env=environment)))
+    return running
+
+
+def joined(running: list[Job]) -> list[Comparison]:
+    """What the processes found."""
+    found = []
+    for part, hand, process in running:
+        process.wait()
+        if process.returncode:
+            print(f"job {part.stem} ended with {process.returncode}", flush=True)
+            found.append(Comparison((), (), tuple(_called(name) for _, name in hand)))
+            continue
+        told = json.loads(part.with_suffix(".out").read_text("utf-8"))
+        pictures = tuple(Picture(**each) for each in told["pictures"])
+        found.append(Comparison((), pictures, tuple(told["left_out"]), told["seconds"]))
+    return found
+
+
+def _work_on(options: argparse.Namespace) -> None:
+    """One of the processes: what its file says, and the pictures beside it."""
+    part = options.part
+    for key, value in json.loads(part.read_text("utf-8")).items():
+        setattr(options, key, value)
+    options.part, options.timed = part, "float32"
+    found = measure(options.model[0], 0, options)
+    told = {
+        "pictures": [asdict(picture) for picture in found.pictures],
+        "left_out": found.left_out,
+        "seconds": found.seconds,
+    }
+    part.with_suffix(".out").write_text(json.dumps(told), "utf-8")
+
+
+def _alone(name: str, kind: str) -> bool:
+    """Whether a method decides by what it sees, so that its pictures are made one by one."""
+    try:
+        if kind == "peer":
+            return parse_method(name).alone
+        return of_recipe(name, Recipe.of(name.removesuffix(CALIBRATED))).alone
+    except NotImplementedError:
+        return False
+
+
+def _called(name: str) -> str:
+    """A recipe's name in tables: of a file its stem."""
+    return Path(name).stem if name.endswith(".json") else name
 
 
 def made(
@@ -136,7 +253,7 @@ def made(
                 schedule = recipes[name].schedule.name
                 recipes[name] = recipes[name].replace(**found[schedule])
                 print(f"{schedule}: {found[schedule]}", flush=True)
-    return [of_recipe(name, recipe) for name, recipe in recipes.items()]
+    return [of_recipe(_called(name), recipe) for name, recipe in recipes.items()]
 
 
 def _job(loaded: Any, prompt: str, seed: int, steps: int | None, change: dict) -> Generation:

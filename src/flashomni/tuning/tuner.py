@@ -32,8 +32,8 @@ from flashomni.tuning.validate import (
     recipe_of,
 )
 
-# Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of 15 seconds of
-# planning on one core, and what they forecast fitted weights forecast better on any schedule.
+# Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of the 15
+# seconds of planning on one core, and fitted weights forecast better on any schedule.
 NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("reuse", 0))
 FORMAT = 2  # of the findings on disk
 OnProgress = Callable[[str, int, int], None]
@@ -165,7 +165,9 @@ class Tuner:
             found += sum(steps - 1 - step for step in missing)
         for count in counts:
             if self.state.get(f"point {count}") is None:
-                found += (self.settings.starts + 1 + self.settings.tries) * len(self.prompts) * count
+                found += (
+                    (self.settings.starts + 1 + self.settings.tries) * len(self.prompts) * count
+                )
                 found += 3 * len(self.held_back) * count
         self._total = self._done + found + len(self.held_back) * steps
 

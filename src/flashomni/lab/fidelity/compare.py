@@ -6,6 +6,8 @@ kernels are warm, as they are for who generates many. Times are of single pictur
 
 from __future__ import annotations
 
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +37,8 @@ def compare(
     steps: int | None = None,
     batch: int = 1,
     rounds: int = 3,
+    pictures: bool = True,
+    enough: float = math.inf,
     timed: Any = None,
     seconds: float | None = None,
     measures: Mapping[str, str] | None = None,
@@ -53,7 +57,10 @@ def compare(
         steps: denoising steps; the pipeline's own if neither this nor ``call`` says it.
         batch: prompts in one call where only pictures are looked at, not times. Methods that decide
             by what they see decide for one picture alone, whatever this says.
-        rounds: timed generations of each method, of single pictures.
+        rounds: timed generations of each method, of single pictures; 0 times nothing, and seconds
+            are NaN: for comparisons whose times another one has (:meth:`Comparison.merged`).
+        pictures: whether any are looked at; ``False`` takes times alone.
+        enough: seconds of timed generations behind which a method has no further one, but two.
         timed: the pipeline that times are of, ``pipe`` if left out: rounding of bfloat16 hides what
             methods do, so that pictures may be of the same weights in float32.
         seconds: when so many have passed no further method is begun; :attr:`Comparison.left_out`
@@ -81,8 +88,8 @@ def compare(
     for each in (pipe, timed):
         each.set_progress_bar_config(disable=True)
     given = dict(call or {}) if steps is None else {**(call or {}), "num_inference_steps": steps}
-    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, scores)
-    return work.run(chosen, seconds, on_method)
+    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores)
+    return work.run(chosen, pictures, seconds, on_method)
 
 
 def _method(given: str | Recipe | Method, backend: str | None) -> Method:
@@ -104,9 +111,12 @@ class _Work:
     seeds: list[int]
     batch: int
     rounds: int
+    enough: float
     scores: Mapping[str, Measure]
 
-    def run(self, methods: list[Method], seconds: float | None, tell: OnMethod) -> Comparison:
+    def run(
+        self, methods: list[Method], looks: bool, seconds: float | None, tell: OnMethod
+    ) -> Comparison:
         start = time.perf_counter()
         self.num_steps = int(self.call.get("num_inference_steps", 50))
         self.references: dict[int, dict[tuple[int, int], Tensor]] = {}
@@ -122,13 +132,13 @@ class _Work:
             tell(method.name, number, len(methods))
             method.prepare(self.pipe, self.num_steps, self._discard)
             size = 1 if method.alone else self.batch
-            references = self._dense_of(size)
+            references = self._dense_of(size) if looks else {}
             count = self.num_steps if method.steps is None else method.steps
             with method.attach(self.timed, count) as attached:
                 mine = statistics.median(self._times(count))
-                if self.timed is self.pipe:
+                if looks and self.timed is self.pipe:
                     pictures += self._pictures(method, size, count, references, attached)
-            if self.timed is not self.pipe:
+            if looks and self.timed is not self.pipe:
                 with method.attach(self.pipe, count) as attached:
                     pictures += self._pictures(method, size, count, references, attached)
             after = self._times(self.num_steps, rounds=1)
@@ -207,8 +217,13 @@ class _Work:
 
     def _times(self, steps: int, rounds: int | None = None) -> list[float]:
         """Seconds of single pictures; in front of several, some that nobody times."""
-        found, warm = [], WARM if rounds is None and self._compiles else 0
+        if not self.rounds:
+            return [math.nan]
+        gc.collect()  # what earlier methods have left is not collected while this is timed
+        found, warm = list[float](), WARM if rounds is None and self._compiles else 0
         for number in range(warm + (self.rounds if rounds is None else rounds)):
+            if len(found) > 1 and sum(found) > self.enough:
+                break
             self._wait()
             start = time.perf_counter()
             self._generate(self.timed, self.prompts[:1], self.seeds[0], steps)

@@ -138,6 +138,32 @@ class Comparison:
         ]
         return cls(tuple(rows), tuple(pictures), tuple(left_out), seconds)
 
+    @classmethod
+    def merged(cls, looked: Sequence[Comparison], timed: Comparison) -> Comparison:
+        """Pictures of some comparisons, which may be parts of one, and the times of another.
+
+        A method that has no pictures or no times is left out.
+        """
+        pictures = [picture for each in looked for picture in each.pictures]
+        seen = {picture.method for picture in pictures}
+        rows = [row for row in timed.rows if row.method in seen]
+        absent = [name for each in looked for name in each.left_out] + list(timed.left_out)
+        summed = []
+        for row in rows:
+            times = Timed(row.method, row.family, row.seconds, row.dense_seconds)
+            mine = [picture for picture in pictures if picture.method == row.method]
+            summed.append(_summed(times, mine, row.device, row.model))
+        seconds = max((each.seconds for each in looked), default=0.0) + timed.seconds
+        return cls(tuple(summed), tuple(pictures), tuple(dict.fromkeys(absent)), seconds)
+
+    def values(self, method: str) -> dict[tuple[int, int], float]:
+        """PSNR of a method by prompt and seed, where it is known."""
+        return {
+            (p.prompt, p.seed): p.psnr_db
+            for p in self.pictures
+            if p.method == method and p.psnr_db is not None
+        }
+
     def equal_time(
         self, rivals: Sequence[str] = ("peers", "stock"), methods: Sequence[str] | None = None
     ) -> list[Rivalry]:
@@ -172,16 +198,10 @@ class Comparison:
 
     def _gaps(self, method: str, rival: str) -> dict[int, list[float]]:
         """Differences in dB of each prompt, one a seed."""
-        values = {
-            (p.method, p.prompt, p.seed): p.psnr_db
-            for p in self.pictures
-            if p.method in (method, rival)
-        }
+        mine, theirs = self.values(method), self.values(rival)
         gaps: dict[int, list[float]] = {}
-        for (name, prompt, seed), mine in values.items():
-            theirs = values.get((rival, prompt, seed))
-            if name == method and mine is not None and theirs is not None:
-                gaps.setdefault(prompt, []).append(mine - theirs)
+        for prompt, seed in (key for key in mine if key in theirs):
+            gaps.setdefault(prompt, []).append(mine[prompt, seed] - theirs[prompt, seed])
         return gaps
 
     def save(self, path: str | Path, model: str) -> None:
