@@ -67,13 +67,16 @@ def test_a_layer_has_one_group():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"layers": "0:2"}, "a group has layers, schedule, forecast, all of them"),
+        ({"layers": "0:2"}, "a group has layers, and of schedule, forecast, policy, sparse"),
         (group(""), "layers must be a range"),
         (group([]), "layers must be a range"),
         (group([True]), "layers must be a range"),
+        ({"layers": "0:2", "policy": None}, "a group must have one of schedule, forecast, policy"),
+        ({"layers": "0:2", "sparse": {"token_order": "tile"}}, "token_order of a group must be"),
+        ({"layers": "0:2", "sparse": {"kv_density": 0.5}}, "sparse has degrade_below"),
         (group("0:2", {"name": "tea"}), "schedule must be one of"),
         (group("0:2", EVERY, {"name": "taylor", "level": "output"}), "must be 'layers'"),
-        (3, "a group has layers, schedule, forecast, all of them; got 3"),
+        (3, "a group has layers, and of .* got 3"),
     ],
 )
 def test_groups_that_are_refused(bad, message):
@@ -86,8 +89,35 @@ def test_groups_do_not_go_with_the_output_level():
         cached([group("0:2")]).replace(level="output")
 
 
+SPARSE = {"in_computed": True, "choose_at": "computed", "degrade_below": 1.0}
+HALF = {"layers": "0:1", "policy": {"name": "topk", "kv_density": 0.5}, "sparse": SPARSE}
+
+
+def test_layers_are_sparse_where_their_group_says_so(tiny):
+    """In the steps that compute, also where the output of the whole model is forecast between."""
+    model, inputs = tiny
+    plain = cached().replace(level="output")
+    found = []
+    for layers, of in ((None, plain), ("0:1", plain), ("0:1", cached()), (":", plain)):
+        groups = [] if layers is None else [{**HALF, "layers": layers}]
+        with flashomni.accelerate(model, of.replace(groups=groups)) as engine:
+            found.append((generation(engine, model, inputs), engine.report()))
+    spent = [report.attention_spent for _, report in found]
+    assert spent[0] > spent[1] > spent[3] and spent[1] == pytest.approx(spent[2], abs=1e-6)
+    everywhere = plain.replace(policy=HALF["policy"], sparse=SPARSE)
+    with flashomni.accelerate(model, everywhere) as engine:
+        assert torch.equal(generation(engine, model, inputs), found[3][0])
+    assert [each["policy"] for each in found[1][1].groups] == ["topk", "cached"]
+
+
+def test_a_group_at_the_output_level_is_used_in_computed_steps():
+    with pytest.raises(ValueError, match="a group's policy must be 'cached', got 'topk'"):
+        groups = [{"layers": "0:1", "policy": {"name": "topk"}}]
+        cached().replace(level="output").replace(groups=groups)
+
+
 def test_groups_go_to_json_and_back(tmp_path):
-    recipe = cached([group("0:2", OFTEN, REUSE), group([2, -1])])
+    recipe = cached([group("0:2", OFTEN, REUSE), group([2, -1]), {**HALF, "layers": "3:5"}])
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     recipe.save(tmp_path / "groups.json")
     assert Recipe.of(tmp_path / "groups.json") == recipe

@@ -1,8 +1,9 @@
-"""Groups of layers with a schedule and a forecast of their own.
+"""Groups of layers with a schedule, a forecast, a policy or sparse settings of their own.
 
 Where the layers of a model change at different pace (dual and single blocks, the first and the
 last), some may be computed more often than others: PAB (arXiv 2408.12588), SmoothCache (2411.10510)
-and BlockDance choose steps by kind of layer, offline.
+and BlockDance choose steps by kind of layer, offline. And where the attention of some matters less,
+it may be sparser there: SpargeAttn (2502.18137) tunes its thresholds layer by layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from flashomni.engine.recipe_parts import ForecastSettings
 from flashomni.engine.schedules import Schedule
+from flashomni.engine.sparse_settings import SparseSettings
+from flashomni.policies import Policy
 
 if TYPE_CHECKING:
     from flashomni.engine.recipe import Recipe
@@ -22,23 +25,36 @@ if TYPE_CHECKING:
 Layers = str | tuple[int | str, ...]
 
 
+PARTS: dict[str, type] = {
+    "schedule": Schedule,
+    "forecast": ForecastSettings,
+    "policy": Policy,
+    "sparse": SparseSettings,
+}
+SHARED = ("token_order", "symbols")  # of the whole sequence, or of all layers
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Layers that share a schedule and a forecast.
+    """Layers that have parts of their own; what is ``None`` is the recipe's.
 
     Args:
         layers: ``"0:19"``, a range of their positions as Python slices; a pattern of their names
             (``"single_transformer_blocks.*"``); or a list of positions, ranges and patterns.
         schedule: which steps compute them; it must plan before.
         forecast: how they are carried forward.
+        policy: chooses their symbols.
+        sparse: what is done with these; token order and file of symbols are the recipe's.
 
     Raises:
         ValueError: a value is not allowed.
     """
 
     layers: Layers
-    schedule: Schedule
-    forecast: ForecastSettings
+    schedule: Schedule | None = None
+    forecast: ForecastSettings | None = None
+    policy: Policy | None = None
+    sparse: SparseSettings | None = None
 
     def __post_init__(self) -> None:
         chosen = (self.layers,) if isinstance(self.layers, (str, int)) else self.layers
@@ -50,20 +66,34 @@ class Group:
             )
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
-        for part, kind in (("schedule", Schedule), ("forecast", ForecastSettings)):
-            if not isinstance(getattr(self, part), kind):
-                raise ValueError(f"{part} of a group must be given, got {getattr(self, part)!r}")
-        refuse_late(self.schedule)
-        if self.forecast.level == "output":
+        for part, kind in PARTS.items():
+            given = getattr(self, part)
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{part} of a group must be a {kind.__name__}, got {given!r}")
+        if not self.own:
+            raise ValueError(f"a group must have one of {', '.join(PARTS)}")
+        if self.schedule is not None:
+            refuse_late(self.schedule)
+        if self.forecast is not None and self.forecast.level == "output":
             raise ValueError("level of a group must be 'layers' or 'auto', got 'output'")
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """The parts that are not the recipe's."""
+        return {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+
+    @property
+    def apart(self) -> bool:
+        """Whether its layers are computed in other steps, or forecast in another way."""
+        return self.schedule is not None or self.forecast is not None
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only."""
-        return {
-            "layers": self.layers,
-            "schedule": self.schedule.to_dict(),
-            "forecast": dataclasses.asdict(self.forecast),
-        }
+        """JSON values only; what is the recipe's is left out."""
+        found: dict[str, Any] = {"layers": self.layers}
+        for part, value in self.own.items():
+            whole = isinstance(value, (Schedule, Policy))
+            found[part] = value.to_dict() if whole else dataclasses.asdict(value)
+        return found
 
     def select(self, names: Sequence[str]) -> set[int]:
         """Positions of its layers.
@@ -85,6 +115,22 @@ class Group:
                 )
             found |= picked
         return found
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raise ``ValueError`` for groups whose parts do not go with the recipe's."""
+    for group in recipe.groups:
+        sparse, policy = group.sparse or recipe.sparse, group.policy or recipe.policy
+        sparse.check_policies(policy)
+        for name in SHARED:
+            mine, ours = getattr(sparse, name), getattr(recipe.sparse, name)
+            if mine != ours:
+                raise ValueError(f"{name} of a group must be the recipe's, {ours!r}, got {mine!r}")
+        if recipe.forecast.level == "output" and policy.name != "cached" and not sparse.in_computed:
+            raise ValueError(
+                "forecast level 'output' leaves out the whole model, so a group's policy must be "
+                f"'cached', got {policy.name!r}, or used in computed steps (sparse.in_computed)"
+            )
 
 
 def refuse_late(schedule: Schedule) -> None:
@@ -145,13 +191,13 @@ class Division:
                         f"layer {names[index]} is in two groups, {other!r} and {group.layers!r}"
                     )
                 taken[index] = number
-            recipes.append(
-                dataclasses.replace(
-                    recipe, schedule=group.schedule, forecast=_of_layers(group.forecast), groups=()
-                )
-            )
+            own = group.own
+            if not recipe.at_output:
+                own["forecast"] = _of_layers(own.get("forecast", recipe.forecast))
+            recipes.append(dataclasses.replace(recipe, **own, groups=()))
         if len(taken) < len(names) or not recipes:
-            forecast = _of_layers(recipe.forecast) if recipe.groups else recipe.forecast
+            apart = bool(recipe.groups) and not recipe.at_output
+            forecast = _of_layers(recipe.forecast) if apart else recipe.forecast
             recipes.append(dataclasses.replace(recipe, forecast=forecast, groups=()))
         return cls(tuple(recipes), tuple(taken.get(i, len(recipes) - 1) for i in range(len(names))))
 
@@ -177,11 +223,13 @@ def load_groups(value: Any, load: Any) -> tuple[Group, ...]:
 
 
 def _load(entry: Any, load: Any) -> Group:
-    known = [f.name for f in dataclasses.fields(Group)]
-    if not isinstance(entry, Mapping) or set(entry) != set(known):
+    good = isinstance(entry, Mapping) and "layers" in entry and set(entry) - {"layers"}
+    if not good or not set(entry) <= {"layers", *PARTS}:
         got = sorted(entry) if isinstance(entry, Mapping) else entry
-        raise ValueError(f"a group has {', '.join(known)}, all of them; got {got!r}")
-    parts = {key: load(key, entry[key]) for key in ("schedule", "forecast")}
+        raise ValueError(
+            f"a group has layers, and of {', '.join(PARTS)} what is not the recipe's; got {got!r}"
+        )
+    parts = {key: load(key, entry[key]) for key in PARTS if entry.get(key) is not None}
     try:
         return Group(layers=entry["layers"], **parts)
     except ValueError as error:

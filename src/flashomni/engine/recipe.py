@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashomni.engine.groups import Group, load_groups, refuse_late
+from flashomni.engine.groups import Group, check_groups, load_groups, refuse_late
 from flashomni.engine.recipe_file import plain, read_recipe, upgrade
 from flashomni.engine.recipe_parts import (
     SECTIONS,
@@ -48,7 +48,7 @@ class Recipe:
         guidance: what is done with the further branches of a step.
         policy_without_text: what runs in place of a policy that needs or prefers text tokens in
             the attention where there are none (Wan, LTX, ...).
-        groups: layers with a schedule and a forecast of their own; the others follow the recipe's.
+        groups: layers with a schedule, forecast, policy or sparse settings of their own.
         source: of a published method: its paper.
         tuned: of a recipe that ``flashomni tune`` made: what on.
 
@@ -87,6 +87,7 @@ class Recipe:
         object.__setattr__(self, "tuned", TunedOn.load(self.tuned))
         if self.groups:
             refuse_late(self.schedule)
+            check_groups(self)
         self.to_dict()  # what has no name or is no JSON is found here, not at the report
         if self.forecast.level == "output":
             self._check_output_level()
@@ -97,10 +98,10 @@ class Recipe:
                 "forecast level 'output' leaves out the whole model, so policy must be 'cached', "
                 f"got {self.policy.name!r}, or used in computed steps (sparse.in_computed)"
             )
-        if self.groups:
+        if any(group.apart for group in self.groups):
             raise ValueError(
                 "forecast level 'output' leaves out the whole model; level must be 'layers' where "
-                "there are groups of layers"
+                "there are groups of layers with a schedule or a forecast of their own"
             )
         if self.schedule.decides:
             raise ValueError(
@@ -118,6 +119,11 @@ class Recipe:
         whole = self.policy.name == "cached" and self.sparse.degrade_below == 1.0
         apart = bool(self.groups) or schedule.decides or schedule.front + schedule.back > 0
         return level == "output" or (level == "auto" and whole and not apart)
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """That of the recipe, and those of groups that have their own."""
+        return self.policy, *(group.policy for group in self.groups if group.policy is not None)
 
     @property
     def order(self) -> int:

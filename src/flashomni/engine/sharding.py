@@ -106,11 +106,12 @@ def why_not(recipe: Recipe) -> list[str]:
         found.append(f"schedule {schedule.name!r} looks at tokens, and a rank has its own only")
     if sparse.token_order != "raster":
         found.append(f"token_order {sparse.token_order!r} reorders the whole sequence")
-    if sparse.carries:
-        found.append(f"carry {sparse.carry!r} depends on the memory that a rank has free")
+    settings = [sparse, *(group.sparse for group in recipe.groups if group.sparse is not None)]
+    for each in (each for each in settings if each.carries):
+        found.append(f"carry {each.carry!r} depends on the memory that a rank has free")
     if sparse.symbols:
         found.append("symbols of a file are of all heads")
-    policies = (recipe.policy, recipe.policy_without_text)
+    policies = (*recipe.policies, recipe.policy_without_text)
     if any(getattr(policy, "share_heads", False) for policy in policies):
         found.append("share_heads sums over heads, of which a rank has its own only")
     return found

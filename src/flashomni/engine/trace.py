@@ -190,6 +190,7 @@ class Trace:
                     "layers": own,
                     "schedule": recipe.schedule.name,
                     "forecast": recipe.forecast.name,
+                    "policy": recipe.policy.name,
                     "computed": sum(not kinds.isdisjoint(live) for kinds in calls),
                 }
             )

@@ -148,7 +148,8 @@ def _one(
     runtime.sharding = sharding
     if graphs != "auto" or torch.cuda.is_available():
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
-    runtime.geometry = Asked(model, recipe.policy, partial(found.geometry, model), order)
+    shaped = next((each for each in recipe.policies if each.wants_shape()), recipe.policy)
+    runtime.geometry = Asked(model, shaped, partial(found.geometry, model), order)
     detach = _attach.attach(runtime, sites, found)
     engine = Engine(runtime, pipe, detach, component)
     _hold(model, engine)

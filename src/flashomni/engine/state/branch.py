@@ -83,7 +83,7 @@ class Branch:
     def reset(self) -> None:
         """Drop everything that is kept; the steps that were computed stay known."""
         recipes = self.division.recipes
-        if recipes[0].sparse.keeps_columns:
+        if any(recipe.sparse.keeps_columns for recipe in recipes):
             self.chosen = self.symbols()
         kept = Storage(recipes[0].storage.history_dtype, backend=self._backend)
         self.layers = [LayerCache() for _ in self.division.of]

@@ -165,7 +165,7 @@ class Generation:
     def ends_dense(self, tick: Tick) -> bool:
         """Whether this is the last step, known before, and nothing that is kept is used in it."""
         last = [None if plan is None else plan.kinds[-1] for plan in self.plans]
-        is_dense = not self._division.recipes[0].sparse.in_computed
+        is_dense = not any(recipe.sparse.in_computed for recipe in self._division.recipes)
         is_dense = is_dense and not {None, StepKind.DISPATCH} & set(last)
         return is_dense and tick.step == tick.num_steps - 1
 
