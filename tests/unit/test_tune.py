@@ -14,18 +14,20 @@ from flashomni.cli import app
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.models import accelerate
-from flashomni.tuning import NotBetterError, Settings, tune
+from flashomni.tuning import NotBetterError, Settings, tune, tuner
 from flashomni.tuning import run as running
 from flashomni.tuning.cost import Costs
 from flashomni.tuning.drive import Driver
 from flashomni.tuning.gains import direct_effects, gain
+from flashomni.tuning.page import in_words
 from flashomni.tuning.polish import Candidate, simulate
 from flashomni.tuning.record import gram, needed_bytes, record
+from flashomni.tuning.sparse import Spent, Tried
 from flashomni.tuning.state import State
-from flashomni.tuning.validate import Verdict, ramp_steps, recipe_of
+from flashomni.tuning.validate import HeldBack, Verdict, ramp_steps, recipe_of
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
-FEW = Settings(tries=1, probes=2, probed=1)
+FEW = Settings(tries=1, probes=2, probed=1, sparse=0)
 STEPS = 8
 
 
@@ -223,6 +225,35 @@ def test_a_schedule_that_the_fitted_ramp_beats_is_not_written(loaded, tmp_path, 
     assert found.recipe.schedule.steps == ramp_steps(4, STEPS)
     assert found.recipe.forecast.name == "fitted" and found.chosen.source.startswith("ramp")
     assert found.chosen.verdict.gain_db > 0 and found.chosen.verdict.same_weights_db is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("price", [-1e3, 1e3])
+def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monkeypatch, price):
+    """Measured on the real output, validated on held-back prompts, and said where it was not."""
+    asked = []
+
+    def bought(run, recipe, layers, price, options):
+        groups = ({"layers": "0:1", **options[0]},)
+        asked.append((run(recipe), run(recipe.replace(groups=list(groups))), layers, price))
+        tried = Tried(groups, 0.1, 0.0, 1.0)
+        return Spent((tried,), tried, 1.0)
+
+    def timed(held, recipe, computed):
+        found, picture = run(held, recipe, computed)
+        return [replace(each, seconds=0.5 if recipe.groups else 1.0) for each in found], picture
+
+    run = HeldBack.run
+    monkeypatch.setattr(tuner, "spend", bought)
+    monkeypatch.setattr(HeldBack, "run", timed)
+    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: price)
+    options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1)}
+    found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
+    (plain, seconds), (sparse, _), layers, paid = asked[0]
+    assert (layers, paid) == (2, price) and seconds > 0 and plain != sparse
+    assert len(found.recipe.groups) == (price > 0) and found.recipe.at_output
+    assert ("does not pay" in in_words(found.chosen)) == (price < 0)
+    assert Recipe.load(tmp_path / "mine.json") == found.recipe
 
 
 def test_recording_that_does_not_fit_is_refused(loaded, tmp_path):

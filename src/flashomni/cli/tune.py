@@ -51,6 +51,9 @@ def tune(
     tries: Annotated[
         int, typer.Option(help="Schedules tried on the real output for each budget.", min=0)
     ] = 6,
+    sparse: Annotated[
+        int, typer.Option(help="Kinds of sparse attention tried in computed steps.", min=0)
+    ] = 4,
     memory: Annotated[
         float, typer.Option(help="GiB of host memory that recordings may take.", min=0.001)
     ] = 8.0,
@@ -72,7 +75,7 @@ def tune(
             quiet()
             from flashomni.lab import split, zoo
             from flashomni.tuning import NotBetterError, Settings
-            from flashomni.tuning.page import write_page
+            from flashomni.tuning.page import in_words, write_page
             from flashomni.tuning.run import state_folder
             from flashomni.tuning.run import tune as run
 
@@ -99,7 +102,7 @@ def tune(
                     held_back=held_back,
                     seed=seed,
                     out=out,
-                    settings=Settings(tries=tries, memory=int(memory * 2**30)),
+                    settings=Settings(tries=tries, sparse=sparse, memory=int(memory * 2**30)),
                     on_progress=show,
                     on_note=say,
                 )
@@ -114,6 +117,8 @@ def tune(
             f"{found.seconds:.0f} s, of which {found.resumed} findings were there already; a "
             f"recording takes {found.bytes_each / 2**20:.1f} MiB"
         )
+        for point in found.points:
+            say(in_words(point))
         say(f"page: {page}")
         if refusal is not None:
             say((f"refused: {refusal}", "bold red"))

@@ -6,6 +6,6 @@ costs and fits forecast weights, ``plan`` finds schedules, ``polish`` tries them
 """
 
 from flashomni.tuning.run import NotBetterError, Tuned, tune
-from flashomni.tuning.tuner import Point, Settings
+from flashomni.tuning.settings import Point, Settings
 
 __all__ = ["NotBetterError", "Point", "Settings", "Tuned", "tune"]

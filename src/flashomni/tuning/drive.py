@@ -82,7 +82,13 @@ class Driver:
             seed: of the initial noise.
             answer: called for each call of the model.
         """
-        output = self._pipeline(prompt, seed, answer, output_type="latent")
+        return self._latents(self._pipeline(prompt, seed, answer, output_type="latent"))
+
+    def generate(self, prompt: str, seed: int) -> Tensor:
+        """The latents of the pipeline as it is, or as it is accelerated; see :meth:`run`."""
+        return self._latents(self._call(prompt, seed, output_type="latent"))
+
+    def _latents(self, output: Any) -> Tensor:
         found: list[Tensor] = []
         take_apart(list(output.values()) if isinstance(output, dict) else output, found)
         if not found:
@@ -109,19 +115,18 @@ class Driver:
     def _pipeline(
         self, prompt: str, seed: int, answer: Answer, look: Any = None, **kwargs: Any
     ) -> Any:
-        self.pipe.set_progress_bar_config(disable=True)
         standing = _Forward(self, _Place(), answer, look)
         try:
-            with torch.no_grad():
-                return self.pipe(
-                    prompt,
-                    **self.call,
-                    generator=torch.Generator("cpu").manual_seed(seed),
-                    **kwargs,
-                )
+            return self._call(prompt, seed, **kwargs)
         finally:
             standing.take_off()
             standing.clock.remove()
+
+    def _call(self, prompt: str, seed: int, **kwargs: Any) -> Any:
+        self.pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator("cpu").manual_seed(seed)
+        with torch.no_grad():
+            return self.pipe(prompt, **self.call, generator=noise, **kwargs)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from flashomni.lab.pages import page
 from flashomni.lab.viz import data_uri, save_figure
 from flashomni.tuning.run import Tuned
-from flashomni.tuning.tuner import Point
+from flashomni.tuning.settings import Point
 from flashomni.tuning.validate import KINDS, picture_path
 from flashomni.util.files import published, write_text
 
@@ -53,6 +53,17 @@ def front(points: Sequence[Point]) -> Figure:
     return figure
 
 
+def in_words(point: Point) -> str:
+    """What became of sparse attention, a sentence."""
+    start = f"{point.computed} computed steps: sparse attention"
+    if point.spent is None:
+        return f"{start} was not tried"
+    if point.recipe.groups:
+        return f"{start} pays, {point.spent.chosen.words if point.spent.chosen else ''}"
+    best = max(point.spent.tried, key=lambda tried: tried.surplus, default=None)
+    return f"{start} does not pay" + ("" if best is None else f"; at best {best.words}")
+
+
 def write_page(
     found: Tuned, folder: Path, title: str, prompts: Sequence[str], about: str, command: str
 ) -> Path:
@@ -73,6 +84,7 @@ def write_page(
             f"<li>{point.computed} computed steps: no recipe, the ramp is as good</li>"
             for point in refused
         )
+        notes += "".join(f"<li>{html.escape(text)}</li>" for text in map(in_words, found.points))
         text = page(
             "tuning",
             {"front": data_uri(drawn)},

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flashomni.engine import Recipe
-from flashomni.tuning.tuner import OnProgress, Point, Settings, Tuner
+from flashomni.tuning.settings import Point, Settings
+from flashomni.tuning.tuner import OnProgress, Tuner
 from flashomni.util.files import write_text
 
 log = logging.getLogger("flashomni")
@@ -56,6 +57,8 @@ class Tuned:
                     "predicted_db": round(point.predicted_db, 2),
                     "measured_db": round(point.measured_db, 2),
                     "ramp_measured_db": round(point.ramp_measured_db, 2),
+                    "sparse": None if point.spent is None else point.spent.to_dict(),
+                    "groups": [group.to_dict() for group in point.recipe.groups],
                     **asdict(point.verdict),
                 }
                 for point in self.points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 
 from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
+from flashomni.models import accelerate, find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
 from flashomni.tuning.polish import Candidate, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
+from flashomni.tuning.settings import Point, Settings
+from flashomni.tuning.sparse import OPTIONS, Spent, spend
 from flashomni.tuning.state import State, key
 from flashomni.tuning.validate import (
     BASE,
@@ -37,50 +40,6 @@ from flashomni.tuning.validate import (
 NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("reuse", 0))
 FORMAT = 2  # of the findings on disk
 OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How much work tuning may do.
-
-    Args:
-        tries: schedules tried on the real output for each number of computed steps, beside those
-            that planning proposes.
-        starts: of the schedules that planning proposes, so many are measured: the ramp and the
-            plan first.
-        probes: steps at which gains are measured.
-        probed: prompts that gains are measured on.
-        memory: bytes that recordings may take in host memory.
-    """
-
-    tries: int = 6
-    starts: int = 5
-    probes: int = 8
-    probed: int = 2
-    memory: int = 8 << 30
-
-
-@dataclass(frozen=True)
-class Point:
-    """What was found for one number of computed steps.
-
-    Attributes:
-        computed: number of steps that are computed.
-        recipe: the tuned recipe.
-        source: which stage proposed its schedule.
-        predicted_db: of the final latents, mean over the tuning prompts.
-        measured_db: likewise, on the real output.
-        ramp_measured_db: of the ramp with the presets' forecast, likewise.
-        verdict: on held-back prompts, in pixels.
-    """
-
-    computed: int
-    recipe: Recipe
-    source: str
-    predicted_db: float
-    measured_db: float
-    ramp_measured_db: float
-    verdict: Verdict
 
 
 class Tuner:
@@ -165,6 +124,7 @@ class Tuner:
             found += sum(steps - 1 - step for step in missing)
         for count in counts:
             if self.state.get(f"point {count}") is None:
+                found += (self.settings.sparse + 1) * (1 + self.settings.probed) * count
                 found += (
                     (self.settings.starts + 1 + self.settings.tries) * len(self.prompts) * count
                 )
@@ -347,8 +307,9 @@ class Tuner:
             best, value = proposals[0], self.measure(proposals[0])
         verdict = Verdict.load(kept["verdict"])
         recipe = recipe_of(best.steps, steps, best, self.name)
-        recipe = recipe.replace(tuned=self._tuned_on(count, verdict))
-        return Point(count, recipe, best.label, best.predicted, value, ramp_db, verdict)
+        recipe = recipe.replace(tuned=self._tuned_on(count, verdict), groups=kept["groups"])
+        spent = None if kept["spent"] is None else Spent.load(kept["spent"])
+        return Point(count, recipe, best.label, best.predicted, value, ramp_db, verdict, spent)
 
     def _validated(self, count: int, best: Candidate, fitted: Candidate) -> dict[str, Any]:
         """The verdict on held-back prompts, and whether it is the fitted ramp's.
@@ -357,22 +318,76 @@ class Tuner:
         prompts by heart: then that ramp takes its place, and has to beat the presets' forecast.
         """
         self._stage = "held back"
-        steps, ramp = self.num_steps, fitted.steps
-        tuned, picture = self._held.run(recipe_of(best.steps, steps, best, self.name), count)
-        against, ramp_picture = self._held.run(recipe_of(ramp, steps), count)
-        verdict, falls_back = Verdict.of(tuned, against, None), False
+        steps, ramp, held = self.num_steps, fitted.steps, self._held
+        recipe = recipe_of(best.steps, steps, best, self.name)
+        mine, picture = held.run(recipe, count)
+        against, ramp_picture = held.run(recipe_of(ramp, steps), count)
+        verdict, same = Verdict.of(mine, against, None), None
+        falls_back = False
         if best.steps != ramp:
             other = recipe_of(ramp, steps, fitted, f"ramp-{count}-fitted")
             other.save(self.state.folder / f"{other.name}.json")
-            same, same_picture = self._held.run(other, count)
-            verdict = Verdict.of(tuned, against, same)
+            same, same_picture = held.run(other, count)
+            verdict = Verdict.of(mine, against, same)
             falls_back = verdict.schedule_gain_db is not None and verdict.schedule_gain_db <= 0
             if falls_back:
-                verdict, picture = Verdict.of(same, against, None), same_picture
-        pictures = (self._held.dense()[0][0], ramp_picture, picture)
+                recipe, mine, picture, same = other, same, same_picture, None
+                verdict = Verdict.of(mine, against, None)
+        spent, groups = self._spend(recipe, count), list[Any]()
+        if spent is not None and spent.chosen is not None:
+            self._stage = "held back"
+            sparser = recipe.replace(groups=list(spent.chosen.groups))
+            again, sparse_picture = held.run(sparser, count)
+            plain, _ = held.run(recipe, count)
+            other_verdict = Verdict.of(again, against, same)
+            saved = float(
+                np.median([a.seconds - b.seconds for a, b in zip(plain, again, strict=True)])
+            )
+            lost = verdict.psnr_db - other_verdict.psnr_db
+            if other_verdict.beats and saved > 0 and lost < saved * self._price(count):
+                groups = sparser.to_dict()["groups"]
+                verdict, picture = other_verdict, sparse_picture
+        pictures = (held.dense()[0][0], ramp_picture, picture)
         for kind, pixels in zip(KINDS, pictures, strict=True):
             keep_picture(pixels, picture_path(self.state.folder, count, kind))
-        return {"ramp": falls_back, "verdict": asdict(verdict)}
+        return {
+            "ramp": falls_back,
+            "groups": groups,
+            "spent": None if spent is None else spent.to_dict(),
+            "verdict": asdict(verdict),
+        }
+
+    def _price(self, count: int) -> float:
+        """dB that a second costs where steps are left out: between plans of about as many."""
+        low, high = max(count - 2, 1), min(count + 2, self.num_steps - 1)
+        slope = self._plans[high][-1].predicted - self._plans[low][-1].predicted
+        return max(slope, 0.0) / (high - low) / self.step_seconds()[0]
+
+    def _spend(self, recipe: Recipe, count: int) -> Spent | None:
+        """What sparse attention in computed steps is worth; ``None`` where nobody asks."""
+        options = OPTIONS[: self.settings.sparse]
+        try:
+            layers = len(find_adapter(self.driver.model).sites(self.driver.model))
+        except (ValueError, NotImplementedError):
+            return None  # whose layers nobody knows
+        if not options:
+            return None
+        self._stage = "sparse attention"
+
+        def run(tried: Recipe) -> tuple[float, float]:
+            numbers = range(min(self.settings.probed, len(self.prompts)))
+            values, seconds = [], []
+            with accelerate(self.driver.pipe, tried, graphs=False):
+                for number in (0, *numbers):  # first once for nothing: kernels compile
+                    start = time.perf_counter()
+                    latents = self.driver.generate(self.prompts[number], self.seed + number)
+                    level = signal_to_noise(latents, self.recording(number).latents)
+                    seconds.append(time.perf_counter() - start)
+                    values.append(level)
+                    self._advance(count)
+            return float(np.mean(values[1:])), min(seconds[1:])
+
+        return spend(run, recipe, layers, self._price(count), options)
 
     def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
         return TunedOn(

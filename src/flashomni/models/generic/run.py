@@ -40,7 +40,10 @@ class Guide:
     def see(self, run: LayerRun, call: Attention) -> None:
         """A cross-attention behind the attention of ``run``."""
         grid, wide = run.grid, call.q.shape[1] // max(call.k.shape[1], 1)
-        if grid.text_spans or not any(each.prefers_text for each in (self._recipe.policy_for(grid), *self._recipe.policies[1:])):
+        if grid.text_spans or not any(
+            each.prefers_text
+            for each in (self._recipe.policy_for(grid), *self._recipe.policies[1:])
+        ):
             return
         if run.kind is StepKind.DISPATCH or call.q.shape[2] != grid.seqlen_q:
             return

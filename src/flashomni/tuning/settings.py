@@ -1,0 +1,58 @@
+"""How much work tuning does, and what it finds for one number of computed steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashomni.engine import Recipe
+from flashomni.tuning.sparse import OPTIONS, Spent
+from flashomni.tuning.validate import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much work tuning may do.
+
+    Args:
+        tries: schedules tried on the real output for each number of computed steps, beside those
+            that planning proposes.
+        starts: of the schedules that planning proposes, so many are measured: the ramp and the
+            plan first.
+        probes: steps at which gains are measured.
+        probed: prompts that gains are measured on.
+        sparse: of the kinds of sparse attention that steps may be computed with, so many are tried;
+            see :mod:`flashomni.tuning.sparse`.
+        memory: bytes that recordings may take in host memory.
+    """
+
+    tries: int = 6
+    starts: int = 5
+    probes: int = 8
+    probed: int = 2
+    sparse: int = len(OPTIONS)
+    memory: int = 8 << 30
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was found for one number of computed steps.
+
+    Attributes:
+        computed: number of steps that are computed.
+        recipe: the tuned recipe.
+        source: which stage proposed its schedule.
+        predicted_db: of the final latents, mean over the tuning prompts.
+        measured_db: likewise, on the real output.
+        ramp_measured_db: of the ramp with the presets' forecast, likewise.
+        verdict: on held-back prompts, in pixels.
+        spent: what sparse attention in computed steps was worth; ``None`` where it was not tried.
+    """
+
+    computed: int
+    recipe: Recipe
+    source: str
+    predicted_db: float
+    measured_db: float
+    ramp_measured_db: float
+    verdict: Verdict
+    spent: Spent | None = None
