@@ -59,7 +59,7 @@ CLI = {
     "show": {"TOPIC", "NAME"},
     "tune": {
         "--model", "--prompts", "--count", "--held-back", "--steps", "--target-speedup",
-        "--target-psnr", "--pareto", "--computed", "--tries", "--memory", "--seed", "--out",
+        "--target-psnr", "--pareto", "--computed", "--tries", "--sparse", "--memory", "--seed", "--out",
         "--device", "--dtype",
     },
     "tune-kernels": {"--head-dim", "--device", "--dtype"},

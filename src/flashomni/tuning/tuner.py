@@ -17,6 +17,7 @@ from flashomni.models import accelerate, find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
+from flashomni.tuning.judge import judge
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
 from flashomni.tuning.polish import Candidate, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
@@ -26,11 +27,8 @@ from flashomni.tuning.state import State, key
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
-    KINDS,
     HeldBack,
     Verdict,
-    keep_picture,
-    picture_path,
     ramp_steps,
     recipe_of,
 )
@@ -301,8 +299,12 @@ class Tuner:
         )
         kept = self.state.get(f"point {count}")
         if kept is None or kept["steps"] != list(best.steps):
-            kept = {"steps": list(best.steps), **self._validated(count, best, proposals[0])}
-            self.state.put(f"point {count}", kept)
+            self._stage = "held back"
+            kept = judge(
+                self._held, self.state.folder, self.name, count, steps, best, proposals[0],
+                lambda recipe: self._spend(recipe, count), self._price(count),
+            )  # fmt: skip
+            self.state.put(f"point {count}", {"steps": list(best.steps), **kept})
         if kept["ramp"]:
             best, value = proposals[0], self.measure(proposals[0])
         verdict = Verdict.load(kept["verdict"])
@@ -310,52 +312,6 @@ class Tuner:
         recipe = recipe.replace(tuned=self._tuned_on(count, verdict), groups=kept["groups"])
         spent = None if kept["spent"] is None else Spent.load(kept["spent"])
         return Point(count, recipe, best.label, best.predicted, value, ramp_db, verdict, spent)
-
-    def _validated(self, count: int, best: Candidate, fitted: Candidate) -> dict[str, Any]:
-        """The verdict on held-back prompts, and whether it is the fitted ramp's.
-
-        A schedule that the ramp with weights fitted in the same way is as good as has learnt its
-        prompts by heart: then that ramp takes its place, and has to beat the presets' forecast.
-        """
-        self._stage = "held back"
-        steps, ramp, held = self.num_steps, fitted.steps, self._held
-        recipe = recipe_of(best.steps, steps, best, self.name)
-        mine, picture = held.run(recipe, count)
-        against, ramp_picture = held.run(recipe_of(ramp, steps), count)
-        verdict, same = Verdict.of(mine, against, None), None
-        falls_back = False
-        if best.steps != ramp:
-            other = recipe_of(ramp, steps, fitted, f"ramp-{count}-fitted")
-            other.save(self.state.folder / f"{other.name}.json")
-            same, same_picture = held.run(other, count)
-            verdict = Verdict.of(mine, against, same)
-            falls_back = verdict.schedule_gain_db is not None and verdict.schedule_gain_db <= 0
-            if falls_back:
-                recipe, mine, picture, same = other, same, same_picture, None
-                verdict = Verdict.of(mine, against, None)
-        spent, groups = self._spend(recipe, count), list[Any]()
-        if spent is not None and spent.chosen is not None:
-            self._stage = "held back"
-            sparser = recipe.replace(groups=list(spent.chosen.groups))
-            again, sparse_picture = held.run(sparser, count)
-            plain, _ = held.run(recipe, count)
-            other_verdict = Verdict.of(again, against, same)
-            saved = float(
-                np.median([a.seconds - b.seconds for a, b in zip(plain, again, strict=True)])
-            )
-            lost = verdict.psnr_db - other_verdict.psnr_db
-            if other_verdict.beats and saved > 0 and lost < saved * self._price(count):
-                groups = sparser.to_dict()["groups"]
-                verdict, picture = other_verdict, sparse_picture
-        pictures = (held.dense()[0][0], ramp_picture, picture)
-        for kind, pixels in zip(KINDS, pictures, strict=True):
-            keep_picture(pixels, picture_path(self.state.folder, count, kind))
-        return {
-            "ramp": falls_back,
-            "groups": groups,
-            "spent": None if spent is None else spent.to_dict(),
-            "verdict": asdict(verdict),
-        }
 
     def _price(self, count: int) -> float:
         """dB that a second costs where steps are left out: between plans of about as many."""

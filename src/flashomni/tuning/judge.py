@@ -1,0 +1,87 @@
+"""What of a tuned recipe stands on held-back prompts: its schedule, and its sparse attention."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flashomni.engine import Recipe
+from flashomni.tuning.polish import Candidate
+from flashomni.tuning.sparse import Spent
+from flashomni.tuning.validate import (
+    KINDS,
+    HeldBack,
+    Verdict,
+    keep_picture,
+    picture_path,
+    recipe_of,
+)
+
+
+def judge(
+    held: HeldBack,
+    folder: Path,
+    name: str,
+    count: int,
+    num_steps: int,
+    best: Candidate,
+    fitted: Candidate,
+    spend: Callable[[Recipe], Spent | None],
+    price: float,
+) -> dict[str, Any]:
+    """The verdict on one number of computed steps.
+
+    A schedule that the ramp with weights fitted in the same way is as good as has learnt its
+    prompts by heart: then that ramp takes its place, and has to beat the presets' forecast.
+
+    Args:
+        held: the prompts.
+        folder: of pictures and the ramp's recipe.
+        name: of the recipe.
+        count: of computed steps, of ``num_steps``.
+        num_steps: of the generation.
+        best: what tuning found.
+        fitted: the ramp with fitted weights.
+        spend: what sparse attention in computed steps of a recipe is worth.
+        price: dB that a second costs where steps are left out.
+
+    Returns:
+        JSON values: ``verdict``; ``ramp``, whether it is the fitted ramp's; ``groups`` of layers
+        whose sparse attention pays here too, and what was ``spent`` on them.
+    """
+    recipe, ramp = recipe_of(best.steps, num_steps, best, name), fitted.steps
+    mine, picture = held.run(recipe, count)
+    against, ramp_picture = held.run(recipe_of(ramp, num_steps), count)
+    verdict, same, falls_back = Verdict.of(mine, against, None), None, False
+    if best.steps != ramp:
+        other = recipe_of(ramp, num_steps, fitted, f"ramp-{count}-fitted")
+        other.save(folder / f"{other.name}.json")
+        same, same_picture = held.run(other, count)
+        verdict = Verdict.of(mine, against, same)
+        falls_back = verdict.schedule_gain_db is not None and verdict.schedule_gain_db <= 0
+        if falls_back:
+            recipe, picture = other, same_picture
+            verdict, same = Verdict.of(same, against, None), None
+    spent, groups = spend(recipe), list[Any]()
+    if spent is not None and spent.chosen is not None:
+        sparse = recipe.replace(groups=list(spent.chosen.groups))
+        again, sparse_picture = held.run(sparse, count)
+        plain, _ = held.run(recipe, count)
+        changed = Verdict.of(again, against, same)
+        saved = statistics.median(a.seconds - b.seconds for a, b in zip(plain, again, strict=True))
+        lost = verdict.psnr_db - changed.psnr_db
+        if changed.beats and saved > 0 and lost < saved * price:
+            groups = sparse.to_dict()["groups"]
+            verdict, picture = changed, sparse_picture
+    pictures = (held.dense()[0][0], ramp_picture, picture)
+    for kind, pixels in zip(KINDS, pictures, strict=True):
+        keep_picture(pixels, picture_path(folder, count, kind))
+    return {
+        "ramp": falls_back,
+        "groups": groups,
+        "spent": None if spent is None else spent.to_dict(),
+        "verdict": asdict(verdict),
+    }
