@@ -82,13 +82,6 @@ def pyramid_cache(model):
     return "pyramid"
 
 
-def sequential_offload(model):
-    import accelerate
-
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    return "sequential offloading"
-
-
 def replaced_forward(model):
     blocks(model)[1].forward = lambda *args, **kwargs: None
     return "replaced forward"
@@ -101,7 +94,7 @@ def cache_dit(model):
 
 CHANGES = (
     foreign_processor, attention_backend, context_parallelism, first_block_cache, taylorseer_cache,
-    pyramid_cache, sequential_offload, replaced_forward, cache_dit,
+    pyramid_cache, replaced_forward, cache_dit,
 )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ def _one(
     if engine_of(model) is not None:
         raise ValueError("the pipeline is accelerated already: call engine.remove() first")
     from flashomni.models import _attach
+    from flashomni.models._hooks import refuse_hooked
 
     found = _find(model, blocks)
     sites = found.sites(model)
@@ -128,7 +129,7 @@ def _one(
 
     def check() -> None:
         sharding.start()
-        _attach.refuse_hooked(model, sites)
+        refuse_hooked(model, sites)
         found.check(model)
 
     check()

@@ -7,9 +7,9 @@ an instance belongs to that instance: a deep copy or a pickle of the model is th
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
-import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -26,14 +26,18 @@ from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, Site
 from flashomni.models._elsewhere import look
+from flashomni.models._hooks import execution_device
+from flashomni.models._offload import Once, bring, group_of, is_in_front, rise, take_away
 from flashomni.models._reorder import around, exit_of, in_order, tokens_of
-from flashomni.models._stand_in import InsteadOfForward, stock_forward
+from flashomni.models._stand_in import InsteadOfForward, places, stock_forward
 
 NAME = "flashomni"
 
 
 class BlockForward(InsteadOfForward):
     """Runs a block through the engine while a call of its model is under way.
+
+    Behind the hooks that bring the block's weights; :class:`InFront` of them it decides whether to.
 
     Args:
         runtime: of the model.
@@ -43,16 +47,37 @@ class BlockForward(InsteadOfForward):
     """
 
     def __init__(self, runtime: Runtime, index: int, site: Site, leaves: bool) -> None:
-        super().__init__(site.block)
+        super().__init__(site.block, inside=True)
         self.runtime, self.index, self.site = runtime, index, site
         self.names = list(inspect.signature(site.run).parameters)[2:]  # behind run and block
         self.leaves = leaves
+        self._run: LayerRun | None = None
+        self._front: InFront | None = None
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run, self._run = self._run, None
+        if run is not None:
+            return self.site.run(run, self.site.block, *args, **kwargs)
+        return self.through(self.original, None, args, kwargs)
+
+    def through(
+        self,
+        stock: Callable[..., Any],
+        hooked: Callable[..., Any] | None,
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
+        """What the block returns.
+
+        Args:
+            stock: runs where no call of the model is under way.
+            hooked: brings the weights and calls this object again; ``None`` where they are there.
+            args: of the block, like ``kwargs``.
+        """
         runtime, site = self.runtime, self.site
         if not self.active or not runtime.running:  # the block is called by itself
-            return self.original(*args, **kwargs)
+            return stock(*args, **kwargs)
         tokens = tokens_of(runtime)
         if tokens is not None:
             args, kwargs = in_order(tokens, site, self.names, self.index == 0, args, kwargs)
@@ -60,19 +85,66 @@ class BlockForward(InsteadOfForward):
             kwargs[name] if name in kwargs else args[self.names.index(name)]
             for name in site.streams
         )
+        forward = None if hooked is None else Once(site.block, hooked)
 
         def compute(run: LayerRun) -> tuple[Tensor, ...]:
-            return site.unpack(site.run(run, site.block, *args, **kwargs))
+            if forward is None:
+                return site.unpack(site.run(run, site.block, *args, **kwargs))
+            self._run = run
+            try:
+                return site.unpack(forward(*args, **kwargs))
+            finally:
+                self._run = None
 
         def modulated() -> Tensor:
             assert site.modulated is not None
+            bring(site.block)
             return site.modulated(site.block, *args, **kwargs)
 
         place = Place(streams, site.main, None if site.modulated is None else modulated)
         behind = list(runtime.block(self.index, place, compute, site.chain))
         if tokens is not None and self.leaves:
             behind[site.main] = tokens.leave(behind[site.main], site.vision)
-        return site.pack(tuple(behind))
+        if forward is None:
+            return site.pack(tuple(behind))
+        forward.settle()
+        if site.derived:
+            bring(site.block)
+        output = site.pack(tuple(behind))
+        if site.derived:
+            take_away(site.block)
+        return output
+
+    def rise(self) -> None:
+        """Be in front, too, of hooks of group offloading."""
+        if self.active and group_of(self.module) is not None and not self._is_in_front():
+            self._front = InFront(self)
+
+    def _is_in_front(self) -> bool:
+        return self._front is not None and is_in_front(self._front)
+
+    def take_off(self) -> None:
+        super().take_off()
+        if self._front is not None:
+            self._front.take_off()
+            self._front = None
+
+
+class InFront(InsteadOfForward):
+    """A :class:`BlockForward` in front of the hooks that bring the block's weights."""
+
+    def __init__(self, block: BlockForward) -> None:
+        super().__init__(block.module)
+        self._block = block
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self._block.through(self.original, self.original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.original, memo)
 
 
 class ModelForward(InsteadOfForward):
@@ -90,6 +162,9 @@ class ModelForward(InsteadOfForward):
     @torch.compiler.disable
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self.runtime.forward(args, kwargs, self.original)
+
+    def rise(self) -> None:
+        rise(self)  # a model that is not called needs no weights
 
 
 def at_output(runtime: Runtime) -> bool:
@@ -212,8 +287,10 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
     elsewhere = look(runtime, adapter.latents)
 
     def begin(args: tuple, kwargs: dict) -> None:
-        runtime.begin(context.context, _device(model, sites[0].block), args, kwargs)
+        runtime.begin(context.context, execution_device(model, sites[0].block), args, kwargs)
         elsewhere(args, kwargs)
+        for stand_in in installed:
+            stand_in.rise()
 
     context = ContextHook(runtime)
     try:
@@ -259,78 +336,17 @@ def clear_remains(model: nn.Module, sites: list[Site]) -> None:
     It happens where another hook lay on top of ours when we went, and gave our forward back later.
     """
     for module in (model, *(site.block for site in sites)):
-        left = module.__dict__.get("forward")
-        if isinstance(left, InsteadOfForward) and not left.active:
-            left.take_off()
-        elif isinstance(left, types.MethodType) and left == stock_forward(module):
+        for holder, slot in places(module):
+            left = holder.get(slot)
+            if isinstance(left, InsteadOfForward) and not left.active:
+                left.take_off()
+        if module.__dict__.get("forward") == stock_forward(module):
             del module.__dict__["forward"]
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook is _inert]:
             del hooks[key]
     if call_hook(model) is None:
         take_off_context(model)
-
-
-def refuse_hooked(model: nn.Module, sites: list[Site]) -> None:
-    """Refuse, by name, what would be left out or run twice; ours are no reason.
-
-    Raises:
-        NotImplementedError: a diffusers cache, cache-dit, group or sequential offloading, a
-            compiled block, or a replaced forward.
-    """
-    if getattr(model, "_is_cached", False):
-        raise NotImplementedError("cache-dit is enabled on the transformer: disable it first")
-    cache = getattr(model, "_cache_config", None)
-    for site in sites:
-        _refuse_hooked_block(site)
-    if cache is not None:
-        raise NotImplementedError(
-            f"the transformer has a diffusers cache ({type(cache).__name__}), which cannot be "
-            "combined with ours; call transformer.disable_cache() first"
-        )
-
-
-def _refuse_hooked_block(site: Site) -> None:
-    block = site.block
-    others = list(getattr(getattr(block, "_diffusers_hook", None), "hooks", ()))
-    for module in block.modules():
-        # An attention module is never called as a whole: what hooks it (Pyramid Attention
-        # Broadcast) would be left out.
-        if module is not block and hasattr(module, "processor"):
-            others += getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
-    if getattr(block, "_hf_hook", None) is not None:
-        others.append(type(block._hf_hook).__name__)
-    if any(parameter.device.type == "meta" for parameter in block.parameters()):
-        raise NotImplementedError(
-            f"{site.name}: its weights are elsewhere (sequential offloading), which is not "
-            "supported; enable_model_cpu_offload is"
-        )
-    if others or _is_replaced(block):
-        raise NotImplementedError(
-            f"{site.name} carries the hook {', '.join(others) or 'of a replaced forward'} "
-            "(a diffusers cache, group offloading or sequential offloading), which cannot be "
-            "combined; disable it first. enable_model_cpu_offload works."
-        )
-    if getattr(block, "_compiled_call_impl", None) is not None:
-        raise NotImplementedError(f"{site.name} is compiled: accelerate it first, then compile")
-
-
-def _is_replaced(block: nn.Module) -> bool:
-    """Whether the block's forward is neither its class's nor ours."""
-    forward = block.__dict__.get("forward")
-    if forward is None or isinstance(forward, InsteadOfForward):
-        return False  # (a disabled cache leaves the class's own)
-    return not (isinstance(forward, types.MethodType) and forward == stock_forward(block))
-
-
-def _device(model: nn.Module, block: nn.Module) -> torch.device:
-    """Where the model computes: under offloading its weights rest elsewhere between calls."""
-    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if execution is None:
-        return next(block.parameters()).device
-    return (
-        torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
-    )
 
 
 def _forget_children(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ from flashomni.engine.call import Place
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, Site
-from flashomni.models._attach import InsteadOfForward
+from flashomni.models._offload import Once, rise
+from flashomni.models._stand_in import InsteadOfForward
 from flashomni.models.generic.blocks import Blocks, declared, find_blocks
 from flashomni.models.generic.pattern import Learned, learn, leave_out_short, mismatch
 from flashomni.models.generic.run import Guide, InBlock, run_block
@@ -244,7 +245,13 @@ class LearnedForward(InsteadOfForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active or not self.runtime.running:  # the block is called by itself
             return self.original(*args, **kwargs)
-        return self._generic.run(self._number, self.original, self._names, args, kwargs)
+        forward = Once(self.module, self.original)
+        output = self._generic.run(self._number, forward, self._names, args, kwargs)
+        forward.settle()
+        return output
+
+    def rise(self) -> None:
+        rise(self)
 
 
 class WatchedForward(InsteadOfForward):
