@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo demo-video quick test unit lint compile interpret docs bench wheels clean
+.PHONY: demo demo-video quick test unit studio-test lint compile interpret docs bench wheels clean
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo
@@ -36,6 +36,9 @@ compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton,
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)
 	PYTHONPATH=$(VENV)/newest $(PYTEST) tests/unit/test_compile_portable.py \
 		tests/unit/test_compile_sm90.py tests/unit/test_compile_sm90_gemm.py
+
+studio-test: $(STAMP)  ## the page of `flashomni studio` in a headless Chromium, if there is one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/studio/browser.py
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

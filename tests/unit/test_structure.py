@@ -34,8 +34,19 @@ MAY_IMPORT = {
     "attention": {"compat"},
     "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
     "tuning": {"util", "policies", "engine", "models", "lab"},
+    "studio": {"util", "policies", "engine", "models", "lab", "tuning"},
     "__main__": {"lab", "cli"},
-    "cli": {"util", "dispatch", "kernels", "policies", "engine", "models", "lab", "tuning"},
+    "cli": {
+        "util",
+        "dispatch",
+        "kernels",
+        "policies",
+        "engine",
+        "models",
+        "lab",
+        "tuning",
+        "studio",
+    },
 }
 DIFFUSERS = {"models"}
 DIFFUSERS_FILES = {
@@ -62,6 +73,7 @@ CLI = {
         "--target-psnr", "--pareto", "--computed", "--tries", "--sparse", "--memory", "--seed", "--out",
         "--device", "--dtype",
     },
+    "studio": {"--model", "--recipe", "--host", "--port", "--share", "--device", "--dtype"},
     "tune-kernels": {"--head-dim", "--device", "--dtype"},
     "doctor": {"PIPE_FOLDER"},
     "bench op": {

@@ -1,4 +1,4 @@
-"""The command line: ``flashomni generate | compare | eval | tune | show | doctor | bench ...``."""
+"""The command line: ``flashomni generate | compare | eval | tune | studio | show | doctor ...``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from flashomni.cli._common import (
 )
 from flashomni.cli.bench import bench_app
 from flashomni.cli.compare import compare
+from flashomni.cli.studio import studio
 from flashomni.cli.tune import tune
 from flashomni.util.files import check_folder
 from flashomni.util.words import clean, one_line
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(compare)
 app.command()(tune)
+app.command()(studio)
 
 
 class Topic(StrEnum):

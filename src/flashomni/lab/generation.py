@@ -18,6 +18,7 @@ from flashomni.models import accelerate, transformers_of
 from flashomni.util.words import one_line
 
 OnStep = Callable[[int, int], None]
+Look = Callable[[int, Tensor | None], None]
 COMPILE_STEPS = 8
 SHORT = 30.0  # seconds: of a generation so short, the first two are left out
 OFTEN = {"interval": 2, "warmup": 0.0, "min_steps": 0}
@@ -49,6 +50,7 @@ class Generation:
             self.call["num_inference_steps"] = steps
         self.pipe.set_progress_bar_config(disable=True)
         self.seconds = float("inf")  # of a stock generation, about
+        self.look: Look | None = None  # at the latents after each step; its time does not count
 
     @property
     def num_steps(self) -> int:
@@ -60,9 +62,16 @@ class Generation:
 
     def run(self, on_step: OnStep) -> tuple[Tensor, float]:
         """Run the pipeline once; return its frames and the seconds it took, all included."""
+        aside = 0.0
 
         def callback(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+            nonlocal aside
             on_step(step + 1, getattr(pipe, "_num_timesteps", None) or self.num_steps)
+            if self.look is not None:
+                self._wait()
+                begun = time.perf_counter()
+                self.look(step, kwargs.get("latents"))
+                aside += time.perf_counter() - begun
             return kwargs
 
         self._wait()
@@ -75,7 +84,7 @@ class Generation:
             callback_on_step_end=callback,
         )
         self._wait()
-        return frames(output), time.perf_counter() - start
+        return frames(output), time.perf_counter() - start - aside
 
     def discard(self) -> None:
         """Run once, for nothing but what it leaves behind."""

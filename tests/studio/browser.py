@@ -1,0 +1,267 @@
+"""The studio's page in a real browser: `make studio-test`. Needs gradio, playwright, a Chromium."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("gradio", reason="the extra 'studio' is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+if not CHROMIUM:
+    pytest.skip("there is no Chromium here", allow_module_level=True)
+
+from playwright.sync_api import expect  # noqa: E402
+
+from flashomni.engine import Recipe  # noqa: E402
+from flashomni.studio.app import serve  # noqa: E402
+from flashomni.studio.shelf import Shelf  # noqa: E402
+
+MODEL = "tiny-image"
+SIZE, STEPS = 64, 4
+PATIENCE = 60_000  # ms until a page is taken to be stuck
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A studio of its own, on a free port."""
+    blocks, url = serve(Shelf("cpu", torch.float32), MODEL, port=None, wait=False)
+    yield url
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, url):
+    """Opens the page as somebody new; whatever goes wrong in it fails the test."""
+    contexts, wrong = [], []
+
+    def open_page(width=1200):
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: wrong.append(foreign(request.url, url)))
+        page.goto(url)
+        expect(page.locator("#knob-schedule-computed")).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [each for each in wrong if each] == []
+
+
+def foreign(asked, url):
+    """An address that is not the studio's: the page fetches nothing from elsewhere."""
+    return "" if asked.startswith((url, "data:", "blob:")) else asked
+
+
+def number(page, name, value):
+    """Type a number, as a user would."""
+    box = page.locator(f"{name} input[type=number]")
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def make_small(page, steps=STEPS):
+    page.get_by_text("Size and preview").click()
+    number(page, "#width", SIZE)
+    number(page, "#height", SIZE)
+    number(page, "#steps", steps)
+    expect(page.locator("#recipe-line")).to_contain_text(f"of {steps} steps")
+
+
+def compare(page):
+    page.locator("#compare").click()
+    expect(page.locator("#cancel")).to_be_visible()
+    expect(page.locator("#cancel")).to_be_hidden()
+    expect(page.get_by_test_id("figures")).to_be_visible()
+
+
+def runs(page):
+    """The table of what this page has tried, newest first."""
+    page.get_by_role("tab", name="Runs").click()
+    rows = page.get_by_test_id("history").locator("tbody tr").all()
+    page.get_by_role("tab", name="Compare").click()
+    return [row.locator("td").all_text_contents() for row in rows]
+
+
+def downloaded(page, tmp_path):
+    with page.expect_download() as waiting:
+        page.locator("#download").click()
+    path = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path
+
+
+def test_a_whole_comparison(visit):
+    """Steps as they come, two pictures under a slider, figures, maps, times."""
+    page = visit()
+    make_small(page, steps=12)
+    number(page, "#knob-schedule-computed", 4)
+    expect(page.locator("#recipe-line")).to_contain_text("computes 4 of 12 steps")
+    page.locator("#compare").click()
+    expect(page.locator(".fo-preview")).to_be_visible()
+    expect(page.locator("#stage")).to_contain_text(re.compile(r"(dense|accelerated) · \d+ of 12"))
+    expect(page.get_by_test_id("figures")).to_contain_text("PSNR to dense")
+    expect(page.locator("#stage")).to_be_hidden()
+    for image in page.locator("#slider img").all()[:2]:
+        assert image.evaluate("i => i.complete && i.naturalWidth") == SIZE
+    page.get_by_role("tab", name="Difference").click()
+    for name in ("#difference", "#flip"):
+        expect(page.locator(f"{name} img")).to_be_visible()
+    page.get_by_role("tab", name="What was computed").click()
+    maps = page.get_by_test_id("density").locator("svg.fo-cells")
+    expect(maps).to_have_count(2)
+    assert "12 steps" in maps.first.get_attribute("aria-label")
+    page.get_by_role("tab", name="Time").click()
+    assert page.get_by_test_id("times").locator(".fo-calls rect").count() == 12
+    ((recipe, computed, *_),) = runs(page)
+    assert (recipe, computed) == ("balanced-edited", "4 of 12")
+
+
+def test_sliders_change_the_recipe_that_is_downloaded(visit, tmp_path):
+    """Numbers, choices, switches, another policy with settings of its own, a refused value."""
+    page = visit()
+    number(page, "#knob-schedule-computed", 7)
+    expect(page.locator("#recipe-line")).to_contain_text("computes 7 of 28 steps")
+    page.get_by_text("Attention: what is skipped").click()
+    choose(page, "#knob-policy", "topk")
+    number(page, "#knob-policy-kv_density-topk", 0.25)
+    page.locator("#knob-sparse-in_computed input").check()
+    choose(page, "#knob-sparse-carry", "hold")
+    choose(page, "#knob-sparse-summaries", "4")
+    expect(page.locator("#recipe-line")).to_contain_text("summaries 4, carry hold")
+    path = downloaded(page, tmp_path)
+    recipe = Recipe.load(path)
+    assert path.name == "balanced-edited.json" and recipe.schedule.computed == 7
+    assert recipe.policy.name == "topk" and recipe.policy.kv_density == 0.25
+    assert recipe.sparse.in_computed and recipe.sparse.carry == "hold"
+    assert recipe.sparse.summaries == 4
+    page.get_by_text("Everything else").click()
+    box = page.locator("#knob-sparse-choose_at input, #knob-sparse-choose_at textarea")
+    box.fill("never")
+    box.press("Enter")
+    expect(page.locator("#recipe-line [role=alert]")).to_contain_text("choose_at")
+    expect(box).to_have_value("update")
+    assert Recipe.load(downloaded(page, tmp_path)) == recipe
+
+
+def choose(page, name, value):
+    page.locator(f"{name} input").click()
+    page.get_by_role("option", name=value, exact=True).click()
+
+
+def test_a_recipe_can_be_opened(visit, tmp_path):
+    """A file of one's own; one that is none says so and changes nothing."""
+    page = visit()
+    good, bad = tmp_path / "mine.json", tmp_path / "bad.json"
+    Recipe.of("fast", name="mine", computed=6).save(good)
+    bad.write_text(json.dumps({"policy": {"name": "moon"}}))
+    page.locator("input[type=file]").set_input_files(good)
+    expect(page.locator("#recipe-line")).to_contain_text("mine: computes 6 of 28 steps")
+    page.locator("input[type=file]").set_input_files(bad)
+    expect(page.locator("#recipe-line [role=alert]")).to_contain_text("moon")
+    assert Recipe.load(downloaded(page, tmp_path)).name == "mine"
+
+
+def test_a_bad_model_path_keeps_what_was_loaded(visit):
+    """It says what is wrong, as text, and the page still generates."""
+    page = visit()
+    make_small(page)
+    box = page.locator("#model input")
+    box.fill("/nowhere/<img src=x onerror=alert(1)>")
+    page.locator("#load").click()
+    message = page.locator("#model-line [role=alert]")
+    expect(message).to_contain_text("/nowhere/<img src=x")
+    expect(message).to_contain_text(f"The page keeps {MODEL}")
+    assert page.locator("#model-line img").count() == 0
+    compare(page)
+    assert len(runs(page)) == 1
+
+
+def test_two_browsers_at_once(visit):
+    """They take turns at the pipeline; recipes, pictures and results stay apart."""
+    pages = [visit(), visit()]
+    for page, computed, seed in zip(pages, (2, 3), (1, 2), strict=True):
+        make_small(page)
+        number(page, "#seed", seed)
+        number(page, "#knob-schedule-computed", computed)
+        expect(page.locator("#recipe-line")).to_contain_text(f"computes {computed} of {STEPS}")
+    for page in pages:
+        page.locator("#compare").click()
+    for page in pages:
+        expect(page.get_by_test_id("figures")).to_be_visible()
+    assert [[row[1] for row in runs(page)] for page in pages] == [["2 of 4"], ["3 of 4"]]
+    pictures = [page.locator("#slider img").first.get_attribute("src") for page in pages]
+    assert pictures[0] != pictures[1]
+
+
+def test_cancel_ends_a_run_and_the_next_one_starts(visit):
+    """A run of many steps ends at its next one."""
+    page = visit()
+    make_small(page, steps=100)
+    page.locator("#compare").click()
+    expect(page.locator(".fo-preview")).to_be_visible()
+    page.locator("#cancel").click()
+    expect(page.locator("#stage")).to_have_text("cancelled")
+    number(page, "#steps", STEPS)
+    expect(page.locator("#recipe-line")).to_contain_text(f"of {STEPS} steps")
+    compare(page)
+
+
+def test_a_browser_that_is_closed_ends_its_run(visit, browser, url):
+    """The next one does not wait for what nobody will see."""
+    gone = visit()
+    make_small(gone, steps=100)
+    number(gone, "#width", 256)
+    number(gone, "#height", 256)
+    gone.locator("#compare").click()
+    expect(gone.locator("#stage")).to_contain_text(" of 100")
+    gone.context.close()
+    page = visit()
+    make_small(page)
+    compare(page)
+
+
+def test_tuning_gives_a_verdict(visit):
+    """With progress; the recipe that it finds is the page's, or the reason why there is none."""
+    page = visit()
+    make_small(page, steps=6)
+    number(page, "#knob-schedule-computed", 3)
+    expect(page.locator("#recipe-line")).to_contain_text("computes 3 of 6 steps")
+    page.get_by_text("Tune for this prompt").first.click()
+    number(page, "#tries", 0)
+    page.locator("#tune").click()
+    expect(page.locator("#verdict")).to_contain_text("3 of 6 steps give")
+    expect(page.locator("#recipe-line")).to_contain_text("computes 3 of 6 steps")
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_the_page_fits_every_width(visit, width):
+    """Nothing makes it wider than the screen; the result is next to the buttons, or below them."""
+    page = visit(width)
+    make_small(page)
+    compare(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ask, result, recipe = (
+        page.locator(name).bounding_box() for name in ("#fo-ask", "#fo-result", "#fo-recipe")
+    )
+    if width < 760:
+        assert ask["y"] < result["y"] < recipe["y"]
+    else:
+        assert result["x"] >= ask["x"] + ask["width"] and abs(result["y"] - ask["y"]) < 20
