@@ -12,7 +12,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo demo-video quick test unit studio-test lint compile interpret docs bench wheels clean
+.PHONY: demo demo-video quick test unit studio-test serve serve-test lint compile interpret docs bench wheels clean
+# Ray is heavy, and its dependencies are many: the server has an environment of its own.
+SERVE_VENV ?= build/serve-venv
+SERVE_BIN := $(SERVE_VENV)/bin
+SERVE_STAMP := $(SERVE_VENV)/.installed
+
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo
@@ -53,6 +58,19 @@ bench: $(STAMP)  ## speed of the ops here, against torch's dense ones
 	$(BIN)/flashomni bench op attention
 	$(BIN)/flashomni bench op gemm_q
 	$(BIN)/flashomni bench op gemm_o
+
+serve: $(SERVE_STAMP)  ## a server of the small model on port 8000, until it is interrupted
+	PATH="$(abspath $(SERVE_BIN)):$$PATH" $(SERVE_BIN)/serve run flashomni.serve:app $(ARGS)
+
+serve-test: $(SERVE_STAMP)  ## a real server: replicas, load, a replica that is killed
+	$(SERVE_BIN)/python -m pytest tests/serve
+
+$(SERVE_STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(SERVE_BIN)/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_BIN)/python -m pip install --quiet --upgrade pip
+	$(SERVE_BIN)/python -m pip install --quiet -c $(CONSTRAINTS) \
+		-e packages/flashomni-assets -e '.[serve]' pytest pytest-timeout
+	touch $@
 
 $(STAMP): pyproject.toml packages/flashomni-assets/pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,6 +27,7 @@ NOT_RUN = {  # what a block of code begins with, and why it is not run
     "registry, util ": "who may import whom: tests/unit/test_structure.py parses the imports",
     '@register("attention", "NAME"': "the frame of a kernel: what it names is the reader's",
     "q = sparse_gemm_q(x, symbols)": "what a layer does, in words; the ops are run below it",
+    "serve run flashomni.serve:app": "a server: tests/serve/test_server.py starts it and runs curl",
     "src/flashomni/": "the tree: test_the_tree_is_the_tree looks at each name",
 }
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
     "tuning": {"util", "policies", "engine", "models", "lab"},
     "studio": {"util", "policies", "engine", "models", "lab", "tuning"},
+    "serve": {"util", "policies", "engine", "models", "lab"},
     "__main__": {"lab", "cli"},
     "cli": {
         "util",
