@@ -24,7 +24,7 @@ def encode(frames: list[Any], kind: str, fps: int = 12) -> bytes:
     elif kind == "png":
         options = {
             "compress_level": 1
-        }  # a fifth of the time of the default, for a tenth more bytes
+        }  # of 9: the default takes nearly twice as long for a few bytes less
     elif kind == "webp":
         options = {"lossless": True}
     else:
