@@ -13,11 +13,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 NEWEST_TRITON := 3.9.0
 
 .PHONY: demo demo-video quick test unit studio-test serve serve-test lint compile interpret docs bench wheels clean
+
 # Ray is heavy, and its dependencies are many: the server has an environment of its own.
 SERVE_VENV ?= build/serve-venv
 SERVE_BIN := $(SERVE_VENV)/bin
 SERVE_STAMP := $(SERVE_VENV)/.installed
-
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo

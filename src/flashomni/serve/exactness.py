@@ -18,7 +18,8 @@ def decides_together(recipe: Recipe, steps: int) -> bool:
         recipe: under which they are generated.
         steps: of denoising.
     """
-    schedules = (recipe.schedule, *(group.schedule for group in recipe.groups))
+    own = (group.schedule for group in recipe.groups)
+    schedules = [recipe.schedule, *(each for each in own if each is not None)]
     if any(each.plan(steps, recipe.order) is None for each in schedules) or recipe.guidance.acts:
         return True
     policies = [each for each in (recipe.policy, recipe.policy_without_text) if each is not None]
