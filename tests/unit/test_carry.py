@@ -41,7 +41,7 @@ class Turning(Policy):
         drawn.manual_seed(site.layer)
         shape = (batch, num_heads, grid.num_q_blocks, grid.num_kv_blocks)
         kv_mask = torch.rand(shape, generator=drawn) < 0.5
-        return Symbols.pack(q_mask, kv_mask, grid)
+        return Symbols.pack(q_mask.to(site.q.device), kv_mask.to(site.q.device), grid)
 
 
 def recipe(order=1, **settings):

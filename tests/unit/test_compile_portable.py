@@ -36,15 +36,23 @@ TENSORS = ("q", "k", "v", "out", "x", "weight", "bias", "norm_weight", "o", "alw
 
 
 def paths(kinds):
-    """Where the values of nested tuples are."""
+    """Where the values of nested tuples are, and what they are."""
     for index, kind in enumerate(kinds):
-        yield from (
-            ((index, *path) for path in paths(kind)) if isinstance(kind, tuple) else [(index,)]
-        )
+        if isinstance(kind, tuple):
+            yield from (((index, *path), value) for path, value in paths(kind))
+        else:
+            yield (index,), kind
+
+
+def _as_constants(kinds):
+    """The same tuple; what is a number in it is named a constant."""
+    if isinstance(kinds, tuple):
+        return tuple(map(_as_constants, kinds))
+    return kinds if isinstance(kinds, str) else "constexpr"
 
 
 def compile_kernel(kernel, arch, dtype, constants, config=None, types=None, num_warps=4):
-    """Pointers and strides aligned to 16 as they are in practice."""
+    """Pointers and strides aligned to 16 as they are in practice; a number in a tuple is fixed."""
     names = kernel.arg_names
     types = POINTERS | NUMBERS | {name: f"*{dtype}" for name in TENSORS} | (types or {})
     signature = {name: types.get(name, "i32") for name in names}
@@ -59,11 +67,16 @@ def compile_kernel(kernel, arch, dtype, constants, config=None, types=None, num_
         (*at[name], *path): [["tt.divisibility", 16]]
         for name, kind in signature.items()
         if isinstance(kind, tuple)
-        for path in paths(kind)
+        for path, value in paths(kind)
+        if isinstance(value, str)
     }
-    source = ASTSource(
-        kernel, signature, {at[name]: value for name, value in constants.items()}, aligned
-    )
+    fixed = {at[name]: value for name, value in constants.items()}
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            numbers = [(path, value) for path, value in paths(kind) if not isinstance(value, str)]
+            fixed |= {(*at[name], *path): value for path, value in numbers}
+            signature[name] = _as_constants(kind)
+    source = ASTSource(kernel, signature, fixed, aligned)
     options = {"num_warps": num_warps}
     if config is not None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -132,10 +145,20 @@ def test_attention_with_summaries(arch, dtype, head_dim, tmp_path):
     constants = attention_constants(config, head_dim, dtype) | {"SUMMARIES": 4, "ANCHORED": False}
     del constants["summary"]
     strides = ("i32",) * 3
-    summary = (f"*{dtype}", f"*{dtype}", "*fp32", "*u8", strides, strides, "i32", ("i32",) * 4)
+    summary = (f"*{dtype}", f"*{dtype}", "*fp32", "*u8", strides, strides, ("i32",) * 4)
     types = {"summary": summary}
     compiled = compile_kernel(attention_kernel, arch, dtype, constants, config, types)
     check(compiled, arch, tmp_path, may_spill=32)  # 255 registers before
+
+
+@pytest.mark.parametrize("bits", [(1, 1, 1, 1), ("i32", "i32", 1, 1)], ids=["one", "column"])
+def test_attention_with_a_single_summary(bits):
+    """Triton takes strides that are 1 as constants: of one block of queries, and of keys."""
+    config = config_of("attention", 90, "bf16", 64)
+    constants = attention_constants(config, 64, "bf16") | {"SUMMARIES": 1, "ANCHORED": False}
+    del constants["summary"]
+    summary = ("*bf16", "*bf16", "*fp32", "*u8", ("i32",) * 3, ("i32",) * 3, bits)
+    compile_kernel(attention_kernel, 90, "bf16", constants, config, {"summary": summary})
 
 
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)

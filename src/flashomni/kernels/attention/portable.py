@@ -216,13 +216,13 @@ def _walk(
 
 
 @triton.jit
-def _of_row(summary, b, h, row, GROUPS: tl.constexpr):
-    """What ``_visit_summaries`` gets, of one query block of one head."""
-    k, v, log_n, bits, k_strides, v_strides, n_stride_b, bit_strides = summary
+def _of_row(summary, b, h, row, total, GROUPS: tl.constexpr):
+    """What ``_visit_summaries`` gets, of one query block of one head; there are ``total``."""
+    k, v, log_n, bits, k_strides, v_strides, bit_strides = summary
     k += b * k_strides[0] + (h // GROUPS).to(tl.int64) * k_strides[2]
     v += b * v_strides[0] + (h // GROUPS).to(tl.int64) * v_strides[2]
     bits += b * bit_strides[0] + h.to(tl.int64) * bit_strides[1] + row.to(tl.int64) * bit_strides[2]
-    return k, v, log_n + b * n_stride_b, bits, k_strides[1], v_strides[1], bit_strides[3]
+    return k, v, log_n + b * total, bits, k_strides[1], v_strides[1], bit_strides[3]
 
 
 @triton.jit
@@ -270,7 +270,8 @@ def attention_kernel(
         last = tl.load(blocks + last, mask=count > 0, other=0).to(tl.int32)
     in_last = tl.minimum(keys - last * BLOCK_N, BLOCK_N)
     if SUMMARIES:
-        summary = _of_row(summary, b, h, tile * TILE_M // BLOCK_M, GROUPS)
+        total = num_kv_blocks * SUMMARIES
+        summary = _of_row(summary, b, h, tile * TILE_M // BLOCK_M, total, GROUPS)
     acc, row_sum, exact_sum, row_max = _walk(
         query, k, v, blocks, count, last, in_last, k_stride_n, v_stride_n, keys, scale, summary,
         BLOCK_N, TILE_M, TILE_N, HEAD_DIM, PADDED_DIM, PRECISION, ANCHORED, lse is not None,
@@ -363,12 +364,12 @@ def is_anchored(call: AttentionCall, config: Config) -> bool:
 
 
 def _summary(call: AttentionCall) -> tuple | None:
-    """The summary as the kernel takes it."""
+    """The summary as the kernel takes it; a stride of 1 alone in this tuple does not compile."""
     if call.summary is None or call.symbols is None:
         return None
     k, v, log_n = call.summary.k, call.summary.v, call.summary.log_n.contiguous()
     bits = call.symbols.kv_bits
-    strides = tuple(k.stride()[:3]), tuple(v.stride()[:3]), log_n.stride(0), tuple(bits.stride())
+    strides = tuple(k.stride()[:3]), tuple(v.stride()[:3]), tuple(bits.stride())
     return k, v, log_n, bits, *strides
 
 

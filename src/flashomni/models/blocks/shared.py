@@ -73,4 +73,10 @@ class SharedBlocks(MMDiT):
                 f"{self.rope[0]} with tables for each item of the batch is not supported by an "
                 "accelerated model; give one pair for all, or call engine.remove()"
             )
-        return rope_in_order(run, run.shared(pack_rope, *tables, self.rope_layout))
+        where = str(inputs.x.device)  # a value: ``shared`` tells other objects apart by identity
+        return rope_in_order(run, run.shared(_packed, *tables, self.rope_layout, where))
+
+
+def _packed(cos: Tensor, sin: Tensor, layout: str, device: str) -> Rope:
+    """Tables where the blocks are: CogView4 makes them on the host, its processor moves them."""
+    return pack_rope(cos.to(device), sin.to(device), layout)
