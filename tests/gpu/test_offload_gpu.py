@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from memory_features import MOVED, STREAMED
 
 import flashomni
 from conftest import STEPS, generation
 from flashomni.engine import Recipe
 from flashomni.models import Blocks, adapters
 from flashomni.policies import make_policy
+from memory_features import MOVED, STREAMED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_grad")]
 

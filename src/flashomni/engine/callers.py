@@ -69,6 +69,17 @@ def own_steps(pipe: Any, model: nn.Module) -> range | None:
     return range(switch) if model is parts[0] else range(switch, len(above))
 
 
+def branches(model: nn.Module, context: Any) -> int:
+    """How many calls of ``model`` a step has, as far as its first call tells.
+
+    Args:
+        context: of that call: pipelines name it where the branches of guidance are separate calls.
+    """
+    pipe = calling_pipeline(model)
+    guided = bool(getattr(pipe, "do_classifier_free_guidance", context is not None))
+    return 2 if context is not None and guided else 1
+
+
 def weakly(thing: Any) -> Callable[[], Any]:
     """A reference that does not keep ``thing`` alive, where its class allows that."""
     try:

@@ -23,8 +23,6 @@ class Engine:
     generation is one run of one caller (a pipeline, or a name given to :meth:`step`), and several
     may be in flight on one model as long as their calls do not overlap in time.
 
-    Attributes:
-        recipe: what is computed and what is cached.
     """
 
     def __init__(
@@ -34,11 +32,15 @@ class Engine:
         detach: Callable[[], None],
         component: str = "transformer",
     ) -> None:
-        self.recipe: Recipe = runtime.recipe
         self._component = component
         self._runtime, self._detach = runtime, detach
         self._pipe = None if isinstance(pipe, nn.Module) else weakly(pipe)
         self._removed = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is computed and what is cached."""
+        return self._runtime.recipe
 
     def report(self) -> Summary:
         """What the last generation computed, skipped, cost and kept. ``print`` it."""
@@ -52,6 +54,7 @@ class Engine:
         notes += [] if runtime.sharding.ranks is None else runtime.sharding.ranks.notes()
         room = None if runtime.last is None else runtime.last.room
         notes += [] if room is None else room.notes()
+        notes += [] if runtime.budget is None else runtime.budget.notes()
         if self._replaced():
             note = (
                 f"the pipeline has another {self._component} by now, which is not accelerated: "

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from flashomni.engine.engine import Engine
+from flashomni.engine.recipe import Recipe
 from flashomni.engine.trace import Summary, seconds_by_kind
 
 
@@ -23,12 +24,15 @@ class Experts(Engine):
 
     Attributes:
         engines: likewise.
-        recipe: of the first one.
     """
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = dict(engines)
-        self.recipe = next(iter(engines.values())).recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first one."""
+        return next(iter(self.engines.values())).recipe
 
     def report(self) -> Summary:
         """What the last generation computed in all of them; each step says in which."""

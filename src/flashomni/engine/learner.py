@@ -17,5 +17,8 @@ class Learner(Protocol):
             everything, and nothing of it is kept.
         """
 
+    def forget(self) -> None:
+        """What was learned does not hold for another recipe."""
+
     def notes(self) -> list[str]:
         """What the report should say."""

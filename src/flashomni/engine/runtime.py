@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from flashomni.engine.call import (
     overall,
     plans_now,
 )
+from flashomni.engine.callers import branches
 from flashomni.engine.clock import Clock, Position
 from flashomni.engine.generations import MAX_GENERATIONS, Generations
 from flashomni.engine.geometry import Asked
@@ -31,6 +32,7 @@ from flashomni.engine.grids import Grids
 from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
+from flashomni.engine.memory import Budget
 from flashomni.engine.model_output import model_output
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.redone import Redone
@@ -65,11 +67,13 @@ class Runtime:
         geometry: asks the adapter where the tokens of a generation lie.
         graphs: records calls and replays them, if it is told to.
         sharding: whether the sequence is spread over ranks.
+        budget: chooses the recipe by what memory is free, if the user wants that.
     """
 
     tier: str = "adapter"
     learner: Learner | None = None
     geometry: Asked | None = None
+    budget: Budget | None = None
     sharding: Sharding
 
     def __init__(
@@ -112,6 +116,8 @@ class Runtime:
         self.clock.forget()
         self.graphs.clear()
         self.redone.reset()
+        if self.budget is not None:
+            self.budget.reset()
 
     def begin(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> None:
         """A call of the model starts.
@@ -164,6 +170,8 @@ class Runtime:
         generation = self.generations.at(position)
         if generation is None:
             self._check()
+            if self.budget is not None:
+                self._keep_to(self.budget, context, device, by_name(self.model, args, kwargs))
             generation = self._start(position)
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
@@ -190,6 +198,21 @@ class Runtime:
         plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
         return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
+
+    def _keep_to(
+        self, budget: Budget, context: Any, device: torch.device, inputs: Mapping[str, Any]
+    ) -> None:
+        """Take the recipe that fits the memory; what is kept by another one goes."""
+        recipe = budget.choose(device, inputs, branches(self.model, context))
+        if recipe == self.recipe:
+            return
+        self.recipe, self._keeping = recipe, Keeping(recipe.storage, self.backend)
+        self.generations.clear()
+        self.graphs.clear()
+        if self.learner is not None:
+            self.learner.forget()
+        else:
+            self.arrange(self.layers)
 
     def _start(self, position: Position) -> Generation:
         """A generation begins."""

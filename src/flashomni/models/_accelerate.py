@@ -15,9 +15,11 @@ from flashomni.dispatch import OPS, registered
 from flashomni.engine import Clock, Engine, Experts, Recipe
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs
+from flashomni.engine.memory import Budget
 from flashomni.engine.runtime import Runtime
 from flashomni.engine.sharding import Sharding
 from flashomni.models import Adapter, adapters, find_adapter
+from flashomni.models._memory import call_shapes
 from flashomni.models._parallel import find_ranks
 from flashomni.models.generic import Blocks
 
@@ -33,6 +35,7 @@ def accelerate(
     backend: str | None = None,
     blocks: Blocks | None = None,
     graphs: bool | str = "auto",
+    memory: str | int | None = None,
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
@@ -57,6 +60,10 @@ def accelerate(
             second records them): ``True`` wherever that is possible, ``"auto"`` where they hold at
             most a sixteenth of the GPU's memory, ``False`` never. The report says how many there
             are, what they hold, and why there are none. The pictures are the same bits.
+        memory: what the caches may take on the device: ``"4GB"``, bytes, or ``"auto"`` for half of
+            what is free. Where the recipe would keep more, it is lowered, before the first step:
+            dtype and place of histories, carry, forecast orders, at last the output alone is cached
+            (:func:`flashomni.engine.memory.ladder`); log and report say to what, and the bytes.
         settings: settings of the recipe to replace, by name: ``interval=3``.
 
     Returns:
@@ -89,7 +96,7 @@ def accelerate(
         for name, each in recipes.items():
             model = models[name]
             clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe, clock)
-            engines[name] = _one(pipe, name, model, each, backend, blocks, graphs, clock)
+            engines[name] = _one(pipe, name, model, each, backend, blocks, graphs, memory, clock)
     except BaseException:
         for engine in engines.values():
             engine.remove()
@@ -110,6 +117,7 @@ def _one(
     backend: str | None,
     blocks: Blocks | None,
     graphs: bool | str,
+    memory: str | int | None,
     clock: Clock,
 ) -> Engine:
     """Accelerate one transformer."""
@@ -120,6 +128,7 @@ def _one(
         raise ValueError("the pipeline is accelerated already: call engine.remove() first")
     from flashomni.models import _attach
     from flashomni.models._hooks import refuse_hooked
+    from flashomni.models._offload import weights_to_come
 
     found = _find(model, blocks)
     sites = found.sites(model)
@@ -147,6 +156,10 @@ def _one(
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.sharding = sharding
+    if memory is not None:
+        foresee = partial(call_shapes, model, sites)
+        coming = partial(weights_to_come, model)
+        runtime.budget = Budget(recipe, memory, foresee, coming, type(model).__name__)
     if graphs != "auto" or torch.cuda.is_available():
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     shaped = next((each for each in recipe.policies if each.wants_shape()), recipe.policy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from flashomni.engine import Engine
 from flashomni.engine.call import Place
 from flashomni.engine.callers import calling_pipeline
 from flashomni.engine.layer import LayerRun
+from flashomni.engine.memory import advise
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, Site
 from flashomni.models._elsewhere import look
@@ -292,6 +294,11 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
         for stand_in in installed:
             stand_in.rise()
 
+    def abort(*_: Any) -> None:
+        if runtime.running and runtime.last is not None:
+            advise(sys.exc_info()[1], runtime.recipe, *runtime.last.nbytes())
+        runtime.abort()
+
     context = ContextHook(runtime)
     try:
         context.put_on(model)
@@ -303,12 +310,12 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
             )
         for stand_in in itertools.chain(stand_ins, around(runtime, adapter)):
             installed.append(stand_in)
-        if at_output(runtime) or runtime.graphs.mode:
+        if at_output(runtime) or runtime.graphs.mode or runtime.budget is not None:
             installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),
             CallHook(runtime, lambda _, output: runtime.end(output)),
-            CallHook(runtime, lambda *_: runtime.abort()),
+            CallHook(runtime, abort),
         )
         handles.append(model.register_forward_pre_hook(pre, with_kwargs=True))
         handles.append(model.register_forward_hook(post))

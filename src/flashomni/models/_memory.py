@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flashomni.engine import Recipe
+from flashomni.engine.memory import Shapes
 from flashomni.engine.state.output import take_apart
 from flashomni.engine.state.storage import Storage
 from flashomni.models import Adapter, Site, find_adapter
@@ -57,6 +61,78 @@ def cache_bytes(
     with torch.no_grad():
         streams = _streams(adapter, hollow, given, found)
     return CacheBytes(*(_history(tensors, recipe) for tensors in (found, streams)))
+
+
+def call_shapes(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any]) -> Shapes:
+    """What a call handles, of the shapes of its arguments; nothing is computed.
+
+    Args:
+        model: a transformer of diffusers, wherever its weights are and whatever they are.
+        sites: its blocks.
+        inputs: arguments of the call, by name.
+
+    Raises:
+        NotImplementedError: it cannot be built, or called, without weights.
+    """
+    name = type(model).__name__
+    floats = (x for x in tree_leaves(dict(inputs)) if isinstance(x, Tensor))
+    dtype = next((x.dtype for x in floats if x.is_floating_point()), torch.float32)
+    try:
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr,operator]
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of initialising nothing
+            hollow = type(model).from_config(config).eval()  # type: ignore[attr-defined]
+        nn.Module.to(hollow, dtype)
+        given = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, dict(inputs))
+        with torch.no_grad():
+            return _watched(hollow, sites, given)
+    except Exception as error:  # whatever a model does with values that it does not have
+        raise NotImplementedError(
+            f"memory= asks what a call of {name} handles, and it cannot be called without weights "
+            f"({error}); leave memory out, and set what accelerate's docstring names"
+        ) from error
+
+
+def _watched(model: nn.Module, sites: Sequence[Site], inputs: dict[str, Any]) -> Shapes:
+    streams: list[list[Tensor]] = []
+    attention: list[Tensor] = []
+    output: list[Tensor] = []
+    mode = _Largest()
+
+    def look(module: nn.Module, args: tuple, output: Any) -> None:
+        found: list[Tensor] = []
+        take_apart(output, found)
+        streams.append(found)
+        if mode.largest is not None:
+            attention.append(mode.largest)
+            mode.largest = None
+
+    for site in sites:
+        model.get_submodule(site.name).register_forward_hook(look)
+    with mode:
+        take_apart(model(**inputs), output)
+    widest = max(streams, key=lambda found: sum(x.nbytes for x in found), default=[])
+    apart = sum(not site.chain or not site.streams for site in sites)  # or not known yet
+    return Shapes(_shapes(widest), _shapes(attention), _shapes(output), 1 + apart)
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    return tuple((x.shape, x.dtype) for x in tensors)
+
+
+class _Largest(TorchFunctionMode):
+    """Keeps the queries of the largest attention that was called."""
+
+    largest: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            q = args[0] if args else (kwargs or {})["query"]
+            if self.largest is None or q.numel() > self.largest.numel():
+                self.largest = q
+        return func(*args, **(kwargs or {}))
 
 
 def _streams(

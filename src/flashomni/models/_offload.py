@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashomni.models._hooks import is_wrapper
+from flashomni.models._hooks import hooks_of, is_wrapper
 from flashomni.models._stand_in import InsteadOfForward
 
 NAME = "group_offloading"
@@ -100,3 +100,19 @@ def rise(stand_in: InsteadOfForward) -> None:
     if stand_in.active and not is_in_front(stand_in):
         stand_in.take_off()
         stand_in.put_on()
+
+
+def weights_to_come(model: nn.Module, device: torch.device) -> int:
+    """Bytes of weights that a call will bring to its device: all, or some blocks at a time.
+
+    Args:
+        model: the transformer.
+        device: where it computes.
+    """
+    away = [p.nbytes for p in model.parameters() if p.device.type != device.type]
+    by_parts = any(True for child in model.children() for m in child.modules() for _ in hooks_of(m))
+    if not by_parts:
+        return sum(away)
+    blocks = (block for child in model.children() for block in child.children())
+    sizes = (sum(p.nbytes for p in block.parameters()) for block in blocks)
+    return 2 * max(sizes, default=0)

@@ -109,6 +109,13 @@ class Generic(Adapter):
         self._guide = Guide(runtime.recipe)
         return self._sort, is_new
 
+    def forget(self) -> None:
+        """Learn again: another recipe needs other things of the blocks."""
+        assert self._runtime is not None
+        self._known.clear()
+        self._index.clear()
+        self._runtime.arrange([path for path, _ in self.blocks])
+
     def notes(self) -> list[str]:
         """What is not cached and why, and whose attention runs."""
         notes: dict[str, None] = {}

@@ -1,0 +1,264 @@
+"""How much a recipe keeps, of shapes alone; and what to lower until that fits.
+
+Bytes are those of one generation at its peak, an upper bound: of a policy that chooses, that it
+caches in every layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flashomni.engine.recipe import Recipe
+from flashomni.engine.state.room import HOST_SHARE, free_bytes
+from flashomni.engine.state.storage import Storage
+
+AUTO_SHARE = 0.5  # of what is free before the first step: steps need the rest in passing
+SMALL = 2**20  # bytes that are not worth a word
+UNITS = {"": 1, "B": 1, **{f"{p}{b}B": (1000 if not b else 1024) ** (i + 1)
+         for i, p in enumerate("KMGT") for b in ("", "i")}}  # fmt: skip
+log = logging.getLogger("flashomni")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one call of a model handles.
+
+    Attributes:
+        streams: of the widest run of blocks, shape and dtype each.
+        attention: what each block's largest attention gives, ``[B, H, S, D]``.
+        output: of the model.
+        runs: how many runs of blocks are cached each by itself, where all are cached whole.
+    """
+
+    streams: tuple[tuple[torch.Size, torch.dtype], ...]
+    attention: tuple[tuple[torch.Size, torch.dtype], ...]
+    output: tuple[tuple[torch.Size, torch.dtype], ...]
+    runs: int = 1
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What is kept, by what it is kept for.
+
+    Attributes:
+        output: of the model, forecast.
+        layers: that are cached whole.
+        tiles: of attention, and what they add behind the projection.
+        carry: differences that sparse attention carries.
+        on_host: whether tiles and carry lie in host memory.
+    """
+
+    output: int = 0
+    layers: int = 0
+    tiles: int = 0
+    carry: int = 0
+    on_host: bool = False
+
+    @property
+    def device(self) -> int:
+        """On the device that computes."""
+        return self.output + self.layers + (0 if self.on_host else self.tiles + self.carry)
+
+    @property
+    def host(self) -> int:
+        """In pinned host memory."""
+        return self.tiles + self.carry if self.on_host else 0
+
+    def times(self, branches: int) -> Bytes:
+        """Of several branches."""
+        names = ("output", "layers", "tiles", "carry")
+        return replace(self, **{name: branches * getattr(self, name) for name in names})
+
+
+def kept_bytes(recipe: Recipe, shapes: Shapes, device: str = "cuda") -> Bytes:
+    """What a recipe keeps of one branch.
+
+    Args:
+        recipe: whose forecast, storage and carry count.
+        shapes: of a call.
+        device: type of the one that computes; only beside a card is there another memory.
+    """
+    forecast, sparse = recipe.forecast, recipe.sparse
+    kept = Storage(recipe.storage.history_dtype)
+    on_host = recipe.storage.history_device == "host" and device == "cuda"
+    attention = sum(_size(*each, kept) for each in shapes.attention)
+    carry = attention * (2 if sparse.carry == "extrapolate" else 1) if sparse.carries else 0
+    if not recipe.skips:
+        return Bytes(carry=carry, on_host=on_host)
+    whole = forecast.layer_order + 1
+    if recipe.at_output:
+        output = whole * sum(_size(*each, kept, wide=True) for each in shapes.output)
+        return Bytes(output=output, carry=carry, on_host=on_host)
+    layers = whole * sum(_size(*each, kept, wide=True) for each in shapes.streams) * shapes.runs
+    caches = recipe.policy.caches and recipe.policy.name != "cached"
+    # Of projected tiles: what differences need of O, and every term behind the projection.
+    tiles = (2 * forecast.order + 1) * attention if caches else 0
+    return Bytes(layers=layers, tiles=tiles, carry=carry, on_host=on_host)
+
+
+def _size(shape: torch.Size, dtype: torch.dtype, kept: Storage, wide: bool = False) -> int:
+    """Bytes of a tensor as it is kept, a scale for each row of fp8 included."""
+    dtype = torch.float32 if wide and dtype == torch.float16 else dtype
+    as_kept = kept.resolve(dtype)
+    scales = shape[:-1].numel() * 4 if as_kept.itemsize == 1 else 0
+    return shape.numel() * as_kept.itemsize + scales
+
+
+def ladder(recipe: Recipe, device: str = "cuda") -> Iterator[tuple[tuple[str, ...], Recipe]]:
+    """A recipe, then with one thing after another lowered, what costs least fidelity first.
+
+    Yields:
+        What was lowered, as settings, and the recipe.
+    """
+    lowered: list[str] = []
+    yield (), recipe
+    steps: list[dict[str, Any]] = [{"history_dtype": "float8"}]
+    steps += [{"history_device": "host"}] if device == "cuda" else []
+    steps += [{"carry": "off"}, {"layer_order": 1}, {"order": 0}, {"layer_order": 0}]
+    at_output = {"level": "output", "degrade_below": 1.0}
+    if not recipe.sparse.in_computed:
+        at_output |= {"policy": "cached", "policy_without_text": None}
+    for step in [*steps, at_output]:
+        name, value = next(iter(step.items()))
+        now = {"order": recipe.forecast.order, "layer_order": recipe.forecast.layer_order}
+        if name in now and now[name] <= value:
+            continue
+        try:
+            after = recipe.replace(**step)
+        except ValueError:
+            continue  # what it does not go with stays
+        if after != recipe:
+            recipe = after
+            lowered = [each for each in lowered if not each.startswith(f"{name}=")]
+            lowered.append(f"{name}={value}")
+            yield tuple(lowered), recipe
+
+
+def parse_bytes(memory: str | int) -> int | None:
+    """``"4GB"``, ``"512 MiB"`` or a number of bytes; ``None`` for ``"auto"``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if memory == "auto":
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(memory))
+    unit = None if found is None else UNITS.get(found[2])
+    if found is None or unit is None or isinstance(memory, bool) or float(found[1]) <= 0:
+        raise ValueError(
+            f"memory must be 'auto', a number of bytes, or a size such as '4GB' or '512MiB', got "
+            f"{memory!r}"
+        )
+    return int(float(found[1]) * unit)
+
+
+class Budget:
+    """What a model's caches may take on its device, and the recipe that keeps to it.
+
+    Decided at a generation's first call, before it computes anything. A recipe that was lowered
+    stays so until the engine is reset: generations in flight share it.
+
+    Args:
+        recipe: as the user gave it.
+        memory: see :func:`parse_bytes`.
+        shapes: what a call handles, of its arguments by name.
+        coming: bytes of weights that are not on the device yet.
+        model: how messages call it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        memory: str | int,
+        shapes: Callable[[Mapping[str, Any]], Shapes],
+        coming: Callable[[torch.device], int],
+        model: str,
+    ) -> None:
+        self.recipe, self.limit = recipe, parse_bytes(memory)
+        self._shapes, self._coming, self._model = shapes, coming, model
+        self._rung = 0
+        self._note = ""
+
+    def choose(self, device: torch.device, inputs: Mapping[str, Any], branches: int) -> Recipe:
+        """The first recipe of the ladder that fits.
+
+        Args:
+            device: that computes.
+            inputs: arguments of the call, by name.
+            branches: of each step.
+
+        Raises:
+            ValueError: none fits.
+        """
+        shapes, host = self._shapes(inputs), HOST_SHARE * free_bytes(torch.device("cpu"))
+        limit, said = self.limit, "memory"
+        if limit is None:
+            free = max(free_bytes(device) - self._coming(device), 0)
+            limit, said = int(AUTO_SHARE * free), f"memory auto, of {_text(free)} free"
+        given: Bytes | None = None
+        for rung, (lowered, recipe) in enumerate(ladder(self.recipe, device.type)):
+            kept = kept_bytes(recipe, shapes, device.type).times(branches)
+            given = given or kept
+            if rung < self._rung or kept.device > limit or kept.host > host:
+                continue
+            self._rung = rung
+            self._say(f"{said}: {_text(limit)}", lowered, kept, given, branches)
+            return recipe
+        raise ValueError(
+            f"{said} {_text(limit)} is less than any setting of recipe {self.recipe.name} keeps: "
+            f"{_text(kept.device)} with {', '.join(lowered)}; take another recipe, fewer pixels or "
+            "frames, or recipe 'lossless', which keeps nothing"
+        )
+
+    def reset(self) -> None:
+        """The next generation may have the recipe as it was given again."""
+        self._rung = 0
+
+    def _say(
+        self, limit: str, lowered: tuple[str, ...], kept: Bytes, given: Bytes, branches: int
+    ) -> None:
+        sizes = [f"at most {_text(kept.device)} on the device"]
+        sizes += [f"{_text(kept.host)} in host memory"] if kept.host else []
+        note = f"{limit}; keeps {' and '.join(sizes)}"
+        note += f" for {branches} branches" if branches > 1 else ""
+        if lowered:
+            note += f", with {', '.join(lowered)} (as given: {_text(given.device + given.host)})"
+        if note != self._note:
+            self._note = note
+            log.log(logging.WARNING if lowered else logging.INFO, "%s: %s", self._model, note)
+
+    def notes(self) -> list[str]:
+        """What the report should say."""
+        return [self._note] if self._note else []
+
+
+def advise(error: BaseException | None, recipe: Recipe, device: int, host: int) -> None:
+    """Add to an error that the memory is out what could be lowered.
+
+    Args:
+        error: that is on its way; others than :class:`torch.OutOfMemoryError` stay as they are.
+        recipe: of the model.
+        device: bytes that the engine keeps there, like ``host``.
+    """
+    if not isinstance(error, torch.OutOfMemoryError):
+        return
+    steps = [lowered[-1] for lowered, _ in ladder(recipe) if lowered]
+    held = f"FlashOmni kept {_text(device)} on the device by then"
+    held += f" and {_text(host)} in host memory" if host else ""
+    if device < SMALL:
+        text = "little of it is the engine's: offload weights (docs/memory.md), or fewer pixels"
+    elif steps:
+        text = f"lower it by accelerate(..., memory='auto'), or one by one: {', '.join(steps)}"
+    else:
+        text = "no setting keeps less: offload weights (docs/memory.md), or fewer pixels"
+    error.add_note(f"{held}; {text}")
+
+
+def _text(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

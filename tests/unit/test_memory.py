@@ -1,0 +1,192 @@
+"""``accelerate(..., memory=...)``: what is kept is foreseen, and lowered until it fits."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from tiny_models import build, output
+
+import flashomni
+from conftest import call, generation
+from flashomni.engine import Recipe
+from flashomni.engine.memory import Bytes, Shapes, kept_bytes, ladder, parse_bytes
+from flashomni.models import adapters, find_adapter
+from flashomni.models._memory import call_shapes
+from flashomni.policies import make_policy
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+TILES = Recipe.of(
+    make_policy("topk", q_density=0.5, kv_density=0.6), interval=3, warmup=0.0, order=1
+)
+WHOLE = Recipe.of("taylorseer", level="layers", interval=2, warmup=0.0)
+OUTPUT = Recipe.of("taylorseer", interval=2, warmup=0.0)
+CARRY = TILES.replace(
+    interval=1, in_computed=True, choose_at=[1], dense_steps=2, carry="hold", refresh=3
+)
+MODELS = ["FluxTransformer2DModel", "WanTransformer3DModel"]
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    model, inputs = adapters()[name].tiny()
+    return model.eval(), inputs
+
+
+def kept(model, inputs, recipe, **options):
+    with flashomni.accelerate(model, recipe, **options) as engine:
+        generation(engine, model, inputs, 6)
+        return engine.report(), engine.recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("auto", None), ("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("512MiB", 2**29), (1000, 1000)],
+)
+def test_sizes(text, size):
+    """As people write them."""
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "4XB", "-1GB", "", 0, True, "0GB", 1.5e9j])
+def test_other_sizes_are_refused(text):
+    """By what is allowed."""
+    with pytest.raises(ValueError, match=r"memory must be 'auto', a number of bytes, or a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("recipe", [TILES, WHOLE, OUTPUT], ids=["tiles", "layers", "output"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_foreseen_is_what_is_kept(name, recipe):
+    """Nearly: never less than the engine holds at its peak, and not half as much again."""
+    model, inputs = tiny(name)
+    shapes = call_shapes(model, find_adapter(model).sites(model), inputs)
+    foreseen = kept_bytes(recipe, shapes, "cpu")
+    report, _ = kept(model, inputs, recipe)
+    assert report.cache_bytes <= foreseen.device <= 1.5 * report.cache_bytes
+    assert foreseen.host == 0
+
+
+def test_what_is_foreseen_is_no_less_than_what_is_carried():
+    """D lies beside tiles."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    shapes = call_shapes(model, find_adapter(model).sites(model), inputs)
+    report, _ = kept(model, inputs, CARRY)
+    assert 0 < report.cache_bytes <= kept_bytes(CARRY, shapes, "cpu").device
+
+
+def test_each_rung_of_the_ladder_keeps_less():
+    """In device memory, or as much of it with less of the host's; each says what it lowered."""
+    size = (torch.Size((1, 24, 4096, 128)), torch.bfloat16)
+    stream = (torch.Size((1, 4096, 3072)), torch.bfloat16)
+    shapes = Shapes((stream,) * 2, (size,) * 8, ((torch.Size((1, 4096, 64)), torch.bfloat16),))
+    recipe = CARRY.replace(order=2, layer_order=2, interval=3, carry="extrapolate")
+    rungs = list(ladder(recipe))
+    assert rungs[0] == ((), recipe)
+    assert [lowered[-1] for lowered, _ in rungs[1:]] == [
+        "history_dtype=float8", "history_device=host", "carry=off", "layer_order=1", "order=0",
+        "layer_order=0", "level=output",
+    ]  # fmt: skip
+    sizes = [kept_bytes(each, shapes) for _, each in rungs]
+    pairs = itertools.pairwise((each.device, each.host) for each in sizes)
+    assert all(b[0] <= a[0] and (b[0] < a[0] or b[1] < a[1]) for a, b in pairs)
+    assert not any("host" in lowered[-1] for lowered, _ in list(ladder(recipe, "cpu"))[1:])
+
+
+def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
+    """Log and report say to what; the bytes hold; and it is what that recipe would have made."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    before, _ = kept(model, inputs, TILES)
+    for share in (0.6, 0.2, 0.01):
+        limit = int(share * before.cache_bytes)
+        caplog.clear()
+        with (
+            caplog.at_level(logging.INFO, logger="flashomni"),
+            flashomni.accelerate(model, TILES, memory=limit) as engine,
+        ):
+            engine.step(0, 6)
+            call(model, inputs)
+            (line,) = (r for r in caplog.records if "keeps at most" in r.getMessage())
+            assert line.levelno == logging.WARNING and "as given" in line.getMessage()
+            made, recipe = generation(engine, model, inputs, 6), engine.recipe
+            report = engine.report()
+        assert 0 < report.cache_bytes <= limit
+        assert recipe != TILES and recipe.at_output == (share == 0.01)
+        assert any("keeps at most" in note for note in report.notes)
+        with flashomni.accelerate(model, recipe) as engine:
+            assert torch.equal(made, generation(engine, model, inputs, 6))
+
+
+def test_what_fits_stays_as_it_is(caplog):
+    """Also with what is free of its own accord."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    for memory in ("auto", "1GiB"):
+        with caplog.at_level(logging.INFO, logger="flashomni"):
+            report, recipe = kept(model, inputs, TILES, memory=memory)
+        assert recipe == TILES
+        assert any(note.startswith("memory") for note in report.notes)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_nothing_fits():
+    """The message says what the least would be."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    with flashomni.accelerate(model, TILES, memory=10) as engine:
+        engine.step(0, 6)
+        with pytest.raises(
+            ValueError, match=r"memory 0\.0 MiB is less than any setting .*lossless"
+        ):
+            call(model, inputs)
+        assert not engine.running
+    with pytest.raises(ValueError, match="memory must be 'auto'"):
+        flashomni.accelerate(model, TILES, memory="a lot")
+    assert flashomni.engine_of(model) is None
+
+
+def test_a_model_without_an_adapter_keeps_to_it_too():
+    """It learns its blocks again for another recipe, larger inputs lower it further."""
+    model, inputs = build("PixArtTransformer2DModel")
+    stock = output(model, inputs)
+    recipe = Recipe.of("fora", interval=2, warmup=0.0, level="layers", layer_order=1)
+    for memory in ("1MB", 12_000, 2_500):
+        with flashomni.accelerate(model, recipe, memory=memory) as engine:
+            for step in range(6):
+                engine.step(step, 7)
+                torch.testing.assert_close(output(model, inputs), stock, atol=0.1, rtol=0)
+            report = engine.report()
+        assert 0 < report.cache_bytes <= parse_bytes(memory)
+
+
+def test_two_branches_take_twice_as_much():
+    """Of bytes."""
+    assert Bytes(1, 2, 3, 4).times(2) == Bytes(2, 4, 6, 8)
+    assert Bytes(1, 2, 3, 4, on_host=True).device == 3
+    assert Bytes(1, 2, 3, 4, on_host=True).host == 7
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    """torch's error keeps its type and text, and gets a note with what the engine holds."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    module, errors = find_adapter(model).sites(model)[-1].block.proj_mlp, []
+
+    def fail(*_):
+        if errors:
+            raise errors.pop()
+
+    module.register_forward_pre_hook(fail)
+    monkeypatch.setattr("flashomni.engine.memory.SMALL", 0)
+    with flashomni.accelerate(model, TILES) as engine:
+        engine.step(0, 6)
+        call(model, inputs)
+        engine.step(1, 6)
+        errors.append(torch.OutOfMemoryError("no memory left"))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory left") as raised:
+            call(model, inputs)
+        (note,) = raised.value.__notes__
+        assert "memory='auto'" in note and "history_dtype=float8" in note and "order=0" in note
+        engine.step(2, 6)
+        errors.append(ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError) as raised:
+            call(model, inputs)
+        assert not hasattr(raised.value, "__notes__")
