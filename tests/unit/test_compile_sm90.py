@@ -116,7 +116,13 @@ def compiled_case(name):
     return compiled(*CASES[name])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+KERNELS = [
+    pytest.param(name, id=name.replace(" ", "-"), marks=() if name == "dense" else pytest.mark.slow)
+    for name in CASES
+]
+
+
+@pytest.fixture(scope="module", params=KERNELS)
 def kernel(request):
     return compiled_case(request.param)
 

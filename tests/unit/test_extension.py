@@ -177,6 +177,12 @@ DOCTOR = """
         from flashomni.lab.doctor import text
         print(text())
         """
+COMMAND = """
+        import sys
+        from flashomni.__main__ import main
+        sys.argv[1:] = ["doctor"]
+        main()
+        """
 
 
 @pytest.mark.slow
@@ -252,7 +258,8 @@ def test_a_backend_that_fails_is_a_named_refusal(tmp_path, module, name, shown, 
         why = refusals("attention")[{shown!r}]
         assert {reason!r} in why and "flashomni-extras" in why, why
         """
-        + DOCTOR,
+        + DOCTOR
+        + COMMAND,
     )
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]

@@ -79,7 +79,7 @@ EXERCISES = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("adapter", "learned") else name
+        name if name == "policy" else pytest.param(name, marks=pytest.mark.slow)
         for name in EXERCISES
     ],
 )
