@@ -279,7 +279,7 @@ def pytest_addoption(parser):
 
 
 def quick(items):
-    """Which of the collected tests `make quick` runs: of every function that is not slow some cases.
+    """Which of the collected tests `make quick` runs: some cases of each that is not slow.
 
     The first and the last lie far apart in whatever a test is parametrised by. Where it is a model,
     one case: models take turns, so that all of them are tried by something.
