@@ -239,7 +239,7 @@ class Table:
     def __init__(
         self, found: Sequence[Measured], methods: Sequence[str], timed: bool = False
     ) -> None:
-        self.timed = timed
+        self.timed, self._found = timed, found
         by_pair: dict[tuple[int, int], dict[str, Measured]] = {}
         for each in found:
             known = by_pair.setdefault(each.pair, {})
@@ -271,8 +271,7 @@ class Table:
         """What a method costs, of dense: the mean of attention spent, or of the times taken."""
         if not self.timed:
             return statistics.fmean(self.column(method, lambda m: m.spent))
-        rows = [self._rows[pair][method] for pair in self.pairs]
-        times = [each.time for each in rows if each.time is not None]
+        times = [x.time for x in self._found if x.method == method and x.time is not None]
         return statistics.fmean(times) if times else math.nan
 
     def whole_cost(self, method: str) -> float:

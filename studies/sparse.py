@@ -93,17 +93,16 @@ def points(model: str) -> Iterator[Point]:
         amounts = LONG_AMOUNTS.get(series, ()) if long else AMOUNTS.get(series, DENSITIES[::2])
         for density in amounts:
             yield Point(series, None, TOP.format(density) + rest, model)
-    if long:
-        yield from rules(model)
-    else:
-        for series, rest in ASIDE.items():
-            yield Point(series, None, TOP.format(0.25) + rest, model)
+    for series, rest in () if long else ASIDE.items():
+        yield Point(series, None, TOP.format(0.25) + rest, model)
     for ramp in LONG_RAMPS if long else RAMPS:
         method = f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}"
         yield Point("caching", None, method, model)
         for density, refresh in (ON_LONG_RAMPS if long else ON_RAMPS).get(ramp, ()):
             series = f"caching + sparse {density:g}, refresh {refresh}"
             yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
+    if long:
+        yield from rules(model)
 
 
 FEW_TOP = TOP.replace("dense_steps=4", "dense_steps=2") + ORDER + SUMMARIES + FINE
@@ -222,6 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model in options.models
     }
     found = run(options, asked)
+    if options.timed:  # what there was no time for
+        asked = {
+            model: [p for p in some if not math.isnan(found[model].cost(p.method))]
+            for model, some in asked.items()
+        }
+        found = tables(measured_of(options), asked, timed=True)
     if options.share != (0, 1):
         return  # whoever started them writes the page when all are done
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
@@ -258,9 +263,13 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
             runner.pair(model, some, methods, *todo[place], options.steps, timed=timed, drawn=drawn)
             if place == 0:
                 agreement(model, some, todo[0], options.work, options.steps, deadline)
+    return tables(measured_of(options), asked, options.timed)
+
+
+def measured_of(options: Options) -> list[Measured]:
+    """What is known in this dtype."""
     kind = str(options.dtype).removeprefix("torch.")
-    found = [e for e in read(options.work / "measured.jsonl") if e.dtype == kind]
-    return tables(found, asked, options.timed)
+    return [e for e in read(options.work / "measured.jsonl") if e.dtype == kind]
 
 
 def _share(text: str) -> tuple[int, int]:
