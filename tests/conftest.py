@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import settings
 
 import flashomni
 from covering import covered
@@ -25,6 +26,7 @@ from flashomni.policies import make_policy
 from flashomni.symbols import Grid, Symbols
 
 STEPS = 10
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ADAPTERS = sorted(adapters())
 # Adapters that change little of another's: what they change is in the tests of adapters, which they
 # take all of; tests of the engine have their model as a parameter without them.
@@ -64,6 +66,12 @@ class Takes:
 # What is asked, in this order; the first that is taken stands for the others.
 DTYPES, HEAD_DIMS = (torch.float32, torch.float16, torch.bfloat16), (16, 72, 64, 128)
 BLOCKS, MULTIPLES = (32, 128, 256), (1, 8)
+
+
+def examples(count):
+    """Settings of a property test: in Triton's interpreter, a hundred times slower, a quarter."""
+    count = max(count // 4, 5) if INTERPRETED else count
+    return settings(deadline=None, derandomize=True, max_examples=count)
 
 
 @functools.cache
@@ -356,6 +364,6 @@ def skip_without_gpu(item):
 
     A kernel's test needs none where Triton interprets.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and item.get_closest_marker("triton")
+    interpreted = INTERPRETED and item.get_closest_marker("triton")
     if item.get_closest_marker("gpu") and not interpreted and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import device_for, random_symbols, refusal_skips, token_masks, with_gpu_marks
+from conftest import (
+    device_for,
+    examples,
+    random_symbols,
+    refusal_skips,
+    token_masks,
+    with_gpu_marks,
+)
 from flashomni import dispatch
 from flashomni.kernels import ForecastTerms, backends, sparse_attention
 from flashomni.kernels.attention.op import AttentionCall
@@ -120,7 +127,7 @@ def test_cached_rows_get_the_sum_rounded_once(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, derandomize=True, max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_properties(backend, data):
     """Random shapes, spans (empty ones too), strides, dtypes of terms and shared symbols."""

@@ -70,6 +70,7 @@ def constant(tiny):
     return model, inputs, call(model, inputs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("order, summaries", [(0, 0), (1, 4), (2, 0)])
 def test_carry_is_exact_whatever_is_cached(constant, cache_whole, order, summaries):
     """Tiles that change at every Update, and a layer that is cached whole beside them."""
@@ -130,6 +131,7 @@ def project_live_heads(monkeypatch):
     monkeypatch.setattr(LayerRun, "_carried", wrong)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("design", [count_twice, forget_in_dispatch, project_live_heads])
 def test_the_contract_sees_a_wrong_design(constant, cache_whole, monkeypatch, design):
     cache_whole(set())

@@ -26,6 +26,7 @@ def site(tmp_path_factory):
     return install(tmp_path_factory.mktemp("extension"), found["pyproject"], modules)
 
 
+@pytest.mark.slow
 def test_what_is_installed_is_found_by_its_name(site):
     """All four kinds, at the first question; nothing is imported before, nothing without it."""
     done = python(
@@ -106,7 +107,6 @@ TAKEN = {"policy": "window", "schedule": "interval", "forecast": "taylor"}
 TAKEN["adapter"] = "FluxTransformer2DModel"
 
 
-@pytest.mark.slow
 def test_names_of_the_library_are_refused_by_name_and_package(tmp_path):
     """A second package asks for names that are taken: each list says who, never which of two."""
     found, pyproject = examples(), examples()["pyproject"].replace("-extras", "-rival")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
+from conftest import device_for, examples, gemm_takes, random_symbols, with_gpu_marks
 from flashomni import dispatch
 from flashomni.engine import forecasts
 from flashomni.engine.forecasts import difference_weights
@@ -80,7 +80,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, derandomize=True, max_examples=30)
+@examples(30)
 @given(data=st.data())
 def test_cached_plus_live_is_dense(backend, data):
     """At x = 0 the Dispatch result is the dense one, for any mask, shape, order, K != N."""

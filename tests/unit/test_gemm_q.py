@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import device_for, gemm_takes, random_symbols, with_gpu_marks
+from conftest import device_for, examples, gemm_takes, random_symbols, with_gpu_marks
 from flashomni import dispatch
 from flashomni.kernels import backends, sparse_gemm_q
 from flashomni.kernels.common.rope import pack_rope
@@ -80,7 +80,7 @@ def test_matches_the_definition(backend, dtype, rows):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, derandomize=True, max_examples=40)
+@examples(40)
 @given(data=st.data())
 def test_properties(backend, data):
     """Random stream positions (not multiples of the block), sizes, heads, blocks."""

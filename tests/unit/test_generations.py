@@ -124,6 +124,7 @@ def test_schedulers_without_step_index_are_counted(flux, name):
     assert "step" not in scheduler.__dict__
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("recipe", [CACHING, SPARSE], ids=["whole", "tiles"])
 def test_two_requests_in_turn_give_what_each_gives_alone(tiny, recipe):
     """Step by step on one transformer, each with caches of its own, bit for bit."""

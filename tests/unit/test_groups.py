@@ -123,6 +123,7 @@ def test_groups_go_to_json_and_back(tmp_path):
     assert Recipe.of(tmp_path / "groups.json") == recipe
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", ["cached", "topk"])
 def test_a_group_of_everything_is_no_group(tiny, policy):
     """Bit for bit, tiles and whole layers alike."""

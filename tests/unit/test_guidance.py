@@ -89,6 +89,7 @@ def test_guidance_stops(qwen, after):
         assert same == (step >= stop)
 
 
+@pytest.mark.slow
 def test_the_difference_is_better_than_none(qwen):
     """At equal cost it ends nearer to the stock run than without guidance."""
     model, inputs, texts = qwen

@@ -48,7 +48,7 @@ def rule_of_before(interval, warmup, order, num_steps):
     return rows
 
 
-@settings(deadline=None, derandomize=True, max_examples=1000)
+@settings(deadline=None, derandomize=True, max_examples=400)
 @given(st.integers(1, 12), st.floats(0, 1), st.integers(0, 3), st.integers(1, 80))
 def test_the_interval_is_the_rule_of_before(interval, warmup, order, num_steps):
     """Same kinds always; same records and probes wherever a step dispatches, else none."""
@@ -141,7 +141,7 @@ LISTS = st.integers(1, 60).flatmap(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=1000)
+@settings(deadline=None, derandomize=True, max_examples=400)
 @given(LISTS, st.integers(1, 90))
 def test_lists_at_other_counts(listed, num_steps):
     """Begins at 0, ascends, stays inside, computes as large a share; the last stays last."""

@@ -228,6 +228,7 @@ def carried(**settings):
     return Recipe.of(Noted(), **settings)
 
 
+@pytest.mark.slow
 def test_carry_brings_sparse_steps_nearer_to_dense(flux):
     """Drifting latents: less error with carry than without, less still where it is renewed."""
     model, inputs = flux

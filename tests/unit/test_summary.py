@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import device_for, random_symbols, refusal_skips, token_masks, with_gpu_marks
+from conftest import (
+    device_for,
+    examples,
+    random_symbols,
+    refusal_skips,
+    token_masks,
+    with_gpu_marks,
+)
 from flashomni import dispatch
 from flashomni.kernels import ForecastTerms, Summary, backends, sparse_attention, summarise
 from flashomni.kernels.attention.op import AttentionCall
@@ -86,7 +93,7 @@ def test_skipped_blocks_count_as_their_summaries(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@settings(deadline=None, derandomize=True, max_examples=8)
+@examples(8)
 @given(data=st.data())
 def test_properties(backend, data):
     """Random shapes, blocks, r, GQA ratios, densities and valid lengths, none among them."""

@@ -131,6 +131,7 @@ def check_exact(model, inputs, recipe, steps=4):
 
 
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("order", ORDERS)
 def test_order_alone_changes_nothing(tiny, order):
     """Of every adapter, at density 1; in two generations of two sizes; and removed."""

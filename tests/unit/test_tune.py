@@ -301,6 +301,7 @@ def test_a_fidelity_is_reached_by_the_fewest_steps(monkeypatch):
     assert min(p.computed for p in points if p.verdict.psnr_db >= 30) == 10
 
 
+@pytest.mark.slow
 def test_command(tmp_path, loaded):
     """The recipes, the page with its pictures, exit codes."""
     folder, out = tmp_path / "model", tmp_path / "recipe.json"
