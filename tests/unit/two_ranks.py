@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from diffusers import (
-    BriaTransformer2DModel,
     ContextParallelConfig,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
 )
 from torch import nn
 
@@ -49,7 +47,11 @@ RECIPES = {
     "easycache": Recipe.of("easycache"),
     "svg": Recipe.of("svg"),
 }
+RECIPES["hold"] = RECIPES["topk"].replace(carry="hold", in_computed=True)
+RECIPES["extrapolate"] = RECIPES["hold"].replace(carry="extrapolate", refresh=2)
+RECIPES["summaries"] = RECIPES["topk"].replace(summaries=1)
 UNEVEN = ("topk", "cached by measure", "svg")
+HEADS = ("topk", "columns", "flashomni")
 CALLED = ["called topk"]
 FLUX2 = ("lossless", "topk", "cached by measure", "taylorseer")
 CASES = [
@@ -57,6 +59,7 @@ CASES = [
     *(f"flux2 {name}" for name in FLUX2),
     *CALLED,
     *(f"uneven {name}" for name in UNEVEN),
+    *(f"3 heads {name}" for name in HEADS),
 ]
 LAYERS = 4
 
@@ -128,7 +131,9 @@ def same_symbols(one, two, rank):
             if whole is None or own is None:
                 equal &= whole is own
                 continue
-            heads = slice(rank * own.num_heads, (rank + 1) * own.num_heads)
+            share, rest = divmod(whole.num_heads, dist.get_world_size())
+            start = rank * share + min(rank, rest)
+            heads = slice(start, start + own.num_heads)
             equal &= torch.equal(own.q_bits, whole.q_bits[:, heads])
             equal &= torch.equal(own.kv_bits, whole.kv_bits[:, heads])
             count += 1
@@ -222,9 +227,9 @@ def refusals(rank):
         many._parallel_config = ParallelConfig(tensor_parallel_config=config)
         flashomni.accelerate(many, "lossless")
 
-    def qwen():
-        sizes = adapters()["QwenImageTransformer2DModel"].sizes["tiny"]
-        return QwenImageTransformer2DModel(**{**sizes, "num_attention_heads": 4}).eval()
+    def own(name):
+        many = adapters()[name].tiny()[0].eval()
+        flashomni.accelerate(many, "lossless", ulysses=2).remove()
 
     def generic():
         many = parallel(copy.deepcopy(model))
@@ -242,11 +247,29 @@ def refusals(rank):
         with flashomni.accelerate(parallel(many), "lossless") as engine:
             generate(many, arguments, engine, 1)
 
-    def relative():
-        sizes = adapters()["BriaTransformer2DModel"].sizes["tiny"]
-        many = BriaTransformer2DModel(**{**sizes, "num_attention_heads": 4}).eval()
-        many._parallel_config = parallel(copy.deepcopy(model))._parallel_config
-        flashomni.accelerate(many, "lossless")
+    def root():
+        many = adapters()["LTXVideoTransformer3DModel"].tiny()[0].eval()
+        flashomni.accelerate(parallel(many), "lossless")
+
+    def twice():
+        flashomni.accelerate(parallel(copy.deepcopy(model)), "lossless", ulysses=2)
+
+    def added():
+        many = copy.deepcopy(model)
+        residuals = [torch.zeros(2, 342, 64)]
+        with flashomni.accelerate(many, "lossless", ulysses=2) as engine:
+            engine.step(0, STEPS)
+            many(**inputs, controlnet_block_samples=residuals)
+
+    def noise_inside():
+        latents = inputs["hidden_states"] + rank
+        with flashomni.accelerate(copy.deepcopy(model), "lossless", ulysses=2) as engine:
+            generate(engine._runtime.model, {**inputs, "hidden_states": latents}, engine, 2)
+
+    def few():
+        many, arguments = make(text=1)
+        with flashomni.accelerate(many, "lossless", ulysses=2) as engine:
+            generate(many, arguments, engine, 1)
 
     def saved():
         with flashomni.accelerate(parallel(copy.deepcopy(model)), "lossless") as engine:
@@ -256,14 +279,20 @@ def refusals(rank):
     recipe = RECIPES["topk"]
     shared = make_policy("topk", q_density=0.5, kv_density=0.6, share_heads=True)
     return {
-        "qwen": refused(lambda: flashomni.accelerate(parallel(qwen()), "lossless")),
+        "animate": refused(lambda: own("WanAnimateTransformer3DModel")),
+        "root": refused(root),
+        "twice": refused(twice),
+        "added": refused(added),
+        "noise inside": refused(noise_inside),
+        "few": refused(few),
+        "not all": refused(lambda: flashomni.accelerate(copy.deepcopy(model), ulysses=3)),
+        "no number": refused(lambda: flashomni.accelerate(copy.deepcopy(model), ulysses=0)),
         "generic": refused(generic),
         "unified": refused(unified),
         "ring": refused(lambda: with_config(ring_degree=2)),
-        "heads": refused(lambda: with_config(heads=3)),
+        "heads": refused(lambda: with_config(heads=1)),
         "share_heads": refused(lambda: with_config(recipe.replace(policy=shared))),
         "first_block": refused(lambda: with_config("fbcache")),
-        "carry": refused(lambda: with_config(recipe.replace(carry="hold", in_computed=True))),
         "order": refused(lambda: with_config(recipe.replace(token_order="tile"))),
         "tensor": refused(tensor_parallel),
         "noise": refused(noise),
@@ -272,7 +301,6 @@ def refusals(rank):
         "odd": refused(odd),
         "saved": refused(saved),
         "ids": refused(ids),
-        "relative": refused(relative),
     }
 
 
@@ -315,6 +343,8 @@ def called_projection(rank, model, inputs):
 
 
 def main(rank, store, out):
+    import two_ranks_inside as inside
+
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -333,11 +363,15 @@ def main(rank, store, out):
         uneven, arguments = make(text=77)
         many = parallel(copy.deepcopy(uneven), ulysses_degree=2, ulysses_anything=True)
         found |= equality(rank, uneven, arguments, many, UNEVEN, "uneven ")
+        three, arguments = make(heads=3)
+        many = parallel(copy.deepcopy(three))
+        found |= equality(rank, three, arguments, many, HEADS, "3 heads ")
         model2, arguments = make_flux2()
         many = parallel(copy.deepcopy(model2))
         found |= equality(rank, model2, arguments, many, FLUX2, "flux2 ")
         found["orders"] = both_orders(model, inputs)
         found["refusals"] = refusals(rank)
+        found["inside"] = inside.found(rank)
     Path(out).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

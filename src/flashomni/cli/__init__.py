@@ -32,6 +32,7 @@ from flashomni.cli._common import (
 )
 from flashomni.cli.bench import bench_app
 from flashomni.cli.compare import compare
+from flashomni.cli.generate import generate
 from flashomni.cli.studio import studio
 from flashomni.cli.tune import tune
 from flashomni.util.files import check_folder
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(generate)
 app.command()(compare)
 app.command()(tune)
 app.command()(studio)
@@ -56,111 +58,6 @@ class Topic(StrEnum):
     policies = "policies"
     backends = "backends"
     models = "models"
-
-
-@app.command()
-def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="What to generate; the model's own if left out.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
-    ] = "tiny-image",
-    recipe: Annotated[
-        str, typer.Option(help="A preset, a policy's name, or a recipe's .json.")
-    ] = "balanced",
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Run the stock pipeline too, and report both.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and report.")] = Path("out"),
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
-    backend: BackendName = None,
-) -> None:
-    """Generate a picture or a video, accelerated; with --compare against the stock pipeline."""
-    with plain_errors():
-        from flashomni.engine import Recipe
-
-        chosen = Recipe.of(recipe)
-        target = pick_device(device)
-        check_prompt(prompt)
-        check_folder("out", out)
-        with status(f"loading {model}"):
-            quiet()
-            from flashomni.lab import generation as work
-            from flashomni.lab import zoo
-            from flashomni.lab.versions import versions
-
-            loaded = zoo.load(model, target, pick_dtype(dtype, target))
-            generation = work.Generation(loaded, prompt, seed, steps)
-        say((model, "bold"), f" on {target}: {generation.prompt!r}")
-        if not loaded.trained:
-            say("its weights are random: the picture is noise, speed is not affected")
-        with progress_bars() as progress:
-
-            def bar(name: str) -> Any:
-                task = progress.add_task(bar_name(name), total=generation.num_steps)
-                return lambda step, total: progress.update(task, completed=step, total=total)
-
-            generation.warm_up()
-            compiling = generation.compile_kernels(chosen, lambda: bar("warm-up"), backend)
-            dense = generation.dense(bar("dense")) if compare else None
-            pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
-        if compiling:
-            say(f"warm-up: {compiling:.1f} s, in which kernels compiled; not counted")
-        if generation.repeats:
-            say("nor are two accelerated generations before the one that is timed: CUDA graphs")
-
-        from flashomni.lab import report
-
-        if dense is None:
-            path = report.keep_pictures({"accelerated": pixels}, out)
-            say(str(summary))
-            say(f"{seconds:.1f} s, written to {path}")
-            if not pixels.isfinite().all():
-                raise RuntimeError(f"values that are not finite are black in {path}")
-            return
-        comparison = report.Comparison(
-            model=model,
-            prompt=generation.prompt,
-            seed=seed,
-            call=generation.call,
-            dense=dense[0],
-            accelerated=pixels,
-            seconds_dense=dense[1],
-            seconds_accelerated=seconds,
-            dense_call_seconds=dense[2],
-            summary=summary,
-            versions=versions(target),
-            seconds_warm_up=compiling,
-            command=command_line(),
-        )
-        with status("writing the report"):
-            _write_report(comparison, out)
-        report.print_table(comparison, console)
-        say(f"report: {out / 'report.html'}")
-        if not (pixels.isfinite().all() and dense[0].isfinite().all()):
-            raise RuntimeError(f"values that are not finite are black in the pictures of {out}")
-
-
-def _write_report(comparison: Any, out: Path) -> None:
-    """The report; if it cannot be written after all the work, at least the pictures.
-
-    Raises:
-        RuntimeError: it could not; the message says where the pictures are.
-    """
-    from flashomni.lab import report
-
-    try:
-        report.write_report(comparison, out)
-    except Exception as error:
-        pictures = {"dense": comparison.dense, "accelerated": comparison.accelerated}
-        path = report.keep_pictures(pictures, out)
-        raise RuntimeError(
-            f"the report could not be written: {error}; the pictures are in {path.parent}"
-        ) from error
 
 
 @app.command("eval")

@@ -31,6 +31,12 @@ console = Console(markup=False, emoji=False, highlight=False)
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
+UlyssesName = Annotated[
+    int, typer.Option(help="Ranks that share a sequence, under torchrun.", min=1)
+]
+CfgName = Annotated[
+    int, typer.Option(help="Branches of guidance that run at once, under torchrun.", min=1)
+]
 DEBUG = "FLASHOMNI_DEBUG"
 
 

@@ -9,8 +9,10 @@ import typer
 
 from flashomni.cli._common import (
     BackendName,
+    CfgName,
     DeviceName,
     DtypeName,
+    UlyssesName,
     bar_name,
     check_csv,
     command_line,
@@ -202,6 +204,8 @@ def bench_e2e(
         bool,
         typer.Option("--profile", help="Time nothing; CSV and plot get the parts of a step."),
     ] = False,
+    ulysses: UlyssesName = 1,
+    cfg: CfgName = 1,
 ) -> None:
     """Time whole generations of a real-size model with random weights.
 
@@ -210,9 +214,11 @@ def bench_e2e(
     methods run a few steps, before and after the others, and count as steps x median. Densities of
     recipes that look at the data are not those of a trained model: random weights attend evenly
     (--structure makes them less even). With --profile: kernel times by part, of one step of each
-    kind.
+    kind. With --ulysses or --cfg, under torchrun: recipes on one card and on all of them, beside
+    diffusers' own context parallelism in the same processes.
     """
     with plain_errors():
+        from flashomni.cli._ranks import bench_ranks
         from flashomni.lab.e2e.breakdown import PartRow
         from flashomni.lab.e2e.methods import Plan, parse_measure, parse_recipe
         from flashomni.lab.e2e.stock import make_stocks
@@ -222,18 +228,23 @@ def bench_e2e(
         _check_plot(plot, csv)
         target = pick_device(device)
         plan = Plan(steps, stock_steps, whole, backend, generation)
+        if ulysses * cfg > 1:
+            if profile or plot is not None:
+                raise ValueError("profile and plot are of one card: leave out --ulysses and --cfg")
+            build = (model, device, dtype, seed, structure)
+            return bench_ranks(build, recipe, baseline, plan, ulysses, cfg, csv)
         baselines = make_stocks(baseline or ["eager"])
         names = recipe or ["lossless", "quality", "balanced", "fast"]
         if profile:
             recipes = dict(parse_recipe(name) for name in names)
             parts = _book(csv, PartRow)
-            built = _build(model, target, dtype, seed, structure)
-            _profile(built, baselines, recipes, backend, parts)
+            ready = built(model, target, dtype, seed, structure)
+            _profile(ready, baselines, recipes, backend, parts)
         else:
             methods = dict(parse_measure(name) for name in names)
             book = _book(csv, GenerationRow)
-            built = _build(model, target, dtype, seed, structure)
-            _time(built, baselines, methods, plan, book)
+            ready = built(model, target, dtype, seed, structure)
+            timed(ready, baselines, methods, plan, book)
         if plot is not None and csv is not None:
             draw(csv, plot)
 
@@ -279,11 +290,11 @@ def bench_sparsity(
         points, modes = point or list(POINTS), mode or list(MODES)
         recipes = recipes_for(modes, points, dispatch_steps)
         book = _book(csv, SparsityRow)
-        built = _build(model, target, dtype, seed, structure)
+        ready = built(model, target, dtype, seed, structure)
         rows: list[SparsityRow] = []
         with progress_bars() as progress:
             task = progress.add_task("points", total=len(recipes))
-            for row in sweep(built, recipes, command_line(), backend):
+            for row in sweep(ready, recipes, command_line(), backend):
                 rows.append(row)
                 progress.advance(task)
                 if book is not None:
@@ -306,7 +317,7 @@ def _book(csv: Path | None, row: type) -> Book | None:
     return None if csv is None else Book(csv, row)
 
 
-def _build(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
+def built(name: str, device: torch.device, dtype: str, seed: int, structure: float) -> Model:
     from flashomni.lab.e2e.models import build
     from flashomni.lab.e2e.run import weights_gib
 
@@ -321,7 +332,7 @@ def _build(name: str, device: torch.device, dtype: str, seed: int, structure: fl
     return model
 
 
-def _time(
+def timed(
     model: Model,
     baselines: dict[str, Stock],
     methods: dict[str, Measure],

@@ -19,6 +19,7 @@ from flashomni.engine.state.output import take_apart
 from flashomni.engine.state.span import Streams
 from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord, StepRecord
+from flashomni.parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Call:
     Attributes:
         plans: of each group of layers; what a call launches depends on their kinds (see
             :attr:`kinds`), the densities of the symbols aside.
+        elsewhere: whether another rank runs it.
         left_out: whether the branch follows from the first one, and the model does not run.
         decided: whether the schedule has looked inside this step already.
         settled: whether the spans that it recorded are the current ones by now.
@@ -57,6 +59,7 @@ class Call:
     inputs: Mapping[str, Any]
     latents: str
     left_out: bool = False
+    elsewhere: bool = False
     decided: bool = False
     settled: bool = False
     entrance: Streams = ()
@@ -73,6 +76,11 @@ class Call:
             if plan.kind is StepKind.DISPATCH:
                 plan.kind = StepKind.UPDATE
         self.record.kind = overall(self.kinds).value
+
+    def spread(self, shard: Shard) -> None:
+        """The blocks that run from now on have a share of their sequence."""
+        for plan in self.plans:
+            plan.shard = shard
 
     def live_share(self) -> float:
         """Share of the blocks that have run, of those that were come to so far."""

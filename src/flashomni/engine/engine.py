@@ -51,7 +51,9 @@ class Engine:
             summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
         notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
-        notes += [] if runtime.sharding.ranks is None else runtime.sharding.ranks.notes()
+        notes += [note for each in runtime.all_ranks() for note in each.notes()]
+        turns = None if runtime.last is None else runtime.last.turns
+        notes += [turns.note] if turns is not None and turns.note else []
         room = None if runtime.last is None else runtime.last.room
         notes += [] if room is None else room.notes()
         notes += [] if runtime.budget is None else runtime.budget.notes()

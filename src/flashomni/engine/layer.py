@@ -13,6 +13,7 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from flashomni.kernels import (
 )
 from flashomni.kernels.common.rope import Rope
 from flashomni.kernels.elementwise.op import norm_rope_
+from flashomni.parallel import Sent
 from flashomni.symbols.choice.op import measure
 
 
@@ -146,23 +148,26 @@ class LayerRun(LayerCarry):
 
     def attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Tensor | Sent,
+        k: Tensor | Sent,
+        v: Tensor | Sent,
         out_projection: nn.Module | None,
         *,
         softmax_scale: float | None = None,
         guide: Tensor | None = None,
         gate: Tensor | None = None,
+        key_orders: Sequence[tuple[Tensor, int]] = (),
+        meanwhile: Callable[[], object] | None = None,
     ) -> Tensor:
         """Attention of the whole sequence; on an Update step also the choice of symbols.
 
         Where the sequence is spread over ranks, S is this rank's rows: they are exchanged for rows
-        of all ranks, of H / P heads, and O back. Nothing else in a layer communicates but the
+        of all ranks, of some heads, and O back. Nothing else in a layer communicates but the
         choice of symbols.
 
         Args:
-            q: ``[B, S, H, D]``; cached tiles may be undefined on Dispatch steps.
+            q: ``[B, S, H, D]``, or what :meth:`send` gave for it, like ``k`` and ``v``; cached
+                tiles may be undefined on Dispatch steps.
             k: ``[B, S, H, D]``, after norm and RoPE.
             v: ``[B, S, H, D]``.
             out_projection: what :meth:`project_o` will be called with; ``None`` where the model
@@ -171,6 +176,10 @@ class LayerRun(LayerCarry):
             guide: map of cross-attention, for the policy.
             gate: ``[B, S, H, D or 1]``, what O is multiplied by in front of its projection. What
                 is cached is the gated O, in which the projection is linear.
+            key_orders: int64 ``[B, T]`` and a position in the whole sequence each: which of the T
+                keys and values from there on comes first, second, ...
+            meanwhile: called once, while O is on its way back from other ranks: for what does not
+                need it.
 
         Returns:
             ``[B, S, H, D]``, gated. Cached tiles are undefined, or the forecast where the output
@@ -181,16 +190,19 @@ class LayerRun(LayerCarry):
         remembers = self._plan.redone and self._first is None  # of the layer's main attention
         redone = self._plan.redone[self.index] if remembers else None
         options: dict[str, Any] = {"kv_len": kv_len, "softmax_scale": scale, "redone": redone}
-        if self._shard is not None:
-            if gate is not None:
-                raise NotImplementedError("gated attention on several ranks is not supported")
-            v, k, q = self._shard.to_heads(v, k, q)
+        self._num_heads = q.shape[2]
+        v, k, q = (self._arrived(x) for x in (v, k, q))
+        for order, start in key_orders:
+            _sort(k, order, start)
+            _sort(v, order, start)
         flops = 4 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
         if self.kind is not StepKind.DISPATCH:
             site = self._site(q, k, v, scale, guide)
             self._find_room(q)
             self._choose(site)
-            o = self._to_rows(self._attend_computed(q, k, v, flops, options))
+            o = self._to_rows(self._attend_computed(q, k, v, flops, options), meanwhile)
+            if self._difference is not None:
+                self._difference = self._to_rows(self._difference)
             o = self._gated(o, gate)
             cache.attended = q.shape
             is_probe = self.kind is StepKind.FULL and self._plan.probes and self._cacheable
@@ -211,27 +223,20 @@ class LayerRun(LayerCarry):
             forecast = ForecastTerms(cache.history.terms(), scales, cache.rows[0])
         inside = forecast if self._shard is None else None  # else it is by rows, of all heads
         o = sparse_attention(q, k, v, symbols, **options, forecast=inside, backend=self.backend)
-        o = self._to_rows(o)
+        o = self._to_rows(o, meanwhile)
         if inside is not forecast:
             o = self._filled(o)
         o = self._gated(o, gate, forecasts=forecast is not None)
         return o if out_projection is not None else self._carried(o, 0)
 
-    def _to_rows(self, o: Tensor) -> Tensor:
-        """O of all heads ``[B, S, H, D]``, of what attention gave."""
-        return o if self._shard is None else self._shard.to_rows(o)
-
     def _filled(self, o: Tensor) -> Tensor:
         """This rank's rows of O with the forecast in the tiles that are cached."""
-        history, (start, stop), shard = self._cache.history, self._cache.rows, self._shard
-        assert history is not None and shard is not None
+        history, (start, stop) = self._cache.history, self._cache.rows
+        assert history is not None
         scales = self._plan.coefficients(history.times, o.dtype == torch.float16)
         forecast = history.predict(scales)
-        live = self._symbols().q_mask().repeat_interleave(self.grid.block_m, -1).mT[..., None]
-        for rows, place in shard.places(start, stop - start):
-            own, count = forecast[:, rows], rows.stop - rows.start
-            part = o[:, start + rows.start : start + rows.stop]
-            part.copy_(torch.where(live[:, place : place + count], part, own))
+        live, part = self._live_rows(self._symbols(), o.shape[1]), o[:, start:stop]
+        part.copy_(torch.where(live[:, start:stop], part, forecast))
         return o
 
     def _gated(self, o: Tensor, gate: Tensor | None, *, forecasts: bool = False) -> Tensor:
@@ -241,8 +246,7 @@ class LayerRun(LayerCarry):
         if self._difference is not None:
             self._difference = self._difference * gate
         if forecasts:
-            live = self._symbols().q_mask().repeat_interleave(self.grid.block_m, -1)
-            gate = torch.where(live[..., : o.shape[1]].mT[..., None], gate, 1.0)
+            gate = torch.where(self._live_rows(self._symbols(), o.shape[1]), gate, 1.0)
         return o * gate
 
     def project_o(
@@ -351,12 +355,6 @@ class LayerRun(LayerCarry):
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _places(self, row_offset: int, rows: int) -> list[tuple[slice, int]]:
-        """Runs of rows that are neighbours in the whole sequence, and where they begin there."""
-        if self._shard is None:
-            return [(slice(0, rows), row_offset)]
-        return self._shard.places(row_offset, rows)
-
     def _push_history(self, o: Tensor, row_offset: int) -> list[Tensor]:
         """Add O to the history; return its terms so far."""
         cache, order = self._cache, self.recipe.forecast.order
@@ -366,6 +364,12 @@ class LayerRun(LayerCarry):
             cache.history = History(order, keep, self._plan.storage, halved=True)
         cache.rows = (row_offset, row_offset + o.shape[1])
         return cache.history.push(o, self._plan.step)
+
+
+def _sort(x: Tensor, order: Tensor, start: int) -> None:
+    """Rows ``[B, S, H, D]`` from ``start`` on in another order, in place."""
+    part = x[:, start : start + order.shape[1]]
+    part.copy_(part.take_along_dim(order[:, :, None, None], 1))
 
 
 def _rows_of(table: Tensor, rows: slice) -> Tensor:

@@ -37,7 +37,7 @@ class LayerCarry(LayerStep):
         plan, settings = self._plan, self.recipe.sparse
         if settings.carries and plan.room is not None:
             terms = 2 if settings.carry == "extrapolate" else 1
-            plan.room.find(plan.branch, o, plan.num_layers, terms)
+            plan.room.find(plan.branch, o, plan.num_layers, terms, self._agreed)
 
     def _attend_computed(
         self, q: Tensor, k: Tensor, v: Tensor, flops: int, options: dict[str, Any]

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from flashomni.engine.layer_ranks import LayerRanks
 from flashomni.engine.linear import Projection, linear_flops
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.sparse_settings import SparseStep
@@ -22,7 +23,6 @@ from flashomni.engine.state.columns import Columns, every_column
 from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.symbols_file import attention_name
 from flashomni.engine.trace import LayerRecord
-from flashomni.parallel import Shard
 from flashomni.policies import AttentionSite
 from flashomni.symbols import Grid, Symbols
 from flashomni.symbols.choice.op import live_share, measure
@@ -30,7 +30,7 @@ from flashomni.symbols.choice.op import live_share, measure
 T = TypeVar("T")
 
 
-class LayerStep:
+class LayerStep(LayerRanks):
     """One layer in one step, without the engine's three calls (see :class:`LayerRun`).
 
     Attributes:
@@ -39,12 +39,9 @@ class LayerStep:
         recipe: what is run.
         geometry: of the vision tokens; what its ``place(start, count)`` gives is for :meth:`begin`.
         inputs: the model's arguments by name, for their sizes: what a block is not told.
-        rows: tokens that the block has, after :meth:`begin`: a part of the grid's, where ranks
-            share the sequence.
     """
 
     grid: Grid
-    rows: int
     _first: LayerStep | None = None
 
     def __init__(
@@ -65,15 +62,20 @@ class LayerStep:
         record.kind = self.kind.value
         cache.ops = record.ops  # filled while the block runs
 
-    def second(self) -> Self:
+    def second(self, stream: str) -> Self:
         """The run of another attention in the same block: with a sequence and tiles of its own.
 
         It begins after this one, which decides for both whether the block is cached whole, and
         gives the report its densities.
+
+        Args:
+            stream: the block's tokens that it is over.
         """
         cache, record = self._cache.second(), self._record.second()
         other = type(self)(self.index, cache, self._plan, record, self._shared, self._cacheable)
         other._first = self
+        if self._shard is not None:
+            other._shard = self._shard.only(stream)
         return other
 
     def begin(
@@ -87,7 +89,8 @@ class LayerStep:
         """Say what the layer's sequence is, before anything else; also without attention of ours.
 
         Args:
-            seqlen: tokens of the sequence.
+            seqlen: tokens of the sequence that the block has; or :meth:`total` of them, and all
+                else of the whole sequence too.
             text: token range of the text, at the start or at the end.
             kv_len: int32 ``[B]``, valid keys of each batch item where padding sits at the end; one
                 tensor for all layers of a call (see :meth:`shared`).
@@ -97,8 +100,7 @@ class LayerStep:
             The grid of the sequence.
         """
         self.rows = seqlen
-        if self._shard is not None:
-            seqlen, text, kv_len, place = self._whole(self._shard, seqlen, text, kv_len)
+        seqlen, text, kv_len, place = self._whole(seqlen, text, kv_len, place)
         blocks = self.recipe.sparse.block_m, self.recipe.sparse.block_n
         sizes = (seqlen, text, blocks, tuple(place.items()))
         key = ("grid", sizes, id(kv_len))
@@ -113,28 +115,6 @@ class LayerStep:
             cache, record = self._cache, self._record
             record.q_density, record.kv_density = cache.q_density, cache.kv_density
         return self.grid
-
-    def tokens_of(self, name: str) -> int:
-        """Tokens that the block has of one of the model's token streams.
-
-        Args:
-            name: of the model's argument ``[B, S, K]``.
-        """
-        return self.inputs[name].shape[1] if self._shard is None else self._shard.lengths[name]
-
-    def _whole(
-        self, shard: Shard, seqlen: int, text: tuple[int, int], kv_len: Tensor | None
-    ) -> tuple[int, tuple[int, int], None, dict[str, Any]]:
-        """What :meth:`begin` takes, of the whole sequence, where it is spread over ranks."""
-        if kv_len is not None:
-            raise NotImplementedError(
-                f"{self._record.name}: padded keys are not supported by context parallelism"
-            )
-        text, vision = shard.layout.whole(shard.rank, seqlen, text)
-        place = {}
-        if self.geometry is not None:
-            place = self.geometry.place(vision[0], vision[1] - vision[0])
-        return shard.layout.seqlen, text, None, place
 
     def shared(self, make: Callable[..., T], *inputs: Any) -> T:
         """``make(*inputs)``, once in each call of the model: for what all layers share.
@@ -187,18 +167,15 @@ class LayerStep:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, guide: Tensor | None
     ) -> AttentionSite:
         """What the policy is shown."""
-        plan = self._plan
+        plan, heads = self._plan, self._heads(q)
+        if guide is not None:
+            guide = guide[:, heads.start : heads.stop]
         return AttentionSite(
             q=q, k=k, v=v, grid=self.grid, layer=self.index, num_layers=plan.num_layers,
-            heads=self._heads(q), step=plan.step, num_steps=plan.num_steps,
+            heads=heads, step=plan.step, num_steps=plan.num_steps,
             progress=plan.progress, branch=plan.branch, softmax_scale=scale, guide=guide,
             backend=self.backend,
         )  # fmt: skip
-
-    def _heads(self, q: Tensor) -> range:
-        """Which heads of the model attention has here."""
-        count = q.shape[2]
-        return range(count) if self._shard is None else self._shard.heads(count * self._shard.size)
 
     def _choose(self, site: AttentionSite) -> None:
         """Choose what this computed step chooses: columns, and at an Update tiles."""
@@ -252,9 +229,7 @@ class LayerStep:
 
     def _everywhere(self, symbols: Symbols) -> Symbols | None:
         """S_c of all heads, where these are of a rank's own."""
-        if self._shard is None or not self._policy.caches:
-            return None
-        return self._shard.everywhere(symbols)
+        return self._all_heads(symbols) if self._policy.caches else None
 
     def _send(self, q_density: Tensor, everywhere: Symbols | None) -> None:
         """Keep the computed fraction for the host; that of all heads, so that ranks decide alike.

@@ -26,6 +26,9 @@ def model_output(
         NotImplementedError: it holds no tensor, and the recipe caches it.
     """
     guidance, tick, plan = call.generation.guidance, call.tick, call.plans[0]
+    turns = call.generation.turns
+    if turns is not None and call.elsewhere:
+        return turns.placeholder(tick.branch)
     if call.left_out or (recipe.at_output and plan.kind is StepKind.DISPATCH):
         for index, layer in enumerate(layers):
             call.bypassed(index, layer)
@@ -44,4 +47,4 @@ def model_output(
             )
     if guidance is not None:
         guidance.saw(tick.branch, tick.step, tick.leads, call.live_share() > 0.5, output)
-    return output
+    return output if turns is None else turns.saw(tick.branch, output)

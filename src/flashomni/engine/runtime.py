@@ -6,7 +6,6 @@ Hooks and adapters talk to it; users have :class:`flashomni.Engine`.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,16 +33,19 @@ from flashomni.engine.layer import LayerRun
 from flashomni.engine.learner import Learner
 from flashomni.engine.memory import Budget
 from flashomni.engine.model_output import model_output
+from flashomni.engine.one_call import OneCall
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
-from flashomni.engine.sharding import Sharding
+from flashomni.engine.sharding import Sharding, agreed_on
 from flashomni.engine.state.branch import signature
 from flashomni.engine.state.generation import Generation
 from flashomni.engine.state.room import Keeping, Room
 from flashomni.engine.state.span import Streams
+from flashomni.engine.state.turns import Turns
 from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.engine.trace import LayerRecord, Trace
+from flashomni.parallel import Ranks
 
 log = logging.getLogger("flashomni")
 
@@ -68,6 +70,7 @@ class Runtime:
         graphs: records calls and replays them, if it is told to.
         sharding: whether the sequence is spread over ranks.
         budget: chooses the recipe by what memory is free, if the user wants that.
+        cfg: ranks that share the conditioning branches.
     """
 
     tier: str = "adapter"
@@ -75,6 +78,7 @@ class Runtime:
     geometry: Asked | None = None
     budget: Budget | None = None
     sharding: Sharding
+    cfg: Ranks | None = None
 
     def __init__(
         self,
@@ -93,8 +97,7 @@ class Runtime:
         self.generations = Generations()
         self.last: Generation | None = None
         self._call: Call | None = None
-        self._owner: int | None = None
-        self._guard = threading.Lock()
+        self._one = OneCall(type(model).__name__)
         self._keeping = Keeping(recipe.storage, backend)
         path = recipe.sparse.symbols
         self.symbols = SymbolsFile.load(path, layers) if path else None
@@ -103,12 +106,16 @@ class Runtime:
     @property
     def running(self) -> bool:
         """Whether a call of the model is under way in this thread."""
-        return self._call is not None and self._owner == threading.get_ident()
+        return self._call is not None and self._one.mine
 
     @property
     def trace(self) -> Trace:
         """Of the generation that called last."""
         return Trace() if self.last is None else self.last.trace
+
+    def all_ranks(self) -> list[Ranks]:
+        """Those that share the sequence, and those that share the branches."""
+        return [ranks for ranks in (self.sharding.ranks, self.cfg) if ranks is not None]
 
     def reset(self) -> None:
         """Drop all caches; the next call of the model starts a generation."""
@@ -134,7 +141,7 @@ class Runtime:
         """
         if torch.is_grad_enabled():
             raise ValueError("an accelerated model is for inference: call it under torch.no_grad()")
-        self._enter()
+        self._one.enter()
         try:
             self._call = self._place(context, device, args, kwargs)
         except BaseException:
@@ -143,19 +150,9 @@ class Runtime:
         if self._call is None:
             self._leave()
 
-    def _enter(self) -> None:
-        with self._guard:
-            if self._owner is not None:
-                raise RuntimeError(
-                    f"two calls of one accelerated {type(self.model).__name__} overlap: one is "
-                    "under way while another thread (or the model itself) starts the next. Let "
-                    "them take turns with a lock around each call, or give each its own transformer"
-                )
-            self._owner = threading.get_ident()
-
     def _leave(self) -> None:
         self._call = None
-        self._owner = None
+        self._one.leave()
 
     def _place(self, context: Any, device: torch.device, args: tuple, kwargs: dict) -> Call | None:
         position = self.clock.locate(context)
@@ -175,7 +172,11 @@ class Runtime:
             generation = self._start(position)
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
-            self.graphs.start(device, why_none(self.recipe, self.learner, self.sharding.ranks))
+            spread = self.sharding.ranks or self.cfg
+            self.graphs.start(device, why_none(self.recipe, self.learner, spread))
+            if self.cfg is not None:
+                began = agreed_on(by_name(self.model, args, kwargs), (self._latents,))
+                generation.turns = Turns(self.cfg, type(self.model).__name__, began)
         tick = generation.advance(position)
         self.last = generation
         branch = generation.branches[tick.branch]
@@ -183,13 +184,18 @@ class Runtime:
         shard = self.sharding.of(inputs)
         sort, is_new = (None, False) if self.learner is None else self.learner.begin(args, kwargs)
         branch.expect("call", (sort, *map(signature, (*args, *kwargs.values()))))
-        left_out = not is_new and generation.leaves_out(tick)
+        turns = generation.turns
+        elsewhere = turns is not None and not turns.mine(tick.branch, tick.leads)
+        if elsewhere:
+            branch.reset()
+        left_out = elsewhere or (not is_new and generation.leaves_out(tick))
         if not left_out and generation.ends_dense(tick):
             branch.reset()  # its memory can go before it peaks
         kinds = [StepKind.DISPATCH if left_out else StepKind.FULL] * len(branch.groups)
         if not is_new and not left_out:
             kinds = kinds_now(generation, branch, tick, inputs, self._latents)
-        place = tick.step + generation.first, tick.num_steps, overall(tuple(kinds)).value
+        kind = "elsewhere" if elsewhere else overall(tuple(kinds)).value
+        place = tick.step + generation.first, tick.num_steps, kind
         record = generation.trace.begin(*place, tick.branch, device)
         shared: dict[str, Any] = {"num_layers": len(self.layers), "redone": self.redone.on(device)}
         shared |= {"storage": self._keeping.on(device), "backend": self.backend, "device": device}
@@ -197,7 +203,9 @@ class Runtime:
         shared |= {"inputs": inputs, "room": generation.room, "symbols": self.symbols}
         plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
-        return Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
+        call = Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)
+        call.elsewhere = elsewhere
+        return call
 
     def _keep_to(
         self, budget: Budget, context: Any, device: torch.device, inputs: Mapping[str, Any]
@@ -234,7 +242,7 @@ class Runtime:
         """
         if not self.running:
             return
-        call = self._current()
+        call = self.call
         branch, generation = call.branch, call.generation
         call.settle()
         for plan, group in zip(call.plans, branch.groups, strict=False):  # arranged since, maybe
@@ -252,6 +260,8 @@ class Runtime:
         if is_last:
             branch.end()
             self.sharding.settle()
+            if generation.turns is not None:
+                generation.turns.settle()
         self._stop()
         if is_last and log.isEnabledFor(logging.INFO):
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
@@ -259,7 +269,7 @@ class Runtime:
     def abort(self) -> None:
         """A call of the model has raised, if one is under way here: its branch starts afresh."""
         if self.running:
-            call = self._current()
+            call = self.call
             call.branch.reset()
             for group in call.branch.groups:
                 group.computed.clear()
@@ -295,8 +305,7 @@ class Runtime:
             compute: runs the block with its run; gives the streams behind it.
             chain: whether the block may share a span with its neighbours.
         """
-        call, schedule = self._current(), self.recipe.schedule
-        return run_block(call, schedule, self.layers, index, place, compute, chain)
+        return run_block(self.call, self.recipe.schedule, self.layers, index, place, compute, chain)
 
     def arrange(self, layers: list[str]) -> None:
         """The layers of a model that was just watched: nothing is kept of them yet."""
@@ -306,7 +315,7 @@ class Runtime:
     def as_it_is(self, name: str) -> LayerRecord:
         """Where the FLOPs of a block go that runs as it is in this call, its output not kept."""
         record = LayerRecord(name, StepKind.FULL.value)
-        self._current().record.layers.append(record)
+        self.call.record.layers.append(record)
         return record
 
     def forward(self, args: tuple, kwargs: dict, model: Callable[..., Any]) -> Any:
@@ -316,10 +325,10 @@ class Runtime:
 
         def compute(*args: Any, **kwargs: Any) -> Any:
             output = self.output(lambda: model(*args, **kwargs))
-            self._current().settle()
+            self.call.settle()
             return output
 
-        return self.graphs.run(self._current(), args, kwargs, compute)
+        return self.graphs.run(self.call, args, kwargs, compute)
 
     def output(self, compute: Callable[[], Any]) -> Any:
         """The model's output; forecast or derived where the recipe says so.
@@ -333,7 +342,7 @@ class Runtime:
         if not self.running:
             return compute()
         name = type(self.model).__name__
-        return model_output(self._current(), self.recipe, self.layers, name, compute)
+        return model_output(self.call, self.recipe, self.layers, name, compute)
 
     def _warn(self, key: str, message: str, *values: object) -> None:
         """Log a warning once."""
@@ -341,6 +350,8 @@ class Runtime:
             self._warned.add(key)
             log.warning(message, *values)
 
-    def _current(self) -> Call:
+    @property
+    def call(self) -> Call:
+        """The call that is under way."""
         assert self._call is not None, "no call is under way"
         return self._call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,18 @@ class Generation:
         prompt: what to generate.
         seed: of the initial noise.
         steps: overrides the number of denoising steps.
+        ranks: what ``accelerate`` is told of them: ``ulysses`` and ``cfg``.
     """
 
     def __init__(
-        self, loaded: Loaded, prompt: str | None, seed: int, steps: int | None = None
+        self,
+        loaded: Loaded,
+        prompt: str | None,
+        seed: int,
+        steps: int | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
-        self.pipe, self.seed = loaded.pipe, seed
+        self.pipe, self.seed, self.ranks = loaded.pipe, seed, dict(ranks or {})
         self.prompt = loaded.prompt if prompt is None else prompt
         self.call = dict(loaded.call)
         if steps is not None:
@@ -146,7 +152,8 @@ class Generation:
     @property
     def repeats(self) -> int:
         """Accelerated generations in front of the one that counts."""
-        return 2 if self.compiles and self.seconds < SHORT else 0
+        short = self.seconds < SHORT and not self.ranks  # which have no graphs
+        return 2 if self.compiles and short else 0
 
     def dense(self, on_step: OnStep) -> tuple[Tensor, float, list[float]]:
         """The stock pipeline: frames, seconds, seconds of each call of its transformers."""
@@ -162,7 +169,7 @@ class Generation:
         On a GPU a short generation is the third of its kind, as it is for who generates many: steps
         are CUDA graphs by then.
         """
-        with accelerate(self.pipe, recipe, backend=backend) as engine:
+        with accelerate(self.pipe, recipe, backend=backend, **self.ranks) as engine:
             for _ in range(self.repeats):
                 self.discard()
             pixels, seconds = self.run(on_step)

@@ -46,6 +46,10 @@ class Site:
         modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
             first norm and modulation, for schedules that look there (TeaCache); ``None`` if there
             is no such thing.
+        sequence: the streams in front of it as they follow one another, where ranks may share
+            them: :meth:`LayerRun.begin` and RoPE tables say so, and what else has an entry for each
+            token is in ``by_token``. Empty where they may not.
+        stage: blocks of one number run on one sequence; between them the model sees all tokens.
         derived: ``derived[name](block, *streams)`` makes what else the block returns of the streams
             behind it: in every step, also where the block is cached whole.
     """
@@ -60,6 +64,8 @@ class Site:
     by_token: Mapping[str, int] = field(default_factory=dict)
     modulated: Callable[..., Tensor] | None = None
     derived: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    sequence: tuple[str, ...] = ()
+    stage: int = 0
 
     @property
     def main(self) -> int:
@@ -99,7 +105,8 @@ class Adapter:
             and ``Site.by_token`` do so by themselves).
         residuals: arguments of the model that hold what is added to vision tokens behind blocks.
         parallel: the model's arguments that are its token streams ``[B, S, K]``, as they follow one
-            another, where the sequence may be spread over ranks; empty where it may not.
+            another, where diffusers' own plan of context parallelism spreads them over ranks in
+            front of the model; empty where it does so elsewhere, or not. See ``Site.sequence``.
         exit: where there are any, the module that gets the tokens next; they have the model's own
             order again in front of it, otherwise behind the last block.
     """

@@ -18,10 +18,12 @@ from flashomni.engine.graphs import Graphs
 from flashomni.engine.memory import Budget
 from flashomni.engine.runtime import Runtime
 from flashomni.engine.sharding import Sharding
+from flashomni.engine.state.turns import why_no_turns
 from flashomni.models import Adapter, adapters, find_adapter
 from flashomni.models._memory import call_shapes
-from flashomni.models._parallel import find_ranks
+from flashomni.models._parallel import Theirs, find_ranks
 from flashomni.models.generic import Blocks
+from flashomni.parallel import Mesh
 
 log = logging.getLogger("flashomni")
 COMPONENTS = ("transformer", "transformer_2")  # of pipelines, in the order in which they run
@@ -36,13 +38,16 @@ def accelerate(
     blocks: Blocks | None = None,
     graphs: bool | str = "auto",
     memory: str | int | None = None,
+    ulysses: int = 1,
+    cfg: int = 1,
     **settings: Any,
 ) -> Engine:
     """Make a diffusers pipeline generate faster. ``engine.remove()`` undoes it exactly.
 
-    A sequence that ranks share by diffusers' context parallelism (``enable_parallelism`` with an
-    ``ulysses_degree``, before or after) stays shared where the adapter knows how, each rank with
-    the symbols of its heads and the caches of its rows; other kinds of parallelism are refused.
+    ``ulysses`` ranks of torch.distributed share the sequence of one generation, each with the
+    symbols of its heads and the caches of its rows; every rank calls the pipeline with the same
+    arguments. A sequence that ranks share by diffusers' context parallelism (``enable_parallelism``
+    with an ``ulysses_degree``, before or after) stays shared; other kinds are refused.
 
     Args:
         pipe: a pipeline with a ``transformer``, or a transformer itself, of diffusers or your own.
@@ -64,6 +69,10 @@ def accelerate(
             what is free. Where the recipe would keep more, it is lowered, before the first step:
             dtype and place of histories, carry, forecast orders, at last the output alone is cached
             (:func:`flashomni.engine.memory.ladder`); log and report say to what, and the bytes.
+        ulysses: ranks that share a sequence: all of them, after ``init_process_group``. Any number
+            up to that of the heads.
+        cfg: conditioning branches that run at once, on ``ulysses`` ranks each, where a pipeline
+            calls its transformer for one after the other (true CFG of Wan and Qwen-Image).
         settings: settings of the recipe to replace, by name: ``interval=3``.
 
     Returns:
@@ -90,13 +99,21 @@ def accelerate(
             f"blocks are of one model, and the pipeline has {' and '.join(recipes)}: accelerate "
             "each of them by itself"
         )
+    mesh = Mesh.of(ulysses, cfg)
     engines: dict[str, Engine] = {}
     clock: Clock | None = None
     try:
         for name, each in recipes.items():
             model = models[name]
             clock = Clock(model, None if isinstance(pipe, nn.Module) else pipe, clock)
-            engines[name] = _one(pipe, name, model, each, backend, blocks, graphs, memory, clock)
+            theirs = Theirs(model)
+            try:
+                engines[name] = _one(
+                    pipe, name, model, each, backend, blocks, graphs, memory, clock, mesh, theirs
+                )
+            except BaseException:
+                theirs.put_back()
+                raise
     except BaseException:
         for engine in engines.values():
             engine.remove()
@@ -119,6 +136,8 @@ def _one(
     graphs: bool | str,
     memory: str | int | None,
     clock: Clock,
+    mesh: Mesh,
+    theirs: Theirs,
 ) -> Engine:
     """Accelerate one transformer."""
     compiled = getattr(model, "_compiled_call_impl", None) is not None
@@ -134,14 +153,23 @@ def _one(
     sites = found.sites(model)
     _attach.clear_remains(model, sites)
 
-    sharding = Sharding(model, partial(find_ranks, model, found, recipe), found.parallel)
+    find = partial(find_ranks, model, found, recipe, mesh.ulysses, theirs)
+    sharding = Sharding(model, find, found.parallel, found.latents)
 
     def check() -> None:
         sharding.start()
+        if memory is not None and (sharding.ranks or mesh.cfg):
+            raise NotImplementedError(
+                "memory is not supported on several ranks, each of which might keep to another "
+                "recipe: choose the recipe's storage yourself"
+            )
         refuse_hooked(model, sites)
         found.check(model)
 
     check()
+    reasons = why_no_turns(recipe) if mesh.cfg is not None else []
+    if reasons:
+        raise NotImplementedError(f"cfg={mesh.cfg.size} is not supported: {'; '.join(reasons)}")
     layers = [site.name for site in sites]
     if recipe.schedule.modulates and sites[0].modulated is None:
         raise NotImplementedError(
@@ -155,7 +183,7 @@ def _one(
             f"{type(model).__name__}; take token_order 'raster'"
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
-    runtime.sharding = sharding
+    runtime.sharding, runtime.cfg = sharding, mesh.cfg
     if memory is not None:
         foresee = partial(call_shapes, model, sites)
         coming = partial(weights_to_come, model)
@@ -164,7 +192,12 @@ def _one(
         runtime.graphs = Graphs(graphs, model, _attach.is_ours)
     shaped = next((each for each in recipe.policies if each.wants_shape()), recipe.policy)
     runtime.geometry = Asked(model, shaped, partial(found.geometry, model), order)
-    detach = _attach.attach(runtime, sites, found)
+    take_off = _attach.attach(runtime, sites, found)
+
+    def detach() -> None:
+        take_off()
+        theirs.put_back()
+
     engine = Engine(runtime, pipe, detach, component)
     _hold(model, engine)
     log.info(

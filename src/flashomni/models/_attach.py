@@ -31,6 +31,7 @@ from flashomni.models._elsewhere import look
 from flashomni.models._hooks import execution_device
 from flashomni.models._offload import Once, bring, group_of, is_in_front, rise, take_away
 from flashomni.models._reorder import around, exit_of, in_order, tokens_of
+from flashomni.models._spread import Spread
 from flashomni.models._stand_in import InsteadOfForward, places, stock_forward
 
 NAME = "flashomni"
@@ -46,11 +47,14 @@ class BlockForward(InsteadOfForward):
         index: of the block.
         site: of the block.
         leaves: whether tokens get back the model's own order behind it.
+        spread: spreads the sequence over ranks.
     """
 
-    def __init__(self, runtime: Runtime, index: int, site: Site, leaves: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, index: int, site: Site, leaves: bool, spread: Spread
+    ) -> None:
         super().__init__(site.block, inside=True)
-        self.runtime, self.index, self.site = runtime, index, site
+        self.runtime, self.index, self.site, self.spread = runtime, index, site, spread
         self.names = list(inspect.signature(site.run).parameters)[2:]  # behind run and block
         self.leaves = leaves
         self._run: LayerRun | None = None
@@ -83,6 +87,8 @@ class BlockForward(InsteadOfForward):
         tokens = tokens_of(runtime)
         if tokens is not None:
             args, kwargs = in_order(tokens, site, self.names, self.index == 0, args, kwargs)
+        if self.spread.active:
+            args, kwargs = self.spread.enter(self.index, self.names, args, kwargs)
         streams = tuple(
             kwargs[name] if name in kwargs else args[self.names.index(name)]
             for name in site.streams
@@ -105,6 +111,8 @@ class BlockForward(InsteadOfForward):
 
         place = Place(streams, site.main, None if site.modulated is None else modulated)
         behind = list(runtime.block(self.index, place, compute, site.chain))
+        if self.spread.active:
+            behind = self.spread.leave(self.index, behind)
         if tokens is not None and self.leaves:
             behind[site.main] = tokens.leave(behind[site.main], site.vision)
         if forward is None:
@@ -171,7 +179,8 @@ class ModelForward(InsteadOfForward):
 
 def at_output(runtime: Runtime) -> bool:
     """Whether the recipe does something about the output of the whole model."""
-    return runtime.recipe.at_output or runtime.recipe.guidance.acts
+    recipe = runtime.recipe
+    return recipe.at_output or recipe.guidance.acts or runtime.cfg is not None
 
 
 def _inert(*_: Any) -> None:
@@ -305,12 +314,14 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
         stand_ins = adapter.stand_ins(runtime)
         if stand_ins is None:
             leaves = len(sites) - 1 if not exit_of(runtime, adapter) else None
+            spread = Spread(runtime, sites, adapter)
             stand_ins = (
-                BlockForward(runtime, i, site, i == leaves) for i, site in enumerate(sites)
+                BlockForward(runtime, i, site, i == leaves, spread) for i, site in enumerate(sites)
             )
         for stand_in in itertools.chain(stand_ins, around(runtime, adapter)):
             installed.append(stand_in)
-        if at_output(runtime) or runtime.graphs.mode or runtime.budget is not None:
+        acts = at_output(runtime) or runtime.budget is not None or runtime.cfg is not None
+        if acts or runtime.graphs.mode:
             installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),

@@ -21,6 +21,7 @@ from flashomni.models.blocks import (
     TEXT,
     VISION,
     Inputs,
+    Later,
     MMDiT,
     MMDiTAdapter,
     Stream,
@@ -88,11 +89,11 @@ class Flux2Blocks(MMDiT):
         sizes = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         to_q, to_k, to_v, mlp_in = split_linear(attn.to_qkv_mlp_proj, norm_x, sizes)
         run.count("mlp", (mlp_in,), batch * seqlen)
-        mlp = attn.mlp_act_fn(mlp_in(norm_x))
+        mlp = Later(lambda: attn.mlp_act_fn(mlp_in(norm_x)))
         tables = self._tables(run, inputs, (num_text, seqlen))
         stream = Stream(norm_x, (0, seqlen), to_q, to_k, to_v, attn.norm_q, attn.norm_k, tables)
-        o = joint_attention(run, attn, [stream], attn.to_out)
-        y = run.project_o(o, attn.to_out, row_offset=0, always=mlp)
+        o = joint_attention(run, attn, [stream], attn.to_out, meanwhile=mlp)
+        y = run.project_o(o, attn.to_out, row_offset=0, always=mlp.value)
         return self._clipped(gated_residual(x, y, gate, backend=run.backend))
 
 

@@ -51,6 +51,7 @@ class LTXVideo(Adapter):
                 returns="hidden_states",
                 by_token={"temb": 3},
                 modulated=modulated,
+                sequence=("hidden_states",),
             )
             for i, block in enumerate(model.transformer_blocks)
         ]

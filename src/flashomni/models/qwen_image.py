@@ -21,6 +21,8 @@ from flashomni.engine import LayerRun
 from flashomni.kernels.common.rope import Rope
 from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import (
+    TEXT,
+    VISION,
     Inputs,
     MMDiT,
     MMDiTAdapter,
@@ -48,7 +50,8 @@ class QwenBlocks(MMDiT):
 
         angles = inputs.rest["image_rotary_emb"]
         ropes = [run.shared(_real_tables, table) for table in angles]
-        ropes[0] = rope_in_order(run, ropes[0])
+        ropes[0] = rope_in_order(run, ropes[0], stream=VISION)
+        ropes[1] = run.own(TEXT, *ropes[1])
         y, c_y = dual_attention(
             run,
             block.attn,

@@ -117,7 +117,7 @@ class SD3Blocks(MMDiT):
 
     def _second(self, run: LayerRun, attn: Any, x: Tensor) -> Tensor:
         """The picture's attention to itself."""
-        other, (to_out, dropout) = run.second(), attn.to_out
+        other, (to_out, dropout) = run.second(VISION), attn.to_out
         place = {} if run.geometry is None else run.geometry.place(0, x.shape[1])
         other.begin(x.shape[1], **place)
         stream = own_stream(attn, x, (0, x.shape[1]), None)

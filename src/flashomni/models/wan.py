@@ -79,6 +79,7 @@ class Wan(Adapter):
                 returns="hidden_states",
                 by_token={"temb": 4} if self.reorders else {},
                 modulated=self.modulated,
+                sequence=("hidden_states",) if self.reorders else (),
             )
             for i, block in enumerate(model.blocks)
         ]

@@ -49,8 +49,18 @@ class ZImage(Adapter):
 
     def sites(self, model: Any) -> list[Site]:
         return [
-            Site(f"{group}.{i}", block, run_block, ("x",), "x", vision="first", modulated=modulated)
-            for group in ("noise_refiner", "layers")
+            Site(
+                f"{group}.{i}",
+                block,
+                run_block,
+                ("x",),
+                "x",
+                vision="first",
+                modulated=modulated,
+                sequence=("x",),
+                stage=stage,
+            )
+            for stage, group in enumerate(("noise_refiner", "layers"))
             for i, block in enumerate(getattr(model, group))
         ]
 
@@ -113,7 +123,7 @@ def run_block(
             "by its adapter; leave them out, or accelerate with blocks=Blocks()"
         )
     attn, seqlen = block.attention, x.shape[1]
-    rope = _begin(run, seqlen, attn_mask, freqs_cis)
+    rope = _begin(run, run.total(seqlen), attn_mask, freqs_cis)
     scale, gate, mlp_scale, mlp_gate = _modulation(block, adaln_input)
     norm_x = modulate(block.attention_norm1, x, scale, None, backend=run.backend)
     stream = own_stream(attn, norm_x, (0, seqlen), rope)

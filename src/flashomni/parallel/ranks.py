@@ -22,27 +22,31 @@ class Ranks:
         exchanges: all-to-alls since the last :meth:`restart`.
         nbytes: what this rank put into them, its own part included.
         gathers: all-gathers since then.
+        broadcasts: of outputs since then.
+        device: where tensors have to be, for what they have to tell each other.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.exchanges = self.nbytes = self.gathers = 0
+        self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
+        is_nccl = "nccl" in dist.get_backend(group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
     def restart(self) -> None:
         """Count from 0."""
-        self.exchanges = self.nbytes = self.gathers = 0
+        self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
 
     def exchange(self, x: Tensor, takes: Sequence[int], sends: Sequence[int]) -> tuple[Tensor, Any]:
-        """Start to send ``sends[r]`` rows of ``x`` to rank r, and to take ``takes[r]`` from it.
+        """Start to send ``sends[r]`` values of ``x`` to rank r, and to take ``takes[r]`` from it.
 
         Args:
-            x: ``[sum(sends), ...]``, contiguous.
+            x: ``[sum(sends)]``.
 
         Returns:
-            ``[sum(takes), ...]``, and the work to wait for before it is read.
+            ``[sum(takes)]``, and the work to wait for before it is read.
         """
-        out = x.new_empty(sum(takes), *x.shape[1:])
+        out = x.new_empty(sum(takes))
         self.exchanges += 1
         self.nbytes += x.numel() * x.element_size()
         work = dist.all_to_all_single(
@@ -58,11 +62,37 @@ class Ranks:
         dist.all_gather(parts, x, group=self.group)
         return parts
 
+    def broadcast(self, x: Tensor, rank: int) -> None:
+        """``x`` of one rank, into that of all others.
+
+        Args:
+            x: contiguous, of one shape on all ranks.
+            rank: whose.
+        """
+        self.nbytes += x.numel() * x.element_size() * (rank == self.rank)
+        self.broadcasts += 1
+        dist.broadcast(x, dist.get_global_rank(self.group, rank), group=self.group)
+
+    def gather_rows(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Rows of every rank, which may have different numbers of them.
+
+        Args:
+            x: ``[B, counts[rank], ...]``.
+            counts: rows of each rank.
+        """
+        short = max(counts) - x.shape[1]
+        if short:
+            x = torch.cat([x, x.new_zeros(x.shape[0], short, *x.shape[2:])], 1)
+        return [part[:, :count] for part, count in zip(self.gather(x), counts, strict=True)]
+
     def notes(self) -> list[str]:
         """For the report."""
+        calls = f"{self.exchanges} all-to-alls"
+        if self.broadcasts:
+            calls = f"{self.broadcasts} broadcasts of outputs"
         return [
             f"rank {self.rank} of {self.size}, whose share these figures are: it put "
-            f"{self.nbytes:,} bytes into {self.exchanges} all-to-alls"
+            f"{self.nbytes:,} bytes into {calls}"
         ]
 
 

@@ -2,15 +2,17 @@
 
 Outside of attention a rank holds its own rows of each stream, with all heads; inside it holds all
 rows in the model's own order, of its own heads (DeepSpeed Ulysses, arXiv 2309.14509). The copy that
-changes the layout has to be made in any case: it sorts rows as well.
+changes the layout has to be made in any case: it sorts rows as well. Heads that do not divide are
+shared out unevenly, so that no rank attends to heads that are none.
 
 Letters in shapes: B batch, R rows of this rank, S rows of the whole sequence, H num_heads,
-h = H / P heads of a rank, D head_dim, P ranks.
+h heads of this rank, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,6 +22,18 @@ from flashomni.parallel.ranks import Ranks
 from flashomni.symbols import Symbols
 
 
+class Sent:
+    """Rows or heads that are under way.
+
+    Args:
+        shape: of what was sent, ``[B, R, H, D]`` or ``[B, S, h, D]``.
+        wait: waits for what comes instead, and lays it out.
+    """
+
+    def __init__(self, shape: torch.Size, wait: Callable[[], Tensor]) -> None:
+        self.shape, self.wait = shape, wait
+
+
 class Shard:
     """How a call's sequence is shared out.
 
@@ -27,76 +41,101 @@ class Shard:
         ranks: who shares it.
         layout: of the sequence.
         names: of its streams.
+        inside: whether the model's blocks alone see a share of it, and everything that they are
+            handed beside their streams is of the whole sequence.
 
     Attributes:
         lengths: rows that this rank has of each stream.
     """
 
-    def __init__(self, ranks: Ranks, layout: Layout, names: Sequence[str] = ()) -> None:
-        self.ranks, self.layout = ranks, layout
+    def __init__(
+        self, ranks: Ranks, layout: Layout, names: Sequence[str] = (), inside: bool = False
+    ) -> None:
+        self.ranks, self.layout, self.names, self.inside = ranks, layout, tuple(names), inside
         self.rank, self.size = ranks.rank, ranks.size
         mine = (lengths[ranks.rank] for lengths in layout.lengths)
         self.lengths = dict(zip(names, mine, strict=False))
         self._counts = [layout.rows(rank) for rank in range(self.size)]
 
-    def heads(self, num_heads: int) -> range:
-        """The heads that this rank attends.
+    def only(self, name: str) -> Shard:
+        """Of one stream alone, for attention that sees no other."""
+        lengths = self.layout.lengths[self.names.index(name)]
+        return Shard(self.ranks, Layout((lengths,)), (name,), self.inside)
+
+    def heads(self, num_heads: int, rank: int | None = None) -> range:
+        """The heads that a rank attends, this one by default; the first ones may have one more.
 
         Args:
             num_heads: H.
+            rank: whose.
 
         Raises:
-            NotImplementedError: they do not divide.
+            NotImplementedError: there are more ranks.
         """
-        share, rest = divmod(num_heads, self.size)
-        if rest:
+        if num_heads < self.size:
             raise NotImplementedError(
-                f"{num_heads} heads cannot be shared out evenly among {self.size} ranks: take an "
-                "ulysses_degree that divides them"
+                f"{num_heads} heads cannot be shared out among {self.size} ranks: take a smaller "
+                "ulysses degree"
             )
-        return range(self.rank * share, (self.rank + 1) * share)
+        rank = self.rank if rank is None else rank
+        share, rest = divmod(num_heads, self.size)
+        start = rank * share + min(rank, rest)
+        return range(start, start + share + (rank < rest))
 
-    def to_heads(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """``[B, R, H, D]`` -> ``[B, S, h, D]``, each; all are under way at once."""
-        started = []
-        for x in rows:
-            share = len(self.heads(x.shape[2]))
-            send = x.unflatten(2, (self.size, share)).permute(2, 1, 0, 3, 4).flatten(0, 1)
-            started.append(
-                self.ranks.exchange(send.contiguous(), self._counts, [x.shape[1]] * self.size)
-            )
-        return tuple(self._sorted(*each) for each in started)
+    def send_heads(self, x: Tensor) -> Sent:
+        """Start ``[B, R, H, D]`` -> ``[B, S, h, D]``."""
+        batch, rows, num_heads, head_dim = x.shape
+        shares = [len(self.heads(num_heads, rank)) for rank in range(self.size)]
+        sends = [rows * batch * share * head_dim for share in shares]
+        takes = [count * batch * shares[self.rank] * head_dim for count in self._counts]
+        packed = x.new_empty(sum(sends))
+        for part, heads in zip(packed.split(sends), x.split(shares, 2), strict=True):
+            part.view(rows, batch, -1, head_dim).copy_(heads.transpose(0, 1))
+        received, work = self.ranks.exchange(packed, takes, sends)
 
-    def _sorted(self, received: Tensor, work: object) -> Tensor:
-        """Rows of all ranks in the order of the sequence."""
-        work.wait()  # type: ignore[attr-defined]  # a Work, which torch types differently by release
-        batch = received.shape[1]
-        out, at = received.new_empty(batch, self.layout.seqlen, *received.shape[2:]), 0
-        for rank, count in enumerate(self._counts):
-            for (first, last), (start, stop) in self.layout.pieces(rank):
-                out[:, start:stop] = received[at + first : at + last].transpose(0, 1)
-            at += count
-        return out
+        def wait() -> Tensor:
+            work.wait()
+            out = x.new_empty(batch, self.layout.seqlen, shares[self.rank], head_dim)
+            for rank, part in enumerate(received.split(takes)):
+                theirs = part.view(self._counts[rank], batch, -1, head_dim).transpose(0, 1)
+                for (first, last), (start, stop) in self.layout.pieces(rank):
+                    out[:, start:stop] = theirs[:, first:last]
+            return out
 
-    def to_rows(self, o: Tensor) -> Tensor:
-        """``[B, S, h, D]`` -> ``[B, R, H, D]``."""
-        runs = [
-            o[:, start:stop].transpose(0, 1)
-            for rank in range(self.size)
-            for _, (start, stop) in self.layout.pieces(rank)
-        ]
+        return Sent(x.shape, wait)
+
+    def send_rows(self, o: Tensor, num_heads: int) -> Sent:
+        """Start ``[B, S, h, D]`` -> ``[B, R, H, D]``."""
+        batch, _, own, head_dim = o.shape
+        shares = [len(self.heads(num_heads, rank)) for rank in range(self.size)]
         rows = self._counts[self.rank]
-        received, work = self.ranks.exchange(torch.cat(runs), [rows] * self.size, self._counts)
-        work.wait()
-        return received.unflatten(0, (self.size, rows)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        sends = [count * batch * own * head_dim for count in self._counts]
+        takes = [rows * batch * share * head_dim for share in shares]
+        packed = o.new_empty(sum(sends))
+        for rank, part in enumerate(packed.split(sends)):
+            mine = part.view(self._counts[rank], batch, own, head_dim).transpose(0, 1)
+            for (first, last), (start, stop) in self.layout.pieces(rank):
+                mine[:, first:last] = o[:, start:stop]
+        received, work = self.ranks.exchange(packed, takes, sends)
 
-    def everywhere(self, symbols: Symbols) -> Symbols:
+        def wait() -> Tensor:
+            work.wait()
+            out = o.new_empty(batch, rows, num_heads, head_dim)
+            for part, heads in zip(received.split(takes), out.split(shares, 2), strict=True):
+                heads.copy_(part.view(rows, batch, -1, head_dim).transpose(0, 1))
+            return out
+
+        return Sent(o.shape, wait)
+
+    def everywhere(self, symbols: Symbols, num_heads: int) -> Symbols:
         """S_c of all heads, the same bits on every rank; S_s visits nothing, and is not to be read.
 
         Args:
             symbols: of this rank's heads.
+            num_heads: H.
         """
-        q_bits = torch.cat(self.ranks.gather(symbols.q_bits), 1)
+        counts = [len(self.heads(num_heads, rank)) for rank in range(self.size)]
+        q_bits = torch.cat(self.ranks.gather_rows(symbols.q_bits, counts), 1)
         shape = (*q_bits.shape[:2], *symbols.kv_bits.shape[2:])
         unread = symbols.kv_bits.new_zeros(1, 1, 1, shape[-1]).expand(shape)
         return Symbols(q_bits, unread, symbols.grid)
@@ -104,3 +143,45 @@ class Shard:
     def places(self, start: int, count: int) -> list[tuple[slice, int]]:
         """Where rows of this rank lie in the whole sequence: see :meth:`Layout.places`."""
         return self.layout.places(self.rank, start, count)
+
+    def enter(self, x: Tensor, name: str | None = None, dim: int = 1) -> Tensor:
+        """This rank's rows of the whole.
+
+        Args:
+            x: with the rows of one stream, or of the whole sequence, along ``dim``.
+            name: of the stream; ``None`` for the whole sequence.
+            dim: which one.
+        """
+        if name is not None:
+            lengths = self.layout.lengths[self.names.index(name)]
+            start = sum(lengths[: self.rank])
+            return x.narrow(dim, start, lengths[self.rank])
+        pieces = [places for _, places in self.layout.pieces(self.rank)]
+        parts = [x.narrow(dim, start, stop - start) for start, stop in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    def rows_of(self, name: str | None, *tables: Tensor) -> tuple[Tensor, ...]:
+        """:meth:`enter` for RoPE tables, ``[R, D / 2]`` or ``[B or 1, R, H or 1, D / 2]`` each."""
+        return tuple(self.enter(table, name, table.ndim // 4) for table in tables)
+
+    def leave(self, x: Tensor, name: str | None = None) -> Tensor:
+        """All rows of a stream ``[B, R, ...]``, the same bits on every rank.
+
+        Args:
+            x: this rank's rows, or those of all streams in their order.
+            name: of the stream; ``None`` for all of them.
+        """
+        if name is not None and x.shape[1] == self.lengths.get(name):
+            counts = self.layout.lengths[self.names.index(name)]
+            return torch.cat(self.ranks.gather_rows(x, counts), 1)
+        parts = self.ranks.gather_rows(x, self._counts)
+        ends = [list(accumulate((n[rank] for n in self.layout.lengths), initial=0))
+                for rank in range(self.size)]  # fmt: skip
+        return torch.cat(
+            [
+                parts[rank][:, ends[rank][number] : ends[rank][number + 1]]
+                for number in range(len(self.layout.lengths))
+                for rank in range(self.size)
+            ],
+            1,
+        )

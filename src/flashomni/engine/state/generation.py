@@ -13,6 +13,7 @@ from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.state.guidance import Guidance
 from flashomni.engine.state.room import Room
+from flashomni.engine.state.turns import Turns
 from flashomni.engine.trace import Trace
 
 MAX_BRANCHES = 8  # conditioning branches of a generation: cond, uncond, perturbed, per prompt ...
@@ -54,10 +55,12 @@ class Generation:
         geometry: where its tokens lie, if anybody wants to know.
         room: where D is kept, if anything is carried.
         guidance: which calls of further branches are left out, if any are.
+        turns: which of them other ranks run, if any do.
     """
 
     geometry: Geometry | None = None
     room: Room | None = None
+    turns: Turns | None = None
 
     def __init__(self, position: Position, division: Division, backend: str | None = None) -> None:
         self.key: Hashable = position.key
@@ -188,8 +191,9 @@ class Generation:
         self.leave()
         for branch in self.branches.values():
             branch.end()
-        if self.guidance is not None:
-            self.guidance.free()
+        for kept in (self.guidance, self.turns):
+            if kept is not None:
+                kept.free()
 
     def leave(self) -> None:
         """Nobody calls in it any more: others may have the recordings of its branches."""

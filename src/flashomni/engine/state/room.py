@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,14 @@ class Room:
         """Whether D of a branch may be carried, as far as that was decided."""
         return self.places.get(branch, self) is not None
 
-    def find(self, branch: str, o: Tensor, num_layers: int, terms: int) -> None:
+    def find(
+        self,
+        branch: str,
+        o: Tensor,
+        num_layers: int,
+        terms: int,
+        agreed: Callable[[int], int] = int,
+    ) -> None:
         """Decide, at a branch's first attention.
 
         Args:
@@ -93,6 +101,8 @@ class Room:
             o: of the shape and dtype of attention.
             num_layers: of the model; an upper bound of those that carry.
             terms: tensors a layer.
+            agreed: the last of the places that any rank has come to, of this one's; ranks that
+                share a sequence have to take the same way.
         """
         if branch in self.places:
             return
@@ -102,14 +112,16 @@ class Room:
         nbytes = num_layers * terms * (o.numel() * dtype.itemsize + scales)
         host = torch.device("cpu")
         devices = [host] if wanted.lane is not None else [o.device, host]
-        for device in dict.fromkeys(devices):
-            share = HOST_SHARE if device == host else DEVICE_SHARE
-            if nbytes + self._promised.get(device.type, 0) <= share * free_bytes(device):
-                self._promised[device.type] = self._promised.get(device.type, 0) + nbytes
-                on_host = device != o.device
-                self.places[branch] = self.keeping.on(o.device, on_host) if on_host else wanted
-                self._say(branch, nbytes, "host" if on_host else "device")
-                return
+        devices = list(dict.fromkeys(devices))
+        fits = (number for number, each in enumerate(devices) if self._fits(each, nbytes))
+        number = agreed(next(fits, len(devices)))
+        if number < len(devices):
+            device = devices[number]
+            self._promised[device.type] = self._promised.get(device.type, 0) + nbytes
+            on_host = device != o.device
+            self.places[branch] = self.keeping.on(o.device, on_host) if on_host else wanted
+            self._say(branch, nbytes, "host" if on_host else "device")
+            return
         self.places[branch] = None
         text = (
             f"carry is off in branch {branch!r}: it would keep {nbytes / 2**20:,.1f} MiB, which "
@@ -117,6 +129,10 @@ class Room:
         )
         self._said.append(text)
         log.warning("%s: %s", self.model, text)
+
+    def _fits(self, device: torch.device, nbytes: int) -> bool:
+        share = HOST_SHARE if device.type == "cpu" else DEVICE_SHARE
+        return nbytes + self._promised.get(device.type, 0) <= share * free_bytes(device)
 
     def _say(self, branch: str, nbytes: int, where: str) -> None:
         size = f"{nbytes / 2**20:,.1f} MiB"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Plan:
         stock_steps: of a run where all steps are alike; its first does not count.
         whole: run complete generations also where steps are alike (never of stock methods).
         backend: kernel backend of recipes.
+        ranks: what ``accelerate`` is told of them, for recipes: ``ulysses`` and ``cfg``.
         generation: which one of a recipe counts. Steps are timed in one before these, by hooks;
             from the third on CUDA graphs of steps, where recipe and model have some, replay.
     """
@@ -41,6 +42,7 @@ class Plan:
     whole: bool = False
     backend: str | None = None
     generation: int = 1
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.generation < 1:
@@ -143,10 +145,10 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
 
     Where all steps do the same (policy ``dense``) a few steps of each kind stand for all.
     """
-    warm_up(recipe, model, plan.backend)
+    warm_up(recipe, model, plan.backend, **plan.ranks)
     alike = not recipe.skips and recipe.plan(plan.steps) is not None and not plan.whole
     count = few_steps(recipe, plan) if alike else plan.steps
-    with accelerate(model.pipe, recipe, backend=plan.backend) as engine:
+    with accelerate(model.pipe, recipe, backend=plan.backend, **plan.ranks) as engine:
         run = generate(model, count, on_step)
         summary = engine.report()
         seconds, notes = run.seconds, summary.notes
@@ -187,13 +189,13 @@ def short(recipe: Recipe) -> tuple[Recipe, int]:
     return recipe.replace(schedule={"name": "interval", "interval": 2, "warmup": warmup}), steps
 
 
-def warm_up(recipe: Recipe, model: Model, backend: str | None) -> None:
+def warm_up(recipe: Recipe, model: Model, backend: str | None, **ranks: int) -> None:
     """Compile what the recipe runs, and let the allocators grow. Nobody counts this."""
     brief, steps = short(recipe)
-    with accelerate(model.pipe, brief, backend=backend):
+    with accelerate(model.pipe, brief, backend=backend, **ranks):
         generate(model, steps)
     if recipe.sparse.degrade_below > 0:  # which layers are cached whole may differ in the long run
-        with accelerate(model.pipe, brief.replace(degrade_below=0.0), backend=backend):
+        with accelerate(model.pipe, brief.replace(degrade_below=0.0), backend=backend, **ranks):
             generate(model, steps, stop_after=steps - 3)  # one Update, one Dispatch step
 
 

@@ -6,6 +6,7 @@ D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from flashomni.engine import LayerRun
 from flashomni.engine.linear import Projection, is_hooked
 from flashomni.kernels.common.rope import Rope
 from flashomni.models.blocks.fused import gelu_linear, mlp
+
+Order = tuple[Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Stream:
         norm_q, norm_k: norms over head_dim, or ``None``.
         rope: ``(cos, sin)`` each fp32 ``[R, D / 2]``, an entry for each pair, or ``[B or 1, R, H or
             1, D / 2]`` where items or heads have their own; or ``None``.
-        order: int64 ``[B, R]``, the row whose key and value come first, second, ...: valid ones in
-            front of padding. ``None`` leaves them as they are. Queries stay in any case.
+        order: int64 ``[B, T]``, which of the T rows that it has on all ranks comes first, second,
+            ... in the keys and values: valid ones in front of padding; and where it begins in the
+            whole sequence. ``None`` leaves them as they are. Queries stay in any case.
         rope_layout: whether the members of a pair are neighbours, or ``"half"`` a head apart.
     """
 
@@ -42,7 +46,7 @@ class Stream:
     norm_q: nn.Module | None
     norm_k: nn.Module | None
     rope: Rope | None
-    order: Tensor | None = None
+    order: Order | None = None
     rope_layout: str = "interleaved"
 
 
@@ -51,7 +55,7 @@ def own_stream(
     x: Tensor,
     span: tuple[int, int],
     rope: Rope | None,
-    order: Tensor | None = None,
+    order: Order | None = None,
     rope_layout: str = "interleaved",
 ) -> Stream:
     """A stream through the attention's main projections."""
@@ -61,7 +65,7 @@ def own_stream(
 
 
 def added_stream(
-    attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None, order: Tensor | None = None
+    attn: Any, x: Tensor, span: tuple[int, int], rope: Rope | None, order: Order | None = None
 ) -> Stream:
     """A stream through the attention's added projections (the text of a dual block)."""
     projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -76,14 +80,18 @@ def joint_attention(
     *,
     guide: Tensor | None = None,
     gate: Tensor | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> Tensor:
     """Attention of all streams together: ``[B, S, H, D]`` in the order of their spans.
+
+    Values come first, then keys, then queries: where ranks share the sequence, each is under way
+    while the next is projected.
 
     Args:
         run: of the block.
         attn: whose ``heads`` and ``inner_dim`` count.
         streams: the parts of the sequence; one for a model with self-attention alone.
-        out_projection: see :meth:`LayerRun.attend`, like ``guide`` and ``gate``.
+        out_projection: see :meth:`LayerRun.attend`, like ``guide``, ``gate`` and ``meanwhile``.
     """
     num_heads, batch = attn.heads, streams[0].x.shape[0]
     seqlen = sum(stream.x.shape[1] for stream in streams)
@@ -92,36 +100,51 @@ def joint_attention(
         for _ in range(3)
     )
     for stream in streams:
-        rows = slice(*stream.span)
+        run.project(stream.x, stream.to_v, v[:, slice(*stream.span)])
+        run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
+    sent_v = run.send(v)
+    for stream in streams:
+        rope, layout = stream.rope, stream.rope_layout
+        place = k[:, slice(*stream.span)]
+        run.project(stream.x, stream.to_k, place, norm=stream.norm_k, rope=rope, rope_layout=layout)
+    sent_k = run.send(k)
+    for stream in streams:
         run.project_q(
             stream.x,
             stream.to_q,
-            q[:, rows],
+            q[:, slice(*stream.span)],
             norm=stream.norm_q,
             rope=stream.rope,
             row_offset=stream.span[0],
             rope_layout=stream.rope_layout,
         )
-        _project_keys(run, stream, k[:, rows], v[:, rows])
-        run.count("qkv", (stream.to_k, stream.to_v), batch * stream.x.shape[1])
-    return run.attend(q, k, v, out_projection, guide=guide, gate=gate)
+    orders = [stream.order for stream in streams if stream.order is not None]
+    return run.attend(
+        run.send(q),
+        sent_k,
+        sent_v,
+        out_projection,
+        guide=guide,
+        gate=gate,
+        key_orders=orders,
+        meanwhile=meanwhile,
+    )
 
 
-def _project_keys(run: LayerRun, stream: Stream, k: Tensor, v: Tensor) -> None:
-    """Keys and values of one stream into ``k`` and ``v``, ``[B, R, H, D]``, in its order."""
-    how: dict[str, Any] = {
-        "norm": stream.norm_k, "rope": stream.rope, "rope_layout": stream.rope_layout
-    }  # fmt: skip
-    if stream.order is None:
-        run.project(stream.x, stream.to_k, k, **how)
-        run.project(stream.x, stream.to_v, v)
-        return
-    index = stream.order[:, :, None, None]
-    rows = k.new_empty(k.shape)
-    run.project(stream.x, stream.to_k, rows, **how)
-    k.copy_(rows.take_along_dim(index, 1))
-    run.project(stream.x, stream.to_v, rows)
-    v.copy_(rows.take_along_dim(index, 1))
+class Later:
+    """Computes something once, when it is called.
+
+    Args:
+        make: what.
+    """
+
+    value: Tensor
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    def __call__(self) -> None:
+        self.value = self._make()
 
 
 def valid_first(mask: Tensor) -> Tensor:

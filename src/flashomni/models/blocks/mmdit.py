@@ -26,6 +26,7 @@ from flashomni.models import Adapter, Reliance, Site
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks.fused import adaptive_norm, residual_norm
 from flashomni.models.blocks.joint import (
+    Later,
     Stream,
     added_stream,
     dual_attention,
@@ -111,8 +112,13 @@ class MMDiT:
                     site = Site(name, block, named, (VISION,), VISION)
                 else:
                     site = Site(name, block, named, self.returns, modulated=probe)
-                found.append(replace(site, by_token=self.by_token))
+                found.append(replace(site, by_token=self.by_token, sequence=self.sequence))
         return found
+
+    @property
+    def sequence(self) -> tuple[str, str]:
+        """The streams as they follow one another."""
+        return (TEXT, VISION) if self.text == "first" else (VISION, TEXT)
 
     def relies_on(self, model: Any) -> list[Reliance]:
         """Blocks and attention modules, which are never called; what is in them mostly is."""
@@ -158,13 +164,16 @@ class MMDiT:
         The models build their blocks' masks themselves, of a count: valid keys come first.
         """
         mask = inputs.rest.get(self.mask)
-        seqlen = inputs.x.shape[1] + inputs.c.shape[1]
+        seqlen = run.total(inputs.x.shape[1] + inputs.c.shape[1])
         return None if mask is None else run.shared(_count_valid, mask, seqlen)
 
-    def order(self, run: LayerRun, inputs: Inputs) -> Tensor | None:
+    def order(self, run: LayerRun, inputs: Inputs) -> tuple[Tensor, int] | None:
         """Keys of the text with valid ones first, see :class:`Stream`, where they may not be so."""
         mask = inputs.rest.get(self.mask) if self.unsorted else None
-        return None if mask is None else run.shared(_valid_text, mask, inputs.c.shape[1])
+        if mask is None:
+            return None
+        order = run.shared(_valid_text, mask, run.whole(TEXT, inputs.c))
+        return order, run.start_of(TEXT, inputs.x.shape[1])  # last
 
     def ropes(
         self, run: LayerRun, inputs: Inputs, vision: Span, text: Span
@@ -181,13 +190,16 @@ class MMDiT:
         if tables is None:
             return None
         packed = run.shared(pack_rope, *tables)
-        if self.rope_on_text and packed[0].ndim == 2 and packed[0].shape[0] != run.rows:
+        if not self.rope_on_text:
+            return rope_in_order(run, packed, stream=VISION)
+        expected = run.total(run.rows)
+        if packed[0].ndim == 2 and packed[0].shape[0] != expected:
             raise ValueError(
-                f"RoPE covers {packed[0].shape[0]} tokens, and the block has {run.rows}: pass "
+                f"RoPE covers {packed[0].shape[0]} tokens, and the block has {expected}: pass "
                 "position ids (img_ids, txt_ids) of the same tokens, where ranks share them with "
                 "the dimensions that diffusers splits"
             )
-        return rope_in_order(run, packed, vision[0] * self.rope_on_text)
+        return rope_in_order(run, packed, run.start_of(VISION, vision[0]))
 
     def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         """A block with two streams."""
@@ -228,10 +240,10 @@ class MMDiT:
         x, c = inputs.x, inputs.c
         x = join_tokens(c, x) if self.text == "first" else join_tokens(x, c)
         norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"], backend=run.backend)
-        mlp = self.up(run, block, norm_x)
         streams = self._single_streams(run, block.attn, norm_x, inputs, vision, text)
-        o = joint_attention(run, block.attn, streams, block.proj_out)
-        y = run.project_o(o, block.proj_out, row_offset=0, always=mlp)
+        up = Later(lambda: self.up(run, block, norm_x))
+        o = joint_attention(run, block.attn, streams, block.proj_out, meanwhile=up)
+        y = run.project_o(o, block.proj_out, row_offset=0, always=up.value)
         x = self._clipped(gated_residual(x, y, gate, backend=run.backend))
         return self.output(x[:, slice(*vision)], x[:, slice(*text)])
 

@@ -13,18 +13,19 @@ from flashomni.kernels.common.rope import Rope
 from flashomni.symbols.order import Shape
 
 
-def rope_in_order(run: LayerRun, rope: Rope, start: int = 0) -> Rope:
-    """RoPE tables with their rows in the order of the tokens.
+def rope_in_order(run: LayerRun, rope: Rope, start: int = 0, stream: str | None = None) -> Rope:
+    """RoPE tables with their rows in the order of the tokens, of those that the block has.
 
     Args:
         run: of a block; its first use in a call makes them for all.
-        rope: ``(cos, sin)``, ``[R, D / 2]`` each, or ``[B or 1, R, H or 1, D / 2]``.
+        rope: ``(cos, sin)``, ``[S, D / 2]`` each, or ``[B or 1, S, H or 1, D / 2]``.
         start: the first row of a vision token.
+        stream: the token stream that they are of; ``None`` for the whole sequence.
     """
     tokens = None if run.geometry is None else run.geometry.tokens
-    if tokens is None:
-        return rope
-    cos, sin = run.shared(tokens.tables, start, *rope)
+    if tokens is not None:
+        rope = run.shared(tokens.tables, start, *rope)
+    cos, sin = run.own(stream, *rope)
     return cos, sin
 
 

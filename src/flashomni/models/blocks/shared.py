@@ -15,7 +15,7 @@ from flashomni.kernels.common.rope import Rope, pack_rope
 from flashomni.models import Reliance
 from flashomni.models._relies import BLOCK, rely_on_attention
 from flashomni.models.blocks.joint import joint_attention, own_stream
-from flashomni.models.blocks.mmdit import Inputs, MMDiT, Span
+from flashomni.models.blocks.mmdit import VISION, Inputs, MMDiT, Span
 from flashomni.models.blocks.positions import rope_in_order
 
 
@@ -74,7 +74,8 @@ class SharedBlocks(MMDiT):
                 "accelerated model; give one pair for all, or call engine.remove()"
             )
         where = str(inputs.x.device)  # a value: ``shared`` tells other objects apart by identity
-        return rope_in_order(run, run.shared(_packed, *tables, self.rope_layout, where))
+        packed = run.shared(_packed, *tables, self.rope_layout, where)
+        return rope_in_order(run, packed, stream=VISION)
 
 
 def _packed(cos: Tensor, sin: Tensor, layout: str, device: str) -> Rope:

@@ -45,9 +45,9 @@ class Guide:
             for each in (self._recipe.policy_for(grid), *self._recipe.policies[1:])
         ):
             return
-        if run.kind is StepKind.DISPATCH or call.q.shape[2] != grid.seqlen_q:
+        if run.kind is StepKind.DISPATCH or call.q.shape[2] != run.rows:
             return
-        means = pool(call.q.transpose(1, 2), grid.block_m)
+        means = pool(run.all_rows(call.q.transpose(1, 2)), grid.block_m)
         keys = call.k.repeat_interleave(wide, dim=1).float()
         scores = means @ keys.mT * call.scale
         mask = call.mask
