@@ -42,7 +42,7 @@ def test_two_cards_are_within_twice_torchs_own_error(ranks):
 
 
 def test_two_cards_skip_what_one_does(ranks):
-    """Tiles that are near the edge may be chosen otherwise where a product was rounded otherwise."""
+    """Tiles near the edge may be chosen otherwise where a product was rounded otherwise."""
     for found in ranks:
         for name, figures in found.items():
             assert figures["topk"]["between"] <= 4 * figures["topk"]["torch"], name
