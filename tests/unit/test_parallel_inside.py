@@ -4,10 +4,10 @@ import pytest
 from test_parallel import ranks  # noqa: F401  (one pair of processes for both)
 from two_ranks_inside import ADAPTERS, CASES, MORE, PLANS
 
-pytestmark = pytest.mark.slow
 NAMES = [f"{name} {recipe}" for name, recipe in CASES] + ["wan", "qwen"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NAMES)
 def test_two_ranks_compute_what_one_does(ranks, case):  # noqa: F811
     """3 heads on 2 ranks, lengths that do not divide, padding; the bits of one rank's symbols."""
@@ -18,6 +18,7 @@ def test_two_ranks_compute_what_one_does(ranks, case):  # noqa: F811
         assert one["compared"] or case.endswith(("taylorseer", "columns", "balanced"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NAMES)
 def test_a_layer_that_is_cached_whole_communicates_nothing(ranks, case):  # noqa: F811
     """Four all-to-alls an attention that runs; SD3's first blocks have two."""
@@ -31,6 +32,7 @@ def test_a_layer_that_is_cached_whole_communicates_nothing(ranks, case):  # noqa
             assert one["exchanges"] == 4 * one["computed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_diffusers_plan_is_put_aside_and_put_back(ranks, name):  # noqa: F811
     """Both orders of accelerate and enable_parallelism; without the engine it is diffusers' own."""

@@ -32,33 +32,36 @@ MAY_IMPORT = {
     "models": {"registry", "util", "dispatch", "symbols", "kernels", "engine", "parallel"},
     "compat": {"dispatch", "symbols", "kernels"},
     "attention": {"compat"},
-    "lab": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "engine", "models"},
+    "lab": {
+        "registry", "util", "dispatch", "symbols", "policies", "kernels", "parallel", "engine",
+        "models",
+    },
     "tuning": {"util", "policies", "engine", "models", "lab"},
     "studio": {"util", "policies", "engine", "models", "lab", "tuning"},
     "serve": {"util", "policies", "engine", "models", "lab"},
     "__main__": {"lab", "cli"},
     "cli": {
-        "util",
-        "dispatch",
-        "kernels",
-        "policies",
-        "engine",
-        "models",
-        "lab",
-        "tuning",
+        "util", "dispatch", "kernels", "policies", "parallel", "engine", "models", "lab", "tuning",
         "studio",
     },
-}
+}  # fmt: skip
 DIFFUSERS = {"models"}
 DIFFUSERS_FILES = {
     ROOT / "lab" / name
-    for name in ("zoo.py", "small.py", "e2e/models.py", "e2e/stock.py", "fidelity/peers.py")
+    for name in (
+        "zoo.py",
+        "small.py",
+        "e2e/models.py",
+        "e2e/ranks.py",
+        "e2e/stock.py",
+        "fidelity/peers.py",
+    )
 }
 TRITON = {"kernels", "symbols", "triton_host"}
 CLI = {
     "generate": {
         "--model", "--recipe", "--compare", "--out", "--steps", "--seed", "--device", "--dtype",
-        "--backend", "PROMPT",
+        "--backend", "--ulysses", "--cfg", "PROMPT",
     },
     "eval": {
         "--model", "--method", "--prompt", "--count", "--split", "--seed", "--scorer", "--out",
@@ -87,7 +90,7 @@ CLI = {
     "bench e2e": {
         "--model", "--recipe", "--baseline", "--steps", "--stock-steps", "--whole", "--device",
         "--dtype", "--backend", "--structure", "--seed", "--csv", "--plot", "--profile",
-        "--generation",
+        "--generation", "--ulysses", "--cfg",
     },
     "bench sparsity": {
         "--model", "--point", "--mode", "--dispatch-steps", "--device", "--dtype", "--backend",

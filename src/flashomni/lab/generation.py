@@ -49,7 +49,8 @@ class Generation:
         steps: int | None = None,
         ranks: Mapping[str, int] | None = None,
     ) -> None:
-        self.pipe, self.seed, self.ranks = loaded.pipe, seed, dict(ranks or {})
+        self.pipe, self.seed = loaded.pipe, seed
+        self.ranks: dict[str, Any] = dict(ranks or {})
         self.prompt = loaded.prompt if prompt is None else prompt
         self.call = dict(loaded.call)
         if steps is not None:

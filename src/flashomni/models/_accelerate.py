@@ -167,9 +167,9 @@ def _one(
         found.check(model)
 
     check()
-    reasons = why_no_turns(recipe) if mesh.cfg is not None else []
+    reasons = [] if mesh.cfg is None else why_no_turns(recipe)
     if reasons:
-        raise NotImplementedError(f"cfg={mesh.cfg.size} is not supported: {'; '.join(reasons)}")
+        raise NotImplementedError(f"cfg is not supported with {recipe.name}: {'; '.join(reasons)}")
     layers = [site.name for site in sites]
     if recipe.schedule.modulates and sites[0].modulated is None:
         raise NotImplementedError(

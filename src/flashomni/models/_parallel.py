@@ -40,12 +40,12 @@ class Theirs:
     def put_aside(self) -> None:
         """Take off what is on the model now."""
         for module in self._model.modules():
-            registry = getattr(module, "_diffusers_hook", None)
+            registry: Any = getattr(module, "_diffusers_hook", None)
             names = [] if registry is None else [n for n in registry.hooks if n.startswith("cp_")]
             for name in names:
                 self._hooks.append((module, name, registry.hooks[name]))
                 registry.remove_hook(name, recurse=False)
-            processor = getattr(module, "processor", None)
+            processor: Any = getattr(module, "processor", None)
             config = getattr(processor, "_parallel_config", None)
             if config is not None:
                 self._processors.append((processor, config))

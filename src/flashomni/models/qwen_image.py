@@ -49,14 +49,13 @@ class QwenBlocks(MMDiT):
         norm_c, c_gate = block._modulate(block.txt_norm1(c), mod_c)
 
         angles = inputs.rest["image_rotary_emb"]
-        ropes = [run.shared(_real_tables, table) for table in angles]
-        ropes[0] = rope_in_order(run, ropes[0], stream=VISION)
-        ropes[1] = run.own(TEXT, *ropes[1])
+        rope, c_rope = (run.shared(_real_tables, table) for table in angles)
+        rope, c_rope = rope_in_order(run, rope, stream=VISION), _of_text(run, c_rope)
         y, c_y = dual_attention(
             run,
             block.attn,
-            own_stream(block.attn, norm_x, vision, ropes[0]),
-            added_stream(block.attn, norm_c, text, ropes[1], self.order(run, inputs)),
+            own_stream(block.attn, norm_x, vision, rope),
+            added_stream(block.attn, norm_c, text, c_rope, self.order(run, inputs)),
         )
         x, c = x + gate * y, c + c_gate * c_y
         norm_x, gate = block._modulate(block.img_norm2(x), mod_x2, modulate_index)
@@ -120,6 +119,12 @@ class QwenImage(MMDiTAdapter):
             "timestep": torch.full((2,), 0.5),
             "img_shapes": [[(1, height, width)]] * 2,
         }
+
+
+def _of_text(run: LayerRun, rope: Rope) -> Rope:
+    """Rows of the text that the block has."""
+    cos, sin = run.own(TEXT, *rope)
+    return cos, sin
 
 
 def _real_tables(angles: Tensor) -> Rope:

@@ -42,7 +42,7 @@ class Plan:
     whole: bool = False
     backend: str | None = None
     generation: int = 1
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.generation < 1:
@@ -189,7 +189,7 @@ def short(recipe: Recipe) -> tuple[Recipe, int]:
     return recipe.replace(schedule={"name": "interval", "interval": 2, "warmup": warmup}), steps
 
 
-def warm_up(recipe: Recipe, model: Model, backend: str | None, **ranks: int) -> None:
+def warm_up(recipe: Recipe, model: Model, backend: str | None, **ranks: Any) -> None:
     """Compile what the recipe runs, and let the allocators grow. Nobody counts this."""
     brief, steps = short(recipe)
     with accelerate(model.pipe, brief, backend=backend, **ranks):

@@ -24,7 +24,8 @@ def rope_in_order(run: LayerRun, rope: Rope, start: int = 0, stream: str | None 
     """
     tokens = None if run.geometry is None else run.geometry.tokens
     if tokens is not None:
-        rope = run.shared(tokens.tables, start, *rope)
+        cos, sin = run.shared(tokens.tables, start, *rope)
+        rope = cos, sin
     cos, sin = run.own(stream, *rope)
     return cos, sin
 
