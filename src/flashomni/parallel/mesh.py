@@ -59,7 +59,8 @@ def _own(groups: list[list[int]], rank: int) -> Ranks | None:
     """The group with this rank; ``None`` where it is alone."""
     if len(groups[0]) == 1:
         return None
-    if len(groups) == 1:
-        return Ranks(dist.group.WORLD)
+    world = dist.group.WORLD
+    if len(groups) == 1 and world is not None:
+        return Ranks(world)
     made = [dist.new_group(members) for members in groups]
     return Ranks(next(g for g, members in zip(made, groups, strict=True) if rank in members))
