@@ -138,7 +138,7 @@ class Server:
                 mine = str(self.home).encode() in (folder / "environ").read_bytes()
             except OSError:  # gone
                 continue
-            if mine and f"ServeReplica:default:{name}" in title:
+            if mine and re.match(rf"ray::(ServeReplica:default:)?{name}\b", title):
                 found.append(int(folder.name))
         return found
 

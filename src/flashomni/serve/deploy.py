@@ -37,10 +37,14 @@ class Generator:
         if not settings.gpus_per_replica:
             torch.set_num_threads(max(1, int(settings.cpus)))
         self.settings = settings
-        self.worker = Worker(settings)
+        self.group: Any = None
+        if settings.size > 1:
+            from flashomni.serve.ranks import Group
+
+            self.group = Group(settings)
+        self.worker = self.group or Worker(settings)
         self.worker.warm_up()
         self.metrics = Metrics(settings.model)
-        self.broken = ""
         self.batcher: Batcher[Order, Made] = Batcher(
             self.worker.generate, lambda order: order.key, self.worker.limit
         )
@@ -57,8 +61,8 @@ class Generator:
             failure = Failure.of(error)
             if failure.status >= 500:
                 log.exception("no picture")
-                if any(word in str(error) for word in FATAL):
-                    self.broken = failure.message
+                if self.group or any(word in str(error) for word in FATAL):
+                    _leave()
             self.metrics.failed(failure.status)
             return failure
         self.metrics.made(order, made)
@@ -73,10 +77,11 @@ class Generator:
         }
         return File(data, {**about, "fault": made.fault} if made.fault else about)
 
-    def check_health(self) -> None:
-        """Asked by Serve; a replica that raises is replaced."""
-        if self.broken:
-            raise RuntimeError(self.broken)
+    async def check_health(self) -> None:
+        """Asked by Serve."""
+        if self.group and not await asyncio.to_thread(self.group.is_whole):
+            log.error("a rank is gone")
+            _leave()
 
 
 @serve.deployment
@@ -119,6 +124,15 @@ class Front:
 
 
 GENERATOR = "Generator"
+
+
+def _leave() -> None:
+    """End a replica that can compute nothing more: others make what it held, Serve replaces it.
+
+    It would only be asked the more, the faster it fails.
+    """
+    logging.shutdown()
+    os._exit(1)
 
 
 def _file(pixels: Any, kind: str, fps: int) -> bytes:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +69,20 @@ class Worker:
     Args:
         settings: of the server.
         loaded: the pipeline; loaded by the settings if it is not given.
+        agree: of ranks that generate together: whether rank 0 wants to stop.
 
     Raises:
         ValueError: the model, a recipe or a LoRA cannot be loaded.
         NotImplementedError: the model cannot be accelerated with an allowed recipe.
     """
 
-    def __init__(self, settings: Settings, loaded: zoo.Loaded | None = None) -> None:
-        self.settings, self.proof = settings, Proof()
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: zoo.Loaded | None = None,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self.settings, self.proof, self._agree = settings, Proof(), agree
         if loaded is None:
             default = "bfloat16" if settings.gpus_per_replica else "float32"
             dtype = getattr(torch, settings.dtype or default)
@@ -196,6 +203,8 @@ class Worker:
         except Stopped:
             raise
         except Exception as error:
+            if self.settings.size > 1:
+                raise  # the other ranks are elsewhere by now
             fault = one_line(f"{type(error).__name__}: {error}", 300)
             where = traceback.format_exc()
         if fault:  # behind the handler, which holds the frames and what they hold
@@ -219,7 +228,7 @@ class Worker:
         """Pixels in [0, 1], ``[B, F, 3, H, W]``."""
 
         def on_step(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
-            if stop.is_set():
+            if self._agree(stop.is_set()):
                 raise Stopped
             return values
 
@@ -244,7 +253,9 @@ class Worker:
             self._set_lora(lora)
         if recipe != self._recipe:
             self._take_off()
-            self._engine = accelerate(self.pipe, self._recipes[recipe])
+            size = self.settings.size
+            ranks = {"ulysses": size} if size > 1 else {}
+            self._engine = accelerate(self.pipe, self._recipes[recipe], **ranks)
             self._recipe = recipe
 
     def _set_lora(self, lora: tuple[str, float] | None) -> None:
