@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -71,10 +72,9 @@ class Rank:
 
     def generate(self, orders: list[Order]) -> None:
         """The same as rank 0; its pixels are those."""
-        try:
+        # Raised on all ranks alike; rank 0 says it.
+        with suppress(Stopped, ValueError, NotImplementedError):
             self.worker.generate(orders, NEVER)
-        except (Stopped, ValueError, NotImplementedError):
-            pass  # raised on all ranks alike; rank 0 says it
 
     def ping(self) -> bool:
         return True

@@ -254,7 +254,7 @@ class Worker:
         if recipe != self._recipe:
             self._take_off()
             size = self.settings.size
-            ranks = {"ulysses": size} if size > 1 else {}
+            ranks: dict[str, Any] = {"ulysses": size} if size > 1 else {}
             self._engine = accelerate(self.pipe, self._recipes[recipe], **ranks)
             self._recipe = recipe
 
