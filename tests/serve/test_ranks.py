@@ -1,15 +1,25 @@
 """A replica of two processes, on the CPU: the picture of one, and a rank that is killed."""
 
+import inspect
 import os
 import signal
 
 import pytest
 
+import flashomni
+
 pytest.importorskip("ray", reason="Ray is not installed: `make serve-test` has an environment")
 
 from server import Server, pixels
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        "ulysses" not in inspect.signature(flashomni.accelerate).parameters,
+        reason="accelerate has no ulysses= yet, so Settings refuse several ranks",
+    ),
+]
 FOR_EVER = 10_000  # steps
 
 
@@ -59,7 +69,10 @@ def test_a_rank_that_is_killed_takes_its_group_along(server):
         return [p for p in server.processes("Generator") if p != old]
 
     server.wait_for(is_back)
-    status, reply = server.wait_for(
-        lambda: (r := server.post(num_inference_steps=12))[0] == 200 and r
-    )
+
+    def answered():
+        status, reply = server.post(num_inference_steps=12)
+        return reply if status == 200 else None
+
+    reply = server.wait_for(answered)
     assert pixels(reply) == before and reply["flashomni"][0]["replica"] != old
