@@ -85,7 +85,10 @@ def main(rank, store, out, seconds=150.0):
             adapter = adapters()[name]
             if late or not all(site.sequence for site in adapter.sites(adapter.tiny()[0])):
                 continue
-            found[name] = compare(adapter, device)
+            try:
+                found[name] = compare(adapter, device)
+            except Exception as error:  # both ranks fail alike, or the next collective ends them
+                found[name] = {"error": f"{type(error).__name__}: {error}"}
     Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
 
