@@ -16,7 +16,9 @@ if not CHROMIUM:
     pytest.skip("there is no Chromium here", allow_module_level=True)
 
 from playwright.sync_api import expect  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
+from flashomni.cli import app as cli  # noqa: E402
 from flashomni.engine import Recipe  # noqa: E402
 from flashomni.studio.app import serve  # noqa: E402
 from flashomni.studio.shelf import Shelf  # noqa: E402
@@ -124,7 +126,7 @@ def test_a_whole_comparison(visit):
     page.get_by_role("tab", name="Difference").click()
     for name in ("#difference", "#flip"):
         expect(page.locator(f"{name} img")).to_be_visible()
-    page.get_by_role("tab", name="What was computed").click()
+    page.get_by_role("tab", name="Computed").click()
     maps = page.get_by_test_id("density").locator("svg.fo-cells")
     expect(maps).to_have_count(2)
     assert "12 steps" in maps.first.get_attribute("aria-label")
@@ -161,6 +163,23 @@ def test_sliders_change_the_recipe_that_is_downloaded(visit, tmp_path):
     assert Recipe.load(downloaded(page, tmp_path)) == recipe
 
 
+def test_a_slider_that_is_dragged_stays_in_hand(visit):
+    """What its first moves change in the page does not take it away: another schedule, names."""
+    page = visit()
+    slider = page.locator("#knob-schedule-computed input[type=range]")
+    box = slider.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * (10 - 2) / (28 - 2), middle)
+    page.mouse.down()
+    for part in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        page.mouse.move(box["x"] + box["width"] * part, middle, steps=4)
+    expect(page.locator("#knob-schedule")).to_be_visible()
+    page.mouse.up()
+    expect(page.locator("#recipe-line")).to_contain_text("computes 28 of 28 steps")
+    assert slider.input_value() == "28"
+    expect(page.locator("#knob-schedule input")).to_have_value("ramp")
+
+
 def choose(page, name, value):
     page.locator(f"{name} input").click()
     page.get_by_role("option", name=value, exact=True).click()
@@ -192,6 +211,27 @@ def test_a_bad_model_path_keeps_what_was_loaded(visit):
     assert page.locator("#model-line img").count() == 0
     compare(page)
     assert len(runs(page)) == 1
+
+
+def test_a_video(visit):
+    """Another model, chosen in the page: two videos in step, and any frame of them."""
+    page = visit()
+    choose(page, "#model", "tiny-video")
+    expect(page.locator("#model-line")).to_contain_text("HunyuanVideo")
+    make_small(page)
+    number(page, "#num_frames", 9)
+    compare(page)
+    expect(page.locator("#playback img")).to_be_visible()
+    assert page.locator("#playback img").evaluate("i => i.naturalWidth") > 2 * SIZE
+    before = page.locator("#slider img").first.get_attribute("src")
+    number(page, "#frame", 0)
+    expect(page.locator("#slider img").first).not_to_have_attribute("src", before)
+
+
+def test_the_command_refuses_a_bad_model():
+    """Before any page is there, in one sentence."""
+    done = CliRunner().invoke(cli, ["studio", "--model", "/nowhere"])
+    assert done.exit_code == 2 and "error: model must be tiny-image" in done.output
 
 
 def test_two_browsers_at_once(visit):

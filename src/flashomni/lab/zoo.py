@@ -69,7 +69,8 @@ def load(
     if str(model) in BUNDLED:
         folder = bundled(str(model))
     is_folder = (folder / "model_index.json").exists()
-    if not is_folder and (folder.exists() or str(model).count("/") != 1):
+    is_path = folder.exists() or str(model).startswith(("/", ".", "~"))
+    if not is_folder and (is_path or str(model).count("/") != 1):
         raise ValueError(
             f"model must be {', '.join(BUNDLED)}, a diffusers folder (with model_index.json) or a "
             f"Hub id like org/name, got {str(model)!r}"

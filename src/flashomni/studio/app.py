@@ -92,11 +92,11 @@ class Page:
         result.frame.input(
             self._frame, [self.session, result.frame], frame, trigger_mode="always_last", **quick
         )
-        for (key, _), control in controls.items():
+        for place, control in controls.items():
             typed = isinstance(control, (gr.Textbox, gr.Number))  # read when it is complete
             for event in (control.blur, control.submit) if typed else (control.input,):
                 event(
-                    self._turned(key, control), [self.session, control], recipe,
+                    self._turned(place, control), [self.session, control], recipe,
                     trigger_mode="always_last", **quick,
                 )  # fmt: skip
         parts.choice.input(self._choose, [self.session, parts.choice], recipe, **quick)
@@ -146,8 +146,8 @@ class Page:
             **sizes,
         }
 
-    def _of_recipe(self, session: Session, message: str = "", but: Any = None) -> Update:
-        """What shows the recipe; ``message`` is an error, ``but`` a control to leave alone."""
+    def _of_recipe(self, session: Session, message: str = "", again: Any = None) -> Update:
+        """What shows the recipe; ``message`` is an error, ``again`` a control that goes back."""
         parts = self.parts
         file = session.recipe_file()
         count = knobs.computed_steps(session.recipe, session.num_steps)
@@ -160,7 +160,7 @@ class Page:
             parts.message: drawings.text(message, "error") if message else drawings.text(says),
             parts.code: file.read_text(encoding="utf-8"),
             parts.download: gr.update(value=str(file)),
-            **parts.settings.of(session, but),
+            **parts.settings.of(session, again),
         }
 
     def _choose(self, session: Session, recipe: str) -> Update:
@@ -176,18 +176,19 @@ class Page:
         session.num_steps = int(steps)
         return self._of_recipe(session)
 
-    def _turned(self, key: str, control: Any) -> Callable[[Session, Any], Update]:
+    def _turned(self, place: tuple[str, str], control: Any) -> Callable[[Session, Any], Update]:
         """What happens when the control of a setting is moved; a refused one goes back."""
 
         def move(session: Session, value: Any) -> Update:
             before = session.recipe
             try:
-                session.turn(key, value)
+                session.turn(place[0], value)
             except (ValueError, NotImplementedError) as error:
-                return self._of_recipe(session, plain(error))
+                return self._of_recipe(session, plain(error), again=control)
             if session.recipe == before:
                 return {control: gr.skip()}
-            return self._of_recipe(session, but=control)
+            self.parts.settings.moved(session, place)
+            return self._of_recipe(session)
 
         return move
 
@@ -304,7 +305,7 @@ class Page:
         return {
             result.slider: gr.update(value=both, visible=True),
             result.difference: gr.update(
-                value=gap, visible=True, label=f"difference, {factor:g} times as large"
+                value=gap, visible=True, label=f"difference \N{MULTIPLICATION SIGN} {factor:g}"
             ),
             result.flip: gr.update(value=flip, visible=flip is not None),
         }

@@ -58,7 +58,7 @@ def stage(event: Progress | Waiting, last: Image.Image | None, seconds: float) -
     """
     if isinstance(event, Waiting):
         before = "1 run comes" if event.place == 1 else f"{event.place} runs come"
-        return _staged(f"waiting: {before} first at this pipeline", None, None, seconds)
+        return _staged(f"waiting: {before} first", None, None, seconds)
     share = event.done / event.total if event.total else None
     count = f" \N{MIDDLE DOT} {event.done} of {event.total}" if event.total else ""
     return _staged(f"{event.stage}{count}", share, last, seconds)
@@ -88,7 +88,7 @@ def figures(outcome: Outcome) -> str:
     cards = []
     if outcome.speedup is not None and dense is not None:
         cards.append(
-            (f"{outcome.speedup:.2f}\N{MULTIPLICATION SIGN}", "faster",
+            (f"{outcome.speedup:.2f}\N{MULTIPLICATION SIGN}", "speed-up",
              f"{dense.seconds:.2f} s \N{RIGHTWARDS ARROW} {outcome.seconds:.2f} s")
         )  # fmt: skip
     else:
@@ -322,7 +322,7 @@ def history(rows: Sequence[Row]) -> str:
                 f"{row.skipped:.0%}",
             )
         )
-    head = ("recipe", "computed", "seconds", "faster", "PSNR", "FLIP", "skipped")
+    head = ("recipe", "computed", "seconds", "speed-up", "PSNR", "FLIP", "skipped")
     return f'<div data-testid="history">{_table(head, lines)}</div>'
 
 

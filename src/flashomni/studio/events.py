@@ -15,7 +15,7 @@ from flashomni.util.words import one_line
 
 @dataclass(frozen=True)
 class Waiting:
-    """So many runs at the same pipeline come first."""
+    """So many runs come first."""
 
     place: int
 

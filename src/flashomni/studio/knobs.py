@@ -31,7 +31,7 @@ NAMED = ("schedule", "policy", "forecast")  # parts of which there are several, 
 COMPUTED = "schedule.computed"
 NO_CONTROL = {"sparse.symbols"}  # a path of the machine that this runs on
 WIDE = 100  # a slider over more integers than this is of no use
-LETTERS = 150
+LETTERS, MORE = 150, 260  # of what a control says; of one with choices, which it explains
 SELDOM = ("schedule.of", "schedule.min_steps")  # in the last group, whatever its others say
 
 # Groups of the page, in this order: a title, whether it is open, and its settings. What no other
@@ -204,7 +204,7 @@ def changes(before: Recipe, after: Recipe) -> list[str]:
 
 def _computed(recipe: Recipe, num_steps: int) -> Knob:
     """However the schedule plans, by how many steps it computes."""
-    says = "computed in full, of all steps; spread on a ramp. The rest is forecast from them"
+    says = "how many steps are computed; the others are forecast from them"
     value = computed_steps(recipe, num_steps)
     return Knob(COMPUTED, "", "integer", value, min(2, num_steps), num_steps, says=says)
 
@@ -283,4 +283,4 @@ def _first(text: str, whole: bool) -> str:
     """The first sentence, or what of it stands before a semicolon; without docstrings' marks."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "").replace("`", "")
     end = r"(?<=[^.])\.(?: |$)" if whole else r"(?<=[^.])\.(?: |$)|; "
-    return one_line(re.split(end, text)[0], LETTERS)
+    return one_line(re.split(end, text)[0], MORE if whole else LETTERS)

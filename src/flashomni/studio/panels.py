@@ -63,13 +63,11 @@ class AskPanel:
             )
         with gr.Row():
             compare = gr.Button(
-                "Compare", variant="primary", size="md", scale=3, min_width=110, elem_id="compare"
+                "Compare", variant="primary", size="md", scale=1, min_width=100, elem_id="compare"
             )
-            alone = gr.Button(
-                "Accelerated only", size="md", scale=2, min_width=110, elem_id="alone"
-            )
+            alone = gr.Button("Accelerate only", size="md", scale=1, min_width=100, elem_id="alone")
             cancel = gr.Button(
-                "Cancel", variant="stop", size="md", scale=2, min_width=110, visible=False,
+                "Cancel", variant="stop", size="md", scale=1, min_width=100, visible=False,
                 elem_id="cancel",
             )  # fmt: skip
         return cls(
@@ -144,10 +142,10 @@ class ResultPanel:
         stage = gr.HTML(drawings.welcome(), elem_id="stage")
         figures = gr.HTML(elem_id="figures", visible=False)
         hidden: dict[str, Any] = {
-            "format": "png", "interactive": False, "visible": False,
+            "format": "png", "interactive": False, "visible": False, "min_width": 240,
             "buttons": ["download", "fullscreen"],
         }  # fmt: skip
-        with gr.Tabs(elem_id="tabs", visible=False) as tabs:
+        with gr.Tabs(elem_id="tabs", visible=False, overflow_behavior="wrap") as tabs:
             with gr.Tab("Compare"):
                 slider = gr.ImageSlider(
                     label="dense | accelerated", max_height=720, elem_id="slider", visible=False,
@@ -161,10 +159,8 @@ class ResultPanel:
                 )  # fmt: skip
             with gr.Tab("Difference"), gr.Row():
                 difference = gr.Image(label="difference", elem_id="difference", **hidden)
-                flip = gr.Image(
-                    label="FLIP: bright where an eye sees a difference", elem_id="flip", **hidden
-                )
-            with gr.Tab("What was computed"):
+                flip = gr.Image(label="FLIP: what an eye sees", elem_id="flip", **hidden)
+            with gr.Tab("Computed"):
                 density = gr.HTML(elem_id="density")
             with gr.Tab("Time"):
                 times = gr.HTML(elem_id="times")
@@ -201,24 +197,34 @@ class Settings:
                     control = _control(now or knob, visible=now is not None)
                     self.controls[knob.key, knob.owner] = control
 
-    def of(self, session: Session, but: Any = None) -> dict[Any, Any]:
-        """Updates that show the recipe of a session.
+    def of(self, session: Session, again: Any = None) -> dict[Any, Any]:
+        """Updates of the controls that do not show the recipe of a session yet.
 
         Args:
             session: of the page.
-            but: a control that is being moved, and shows what it should already.
+            again: a control that shows something else, because what it was moved to is refused.
         """
         seen = {(knob.key, knob.owner): knob for knob in knobs(session.recipe, session.num_steps)}
-        found = {}
+        found, shown = {}, session.shown
         for place, control in self.controls.items():
             knob = seen.get(place)
+            if place in shown and shown[place] == knob and control is not again:
+                continue
+            shown[place] = knob
             if knob is None:
                 found[control] = gr.update(visible=False)
-            elif control is not but:
-                is_slider = isinstance(control, gr.Slider)
-                bounds = {"minimum": knob.low, "maximum": knob.high} if is_slider else {}
-                found[control] = gr.update(value=knob.value, visible=True, **bounds)
+                continue
+            is_slider = isinstance(control, gr.Slider)
+            bounds = {"minimum": knob.low, "maximum": knob.high} if is_slider else {}
+            found[control] = gr.update(value=knob.value, visible=True, **bounds)
         return found
+
+    def moved(self, session: Session, place: tuple[str, str]) -> None:
+        """A control shows already where it was moved to."""
+        found = knobs(session.recipe, session.num_steps)
+        knob = next((k for k in found if (k.key, k.owner) == place), None)
+        if knob is not None and knob.high == getattr(session.shown.get(place), "high", None):
+            session.shown[place] = knob
 
 
 def _control(knob: Knob, visible: bool) -> Any:

@@ -37,6 +37,7 @@ class Session:
         num_steps: of the next generation; settings are shown for it.
         outcome: the last result.
         rows: one for each result.
+        shown: what the controls of the page show, by their places.
     """
 
     def __init__(self, shelf: Shelf, model: str, recipe: Recipe | str = "balanced") -> None:
@@ -45,6 +46,7 @@ class Session:
         self.base, self.num_steps = self.recipe, self.shelved.num_steps
         self.outcome: Outcome | None = None
         self.rows: list[Row] = []
+        self.shown: dict[tuple[str, str], knobs.Knob | None] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="flashomni-studio-"))
         self._dense: tuple[str, Dense] | None = None
         self._stop, self._busy = threading.Event(), threading.Lock()
@@ -120,7 +122,7 @@ class Session:
         return self.run(work)
 
     def run(self, work: Work) -> Iterator[Event]:
-        """Stream ``work(emit, stop)`` when it is this page's turn at its pipeline."""
+        """Stream ``work(emit, stop)`` when it is this page's turn."""
         stop = self._stop = threading.Event()
         shelved = self.shelved
 

@@ -22,12 +22,12 @@ class Shelved:
     Attributes:
         name: what was asked for.
         loaded: the pipeline and how to call it.
-        turns: of those who generate with it.
+        turns: of those who generate on its device: one at a time, so that times are right.
         warm: seconds of a dense step, by what has run once already.
     """
 
-    def __init__(self, name: str, loaded: zoo.Loaded) -> None:
-        self.name, self.loaded, self.turns = name, loaded, Turns()
+    def __init__(self, name: str, loaded: zoo.Loaded, turns: Turns) -> None:
+        self.name, self.loaded, self.turns = name, loaded, turns
         self.warm: dict[str, float] = {}
 
     @property
@@ -63,6 +63,7 @@ class Shelf:
         self, device: torch.device | str, dtype: torch.dtype, load: Load = zoo.load
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
+        self.turns = Turns()
         self._load = load
         self._there: weakref.WeakValueDictionary[str, Shelved] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -90,5 +91,5 @@ class Shelf:
                         f"model {name!r} is a {type(loaded.pipe).__name__}, which has no "
                         "transformer to accelerate"
                     )
-                found = self._there[name] = Shelved(name, loaded)
+                found = self._there[name] = Shelved(name, loaded, self.turns)
             return found

@@ -1,4 +1,4 @@
-"""Turns at a pipeline: first come, first served, and whoever waits knows their place."""
+"""Turns at a device: first come, first served, and whoever waits knows their place."""
 
 from __future__ import annotations
 
