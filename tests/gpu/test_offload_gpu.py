@@ -76,3 +76,50 @@ def test_steps_that_are_cached_copy_nothing(flux, feature):
         model(**inputs)
         copied = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
     assert copied < weights / 2 + 16 * sum(x.nbytes for x in inputs.values())
+
+
+WAYS = {
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(),
+    "group": lambda pipe: pipe.enable_group_offload(
+        onload_device=DEVICE, offload_type="leaf_level", use_stream=True
+    ),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_whole_pipeline(way, first):
+    """As users call it: the picture is that of the pipeline that fits on the card."""
+    from flashomni.lab import zoo
+
+    def picture(offload):
+        torch.manual_seed(0)
+        loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=64, dual=1, single=2)
+        pipe = loaded.pipe
+        pipe.set_progress_bar_config(disable=True)
+        if offload is None:
+            pipe.to("cuda")
+        elif first:
+            offload(pipe)
+        with flashomni.accelerate(pipe, FORA):
+            if offload is not None and not first:
+                offload(pipe)
+            arguments = {**loaded.call, "height": 128, "width": 144, "num_inference_steps": 8}
+            seed = torch.Generator().manual_seed(0)
+            return pipe("a red circle", **arguments, output_type="pt", generator=seed)[0].cpu()
+
+    torch.testing.assert_close(picture(WAYS[way]), picture(None), atol=2e-3, rtol=2e-3)
+
+
+def test_caches_keep_to_the_memory_that_is_given(flux):
+    """Histories of tiles go to the host before orders go down; the bytes are what was said."""
+    stock, inputs = flux
+    model = copy.deepcopy(stock).cuda()
+    with flashomni.accelerate(model, TILES.replace(order=1)) as engine:
+        generation(engine, model, inputs, STEPS)
+        full = engine.report().cache_bytes
+    with flashomni.accelerate(model, TILES.replace(order=1), memory=full // 4) as engine:
+        generation(engine, model, inputs, STEPS)
+        report = engine.report()
+    assert report.cache_bytes <= full // 4
+    assert any("history_dtype=float8" in note for note in report.notes)

@@ -68,6 +68,17 @@ def test_what_is_foreseen_is_what_is_kept(name, recipe):
     assert foreseen.host == 0
 
 
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "LTXVideoTransformer3DModel"])
+def test_presets_on_a_model_without_text_keep_no_tiles(name):
+    """What runs in place of their policy counts: a video would not fit with its tiles."""
+    model, inputs = tiny(name)
+    shapes = call_shapes(model, find_adapter(model).sites(model), inputs)
+    foreseen = kept_bytes(Recipe.of("balanced"), shapes, "cpu")
+    assert not shapes.has_text and foreseen.tiles == 0
+    report, _ = kept(model, inputs, Recipe.of("balanced", min_steps=0, steps=[0, 1, 2, 4], of=6))
+    assert report.cache_bytes == foreseen.device > 0
+
+
 def test_what_is_foreseen_is_no_less_than_what_is_carried():
     """D lies beside tiles."""
     model, inputs = tiny("FluxTransformer2DModel")
@@ -107,13 +118,13 @@ def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
         ):
             engine.step(0, 6)
             call(model, inputs)
-            (line,) = (r for r in caplog.records if "keeps at most" in r.getMessage())
+            (line,) = (r for r in caplog.records if "keeps about" in r.getMessage())
             assert line.levelno == logging.WARNING and "as given" in line.getMessage()
             made, recipe = generation(engine, model, inputs, 6), engine.recipe
             report = engine.report()
         assert 0 < report.cache_bytes <= limit
         assert recipe != TILES and recipe.at_output == (share == 0.01)
-        assert any("keeps at most" in note for note in report.notes)
+        assert any("keeps about" in note for note in report.notes)
         with flashomni.accelerate(model, recipe) as engine:
             assert torch.equal(made, generation(engine, model, inputs, 6))
 
@@ -161,7 +172,7 @@ def test_a_model_without_an_adapter_keeps_to_it_too():
 def test_two_branches_take_twice_as_much():
     """Of bytes."""
     assert Bytes(1, 2, 3, 4).times(2) == Bytes(2, 4, 6, 8)
-    assert Bytes(1, 2, 3, 4, on_host=True).device == 3
+    assert Bytes(1, 2, 3, 4, on_host=True, passing=5).device == 8
     assert Bytes(1, 2, 3, 4, on_host=True).host == 7
 
 

@@ -244,3 +244,41 @@ def test_removal_leaves_the_offloading(feature):
     assert residue(model) == clean
     assert torch.equal(output(model, inputs), stock)
     assert "flashomni" not in repr([module.__dict__ for module in model.modules()])
+
+
+@pytest.mark.parametrize("when", ["before", "after", "between"])
+@pytest.mark.parametrize("feature", ["sequential offloading", "group offloading, a leaf at a time"])
+def test_a_pipeline_whose_transformer_is_offloaded(feature, when):
+    """Two generations: put on before ``accelerate``, after it, or between them."""
+    from flashomni.lab import zoo
+
+    def picture(loaded):
+        seed = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_inference_steps": 6}
+        call = {**loaded.call, **size, "output_type": "latent"}
+        return loaded.pipe("a red circle", generator=seed, **call)[0]
+
+    def make():
+        torch.manual_seed(0)
+        loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=16, dual=1, single=2)
+        loaded.pipe.set_progress_bar_config(disable=True)
+        return loaded
+
+    with flashomni.accelerate((plain := make()).pipe, FORA):
+        expected = picture(plain)
+    loaded = make()
+    places = {"before": 0, "after": 1, "between": 2}
+
+    def put(place):
+        if places[when] == place:
+            MOVED[feature](loaded.pipe.transformer, CPU)
+
+    put(0)
+    with flashomni.accelerate(loaded.pipe, FORA) as engine:
+        put(1)
+        made = [picture(loaded)]
+        put(2)
+        made.append(picture(loaded))
+        assert any("bypass" in step["layer_kinds"] for step in engine.report().steps)
+    for each in made:
+        torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,7 @@
 """How much a recipe keeps, of shapes alone; and what to lower until that fits.
 
-Bytes are those of one generation at its peak, an upper bound: of a policy that chooses, that it
-caches in every layer.
+Bytes are those of one generation at its peak: of a policy that chooses, as if it cached tiles in
+every layer and all that is cached whole in one run. Which layers those are is known only later.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.room import HOST_SHARE, free_bytes
 from flashomni.engine.state.storage import Storage
+from flashomni.symbols import Grid
 
 AUTO_SHARE = 0.5  # of what is free before the first step: steps need the rest in passing
 SMALL = 2**20  # bytes that are not worth a word
@@ -34,12 +36,14 @@ class Shapes:
         attention: what each block's largest attention gives, ``[B, H, S, D]``.
         output: of the model.
         runs: how many runs of blocks are cached each by itself, where all are cached whole.
+        has_text: whether the text is in the sequence of that attention.
     """
 
     streams: tuple[tuple[torch.Size, torch.dtype], ...]
     attention: tuple[tuple[torch.Size, torch.dtype], ...]
     output: tuple[tuple[torch.Size, torch.dtype], ...]
     runs: int = 1
+    has_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Bytes:
         tiles: of attention, and what they add behind the projection.
         carry: differences that sparse attention carries.
         on_host: whether tiles and carry lie in host memory.
+        passing: of those, what is on the device while a layer and the one before it run.
     """
 
     output: int = 0
@@ -59,11 +64,13 @@ class Bytes:
     tiles: int = 0
     carry: int = 0
     on_host: bool = False
+    passing: int = 0
 
     @property
     def device(self) -> int:
         """On the device that computes."""
-        return self.output + self.layers + (0 if self.on_host else self.tiles + self.carry)
+        beside = self.passing if self.on_host else self.tiles + self.carry
+        return self.output + self.layers + beside
 
     @property
     def host(self) -> int:
@@ -72,7 +79,7 @@ class Bytes:
 
     def times(self, branches: int) -> Bytes:
         """Of several branches."""
-        names = ("output", "layers", "tiles", "carry")
+        names = ("output", "layers", "tiles", "carry", "passing")
         return replace(self, **{name: branches * getattr(self, name) for name in names})
 
 
@@ -85,21 +92,21 @@ def kept_bytes(recipe: Recipe, shapes: Shapes, device: str = "cuda") -> Bytes:
         device: type of the one that computes; only beside a card is there another memory.
     """
     forecast, sparse = recipe.forecast, recipe.sparse
-    kept = Storage(recipe.storage.history_dtype)
+    storage = Storage(recipe.storage.history_dtype)
     on_host = recipe.storage.history_device == "host" and device == "cuda"
-    attention = sum(_size(*each, kept) for each in shapes.attention)
+    attention = sum(_size(*each, storage) for each in shapes.attention)
     carry = attention * (2 if sparse.carry == "extrapolate" else 1) if sparse.carries else 0
-    if not recipe.skips:
-        return Bytes(carry=carry, on_host=on_host)
-    whole = forecast.layer_order + 1
-    if recipe.at_output:
-        output = whole * sum(_size(*each, kept, wide=True) for each in shapes.output)
-        return Bytes(output=output, carry=carry, on_host=on_host)
-    layers = whole * sum(_size(*each, kept, wide=True) for each in shapes.streams) * shapes.runs
-    caches = recipe.policy.caches and recipe.policy.name != "cached"
+    policy = recipe.policy_for(Grid(2, 2, text=(0, 1) if shapes.has_text else (0, 0)))
+    caches = policy.caches and policy.name != "cached" and not recipe.at_output
     # Of projected tiles: what differences need of O, and every term behind the projection.
     tiles = (2 * forecast.order + 1) * attention if caches else 0
-    return Bytes(layers=layers, tiles=tiles, carry=carry, on_host=on_host)
+    passing = 2 * (tiles + carry) // max(len(shapes.attention), 1)
+    kept = partial(Bytes, tiles=tiles, carry=carry, on_host=on_host, passing=passing)
+    if not recipe.skips:
+        return kept()
+    at = shapes.output if recipe.at_output else shapes.streams
+    size = (forecast.layer_order + 1) * sum(_size(*each, storage, wide=True) for each in at)
+    return kept(output=size) if recipe.at_output else kept(layers=size * shapes.runs)
 
 
 def _size(shape: torch.Size, dtype: torch.dtype, kept: Storage, wide: bool = False) -> int:
@@ -223,7 +230,7 @@ class Budget:
     def _say(
         self, limit: str, lowered: tuple[str, ...], kept: Bytes, given: Bytes, branches: int
     ) -> None:
-        sizes = [f"at most {_text(kept.device)} on the device"]
+        sizes = [f"about {_text(kept.device)} on the device"]
         sizes += [f"{_text(kept.host)} in host memory"] if kept.host else []
         note = f"{limit}; keeps {' and '.join(sizes)}"
         note += f" for {branches} branches" if branches > 1 else ""

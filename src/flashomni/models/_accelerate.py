@@ -148,6 +148,7 @@ def _one(
     from flashomni.models import _attach
     from flashomni.models._hooks import refuse_hooked
     from flashomni.models._offload import weights_to_come
+    from flashomni.models.generic.tier import Generic
 
     found = _find(model, blocks)
     sites = found.sites(model)
@@ -185,7 +186,9 @@ def _one(
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.sharding, runtime.cfg = sharding, mesh.cfg
     if memory is not None:
-        foresee = partial(call_shapes, model, sites)
+        said = found.said if isinstance(found, Generic) else None
+        has_text = None if said is None else said.text is not None
+        foresee = partial(call_shapes, model, sites, has_text=has_text)
         coming = partial(weights_to_come, model)
         runtime.budget = Budget(recipe, memory, foresee, coming, type(model).__name__)
     if graphs != "auto" or torch.cuda.is_available():

@@ -18,6 +18,7 @@ from flashomni.engine.memory import Shapes
 from flashomni.engine.state.output import take_apart
 from flashomni.engine.state.storage import Storage
 from flashomni.models import Adapter, Site, find_adapter
+from flashomni.models.generic.attention import SDPA, Attention
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,20 @@ def cache_bytes(
     return CacheBytes(*(_history(tensors, recipe) for tensors in (found, streams)))
 
 
-def call_shapes(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any]) -> Shapes:
+def call_shapes(
+    model: nn.Module,
+    sites: Sequence[Site],
+    inputs: Mapping[str, Any],
+    has_text: bool | None = None,
+) -> Shapes:
     """What a call handles, of the shapes of its arguments; nothing is computed.
 
     Args:
         model: a transformer of diffusers, wherever its weights are and whatever they are.
         sites: its blocks.
         inputs: arguments of the call, by name.
+        has_text: whether the text is in the sequence of its attention, where that is known; else
+            it is not where an attention across is called.
 
     Raises:
         NotImplementedError: it cannot be built, or called, without weights.
@@ -85,7 +93,7 @@ def call_shapes(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, An
         nn.Module.to(hollow, dtype)
         given = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, dict(inputs))
         with torch.no_grad():
-            return _watched(hollow, sites, given)
+            return _watched(hollow, sites, given, has_text)
     except Exception as error:  # whatever a model does with values that it does not have
         raise NotImplementedError(
             f"memory= asks what a call of {name} handles, and it cannot be called without weights "
@@ -93,7 +101,9 @@ def call_shapes(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, An
         ) from error
 
 
-def _watched(model: nn.Module, sites: Sequence[Site], inputs: dict[str, Any]) -> Shapes:
+def _watched(
+    model: nn.Module, sites: Sequence[Site], inputs: dict[str, Any], has_text: bool | None
+) -> Shapes:
     streams: list[list[Tensor]] = []
     attention: list[Tensor] = []
     output: list[Tensor] = []
@@ -113,7 +123,8 @@ def _watched(model: nn.Module, sites: Sequence[Site], inputs: dict[str, Any]) ->
         take_apart(model(**inputs), output)
     widest = max(streams, key=lambda found: sum(x.nbytes for x in found), default=[])
     apart = sum(not site.chain or not site.streams for site in sites)  # or not known yet
-    return Shapes(_shapes(widest), _shapes(attention), _shapes(output), 1 + apart)
+    has_text = not mode.crosses if has_text is None else has_text
+    return Shapes(_shapes(widest), _shapes(attention), _shapes(output), 1 + apart, has_text)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
@@ -121,15 +132,17 @@ def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], 
 
 
 class _Largest(TorchFunctionMode):
-    """Keeps the queries of the largest attention that was called."""
+    """Keeps the queries of the largest attention that was called; and whether any is across."""
 
     largest: Tensor | None = None
+    crosses: bool = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            q = args[0] if args else (kwargs or {})["query"]
+        if func is SDPA:
+            call = Attention.of(args, kwargs or {})
+            q, self.crosses = call.q, self.crosses or call.q.shape[-2] != call.k.shape[-2]
             if self.largest is None or q.numel() > self.largest.numel():
                 self.largest = q
         return func(*args, **(kwargs or {}))
