@@ -74,6 +74,11 @@ def examples(count):
     return settings(deadline=None, derandomize=True, max_examples=count)
 
 
+def when_interpreted(mark):
+    """A mark that a test has in Triton's interpreter alone: on a card all its cases run."""
+    return mark if INTERPRETED else lambda test: test
+
+
 @functools.cache
 def gemm_takes(backend):
     """Asked of the backend itself: what it does not refuse, by metadata, of both GEMMs."""

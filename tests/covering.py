@@ -4,11 +4,13 @@
 which each two values that could meet still do (pairwise testing; Cohen et al., *The AETG system*,
 IEEE TSE 1997, for the greedy choice). ``covering(1)``: each value is tried once. What is ragged,
 and each backend, adapter and schedule, stays a value; only their combinations get fewer. Cases that
-need a GPU are chosen apart from the others, so that both cover.
+need a GPU, or Triton, are chosen apart from the others, so that each sort covers.
 """
 
 from collections import Counter
 from itertools import combinations
+
+APART = ("gpu", "triton", "slow")
 
 
 def covering(cases, strength):
@@ -41,8 +43,8 @@ def covered(items):
         if marker is None:
             stay.add(item)
             continue
-        on_gpu = item.get_closest_marker("gpu") is not None
-        key = item.nodeid.partition("[")[0], marker.args, on_gpu
+        where = frozenset(mark.name for mark in item.iter_markers() if mark.name in APART)
+        key = item.nodeid.partition("[")[0], marker.args, where
         groups.setdefault(key, []).append(item)
     for (_, (strength,), _), some in groups.items():
         # The same object in each case: values themselves may not be hashable.

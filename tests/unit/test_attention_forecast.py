@@ -11,6 +11,7 @@ from conftest import (
     random_symbols,
     refusal_skips,
     token_masks,
+    when_interpreted,
     with_gpu_marks,
 )
 from flashomni import dispatch
@@ -110,6 +111,7 @@ def check(backend, shape, symbols, forecast_of, dtype):
     check_covered(out[:, start : start + rows], forecast, ~live[:, start : start + rows])
 
 
+@when_interpreted(pytest.mark.covering(1))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton
 import triton.language as tl
 
-from conftest import device_for, random_symbols
+from conftest import device_for, random_symbols, when_interpreted
 from flashomni import dispatch
 from flashomni.kernels.common import portable
 from flashomni.policies import AttentionSite, make_policy, policies
@@ -181,6 +181,7 @@ ODD = {
 }
 
 
+@when_interpreted(pytest.mark.covering(1))
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
 def test_policies_choose_the_same(name, settings, grid):
@@ -212,6 +213,7 @@ def near(rule, q, k, grid):
     return (chosen[0].q_mask() ^ chosen[1].q_mask(), chosen[0].kv_mask() ^ chosen[1].kv_mask())
 
 
+@when_interpreted(pytest.mark.covering(1))
 @pytest.mark.parametrize("compute", ["and", "mean", "c", "g"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_sequences_choose_the_same(name, compute):
@@ -236,6 +238,7 @@ TEXTLESS = {
 }
 
 
+@when_interpreted(pytest.mark.covering(1))
 @pytest.mark.parametrize("compute", ["and", "mean", "c", "g"])
 @pytest.mark.parametrize("name", TEXTLESS)
 def test_sequences_without_text_choose_the_same(name, compute):
