@@ -16,9 +16,8 @@ def group(level, **options):
     def put(model, device):
         from diffusers.hooks import apply_group_offloading
 
-        if device.type == "cpu" and "use_stream" not in options:
-            options["offload_to_disk_path"] = tempfile.mkdtemp()
-        apply_group_offloading(model, onload_device=device, offload_type=level, **options)
+        away = {"offload_to_disk_path": tempfile.mkdtemp()} if device.type == "cpu" else {}
+        apply_group_offloading(model, onload_device=device, offload_type=level, **options, **away)
 
     return put
 
@@ -144,3 +143,19 @@ CHANGED = {
     "casting and group offloading": both(casting, group("block_level", **BLOCKS)),
     "GGUF and group offloading": both(gguf, group("leaf_level")),
 }
+
+
+def watch_moves(monkeypatch):
+    """A list that gets a name for each group that is brought or taken away from now on."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    found = []
+    for name in ("onload_", "offload_"):
+        real = getattr(ModuleGroup, name)
+
+        def watched(group, real=real, name=name):
+            found.append(name)
+            real(group)
+
+        monkeypatch.setattr(ModuleGroup, name, watched)
+    return found

@@ -105,6 +105,26 @@ def test_each_rung_of_the_ladder_keeps_less():
     assert not any("host" in lowered[-1] for lowered, _ in list(ladder(recipe, "cpu"))[1:])
 
 
+def test_what_would_not_help_is_not_lowered(monkeypatch):
+    """No histories of tiles: nothing goes to the host, and their order stays; asked once."""
+    model, inputs = tiny("WanTransformer3DModel")
+    asked = []
+    real = flashomni.models._accelerate.call_shapes
+    monkeypatch.setattr(
+        "flashomni.models._accelerate.call_shapes",
+        lambda *args, **options: asked.append(1) or real(*args, **options),
+    )
+    recipe = Recipe.of("balanced", min_steps=0)
+    full = kept(model, inputs, recipe)[0].cache_bytes
+    with flashomni.accelerate(model, recipe, memory=full // 8) as engine:
+        for _ in range(2):
+            generation(engine, model, inputs, 6)
+        assert engine.report().cache_bytes <= full // 8 and asked == [1]
+        (note,) = (note for note in engine.report().notes if "keeps about" in note)
+        assert engine.recipe.forecast.order == 1 and " order=" not in note
+        assert "layer_order=0" in note
+
+
 def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
     """Log and report say to what; the bytes hold; and it is what that recipe would have made."""
     model, inputs = tiny("FluxTransformer2DModel")

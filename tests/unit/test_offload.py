@@ -12,7 +12,7 @@ from conftest import residue
 from flashomni.engine import Recipe
 from flashomni.models import adapters
 from flashomni.policies import make_policy
-from memory_features import CHANGED, MOVED, STREAMED
+from memory_features import CHANGED, MOVED, STREAMED, watch_moves
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -157,21 +157,6 @@ def test_weights_that_are_others(feature, tier, cache_whole):
         assert tier != "C" or projections(report) == CLAIMS[feature][3]
 
 
-def moves(monkeypatch):
-    from diffusers.hooks.group_offloading import ModuleGroup
-
-    found = []
-    for name in ("onload_", "offload_"):
-        real = getattr(ModuleGroup, name)
-
-        def counted(group, real=real, name=name):
-            found.append((name, len(group.modules)))
-            real(group)
-
-        monkeypatch.setattr(ModuleGroup, name, counted)
-    return found
-
-
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("tier", MODELS)
 def test_blocks_that_are_not_computed_bring_no_weights(tier, first, monkeypatch):
@@ -183,11 +168,11 @@ def test_blocks_that_are_not_computed_bring_no_weights(tier, first, monkeypatch)
     with flashomni.accelerate(model, FORA.replace(interval=4)) as engine:
         if not first:
             put(model, CPU)
-        found, counts = moves(monkeypatch), []
+        found, counts = watch_moves(monkeypatch), []
         for step in range(4):
             engine.step(step, 9)
             output(model, inputs)
-            counts.append(sum(name == "onload_" for name, _ in found))
+            counts.append(found.count("onload_"))
             found.clear()
     assert counts[0] > 3 and counts[2:] == [1, 1], counts
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.room import HOST_SHARE, free_bytes
@@ -24,6 +26,8 @@ AUTO_SHARE = 0.5  # of what is free before the first step: steps need the rest i
 SMALL = 2**20  # bytes that are not worth a word
 UNITS = {"": 1, "B": 1, **{f"{p}{b}B": (1000 if not b else 1024) ** (i + 1)
          for i, p in enumerate("KMGT") for b in ("", "i")}}  # fmt: skip
+NOTHING: tuple[str, ...] = ()
+ORDERS = ("order", "layer_order")
 log = logging.getLogger("flashomni")
 
 
@@ -117,14 +121,24 @@ def _size(shape: torch.Size, dtype: torch.dtype, kept: Storage, wide: bool = Fal
     return shape.numel() * as_kept.itemsize + scales
 
 
-def ladder(recipe: Recipe, device: str = "cuda") -> Iterator[tuple[tuple[str, ...], Recipe]]:
+def ladder(
+    recipe: Recipe,
+    device: str = "cuda",
+    helps: Callable[[Recipe, Recipe], bool] = lambda before, after: True,
+    lowered: tuple[str, ...] = NOTHING,
+) -> Iterator[tuple[tuple[str, ...], Recipe]]:
     """A recipe, then with one thing after another lowered, what costs least fidelity first.
+
+    Args:
+        recipe: to begin with.
+        device: type of the one that computes; only beside a card is there another memory.
+        helps: whether the second recipe keeps less than the first; else it is left out.
+        lowered: what was lowered before.
 
     Yields:
         What was lowered, as settings, and the recipe.
     """
-    lowered: list[str] = []
-    yield (), recipe
+    yield lowered, recipe
     steps: list[dict[str, Any]] = [{"history_dtype": "float8"}]
     steps += [{"history_device": "host"}] if device == "cuda" else []
     steps += [{"carry": "off"}, {"layer_order": 1}, {"order": 0}, {"layer_order": 0}]
@@ -133,18 +147,17 @@ def ladder(recipe: Recipe, device: str = "cuda") -> Iterator[tuple[tuple[str, ..
         at_output |= {"policy": "cached", "policy_without_text": None}
     for step in [*steps, at_output]:
         name, value = next(iter(step.items()))
-        now = {"order": recipe.forecast.order, "layer_order": recipe.forecast.layer_order}
-        if name in now and now[name] <= value:
-            continue
+        if name in ORDERS and getattr(recipe.forecast, name) <= value:
+            continue  # it is as low already
         try:
             after = recipe.replace(**step)
         except ValueError:
             continue  # what it does not go with stays
-        if after != recipe:
+        if after != recipe and helps(recipe, after):
             recipe = after
-            lowered = [each for each in lowered if not each.startswith(f"{name}=")]
-            lowered.append(f"{name}={value}")
-            yield tuple(lowered), recipe
+            kept = (each for each in lowered if not each.startswith(f"{name}="))
+            lowered = (*kept, f"{name}={value}")
+            yield lowered, recipe
 
 
 def parse_bytes(memory: str | int) -> int | None:
@@ -189,8 +202,9 @@ class Budget:
     ) -> None:
         self.recipe, self.limit = recipe, parse_bytes(memory)
         self._shapes, self._coming, self._model = shapes, coming, model
-        self._rung = 0
+        self._known: dict[Hashable, Shapes] = {}
         self._note = ""
+        self._now, self._lowered = recipe, NOTHING
 
     def choose(self, device: torch.device, inputs: Mapping[str, Any], branches: int) -> Recipe:
         """The first recipe of the ladder that fits.
@@ -203,20 +217,28 @@ class Budget:
         Raises:
             ValueError: none fits.
         """
-        shapes, host = self._shapes(inputs), HOST_SHARE * free_bytes(torch.device("cpu"))
+        key = tuple((x.shape, x.dtype) for x in tree_leaves(dict(inputs)) if isinstance(x, Tensor))
+        if key not in self._known:
+            self._known[key] = self._shapes(inputs)
+        host = HOST_SHARE * free_bytes(torch.device("cpu"))
         limit, said = self.limit, "memory"
         if limit is None:
             free = max(free_bytes(device) - self._coming(device), 0)
             limit, said = int(AUTO_SHARE * free), f"memory auto, of {_text(free)} free"
-        given: Bytes | None = None
-        for rung, (lowered, recipe) in enumerate(ladder(self.recipe, device.type)):
-            kept = kept_bytes(recipe, shapes, device.type).times(branches)
-            given = given or kept
-            if rung < self._rung or kept.device > limit or kept.host > host:
-                continue
-            self._rung = rung
-            self._say(f"{said}: {_text(limit)}", lowered, kept, given, branches)
-            return recipe
+
+        def size(recipe: Recipe) -> Bytes:
+            return kept_bytes(recipe, self._known[key], device.type).times(branches)
+
+        def helps(before: Recipe, after: Recipe) -> bool:
+            a, b = size(before), size(after)
+            return b.device < a.device or (b.device == a.device and b.host < a.host)
+
+        for lowered, recipe in ladder(self._now, device.type, helps, self._lowered):
+            kept = size(recipe)
+            if kept.device <= limit and kept.host <= host:
+                self._now, self._lowered = recipe, lowered
+                self._say(f"{said}: {_text(limit)}", kept, size(self.recipe), branches)
+                return recipe
         raise ValueError(
             f"{said} {_text(limit)} is less than any setting of recipe {self.recipe.name} keeps: "
             f"{_text(kept.device)} with {', '.join(lowered)}; take another recipe, fewer pixels or "
@@ -225,20 +247,19 @@ class Budget:
 
     def reset(self) -> None:
         """The next generation may have the recipe as it was given again."""
-        self._rung = 0
+        self._now, self._lowered = self.recipe, NOTHING
 
-    def _say(
-        self, limit: str, lowered: tuple[str, ...], kept: Bytes, given: Bytes, branches: int
-    ) -> None:
+    def _say(self, limit: str, kept: Bytes, given: Bytes, branches: int) -> None:
         sizes = [f"about {_text(kept.device)} on the device"]
         sizes += [f"{_text(kept.host)} in host memory"] if kept.host else []
         note = f"{limit}; keeps {' and '.join(sizes)}"
         note += f" for {branches} branches" if branches > 1 else ""
-        if lowered:
-            note += f", with {', '.join(lowered)} (as given: {_text(given.device + given.host)})"
+        if self._lowered:
+            before = _text(given.device + given.host)
+            note += f", with {', '.join(self._lowered)} (as given: {before})"
         if note != self._note:
             self._note = note
-            log.log(logging.WARNING if lowered else logging.INFO, "%s: %s", self._model, note)
+            log.log(logging.WARNING if self._lowered else logging.INFO, "%s: %s", self._model, note)
 
     def notes(self) -> list[str]:
         """What the report should say."""
