@@ -1,7 +1,7 @@
 """The rest of ``tiny_models.TINY``: audio, packed sequences, mixtures of experts, histories."""
 
 import torch
-from tiny_cases import HUNYUAN, WAN, B, flux, rand, time, valid, wan
+from tiny_parts import HUNYUAN, WAN, B, flux, rand, time, valid, wan
 
 MORE = {
     "AceStepTransformer1DModel": (

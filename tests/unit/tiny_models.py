@@ -8,9 +8,10 @@ ragged where the class allows it. Nothing is built before it is asked for.
 
 import torch
 from tiny_audio_and_more import MORE
-from tiny_cases import CASES
+from tiny_images import IMAGES
+from tiny_videos import VIDEOS
 
-TINY = {**CASES, **MORE}  # class -> (configuration, arguments of one call)
+TINY = {**IMAGES, **VIDEOS, **MORE}  # class -> (configuration, arguments of one call)
 
 
 def build(name):

@@ -1,111 +1,10 @@
-"""Configurations and arguments of small instances of diffusers' transformer classes."""
+"""Configurations and arguments of small instances of diffusers' transformers of images."""
 
 import torch
+from tiny_parts import FLUX, HUNYUAN, SIZES, B, flux, ids, rand, time, valid
 
-B = 2
-
-
-def rand(*shape):
-    return torch.randn(*shape)
-
-
-def time(value=500.0, batch=B):
-    return torch.full((batch,), value)
-
-
-def ids(*sides):
-    """Positions ``[N, len(sides)]`` of a raster."""
-    return torch.cartesian_prod(*(torch.arange(side) for side in sides)).float()
-
-
-def valid(length, *counts):
-    """A mask ``[B, length]``, the first ``counts`` tokens valid."""
-    return torch.arange(length) < torch.tensor(counts)[:, None]
-
-
-WAN = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4,
-    "out_channels": 4, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3,
-}  # fmt: skip
-
-
-def wan(**more):
-    return {
-        "hidden_states": rand(B, 4, 2, 10, 6),
-        "timestep": time(),
-        "encoder_hidden_states": rand(B, 7, 16),
-        **more,
-    }
-
-
-FLUX = {
-    "patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
-    "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
-    "axes_dims_rope": (4, 4, 8),
-}  # fmt: skip
-
-
-def flux(axes=3, text_batch=None, **more):
-    img = torch.cat([torch.zeros(35, axes - 2), ids(5, 7)], dim=1)
-    return {
-        "hidden_states": rand(B, 35, 4),
-        "encoder_hidden_states": rand(B, 9, 24),
-        "timestep": time(0.5),
-        "img_ids": img,
-        "txt_ids": torch.zeros(9, axes),
-        **more,
-    }
-
-
-COG = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-    "time_embed_dim": 8, "text_embed_dim": 16, "num_layers": 3, "sample_width": 6,
-    "sample_height": 10, "sample_frames": 9, "patch_size": 2, "temporal_compression_ratio": 4,
-    "max_text_seq_length": 7,
-}  # fmt: skip
-
-
-def cog(**more):
-    return {
-        "hidden_states": rand(B, 3, 4, 10, 6),
-        "encoder_hidden_states": rand(B, 7, 16),
-        "timestep": time().long(),
-        **more,
-    }
-
-
-SIZES = {
-    name: torch.tensor([[20, 12]] * B) for name in ("original_size", "target_size", "crop_coords")
-}
-HUNYUAN = {
-    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
-    "num_layers": 2, "num_refiner_layers": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 8),
-}  # fmt: skip
 # class -> (configuration, arguments of one call)
-CASES = {
-    "AllegroTransformer3DModel": (
-        {
-            "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4,
-            "out_channels": 4, "num_layers": 3, "cross_attention_dim": 48, "sample_width": 6,
-            "sample_height": 10, "sample_frames": 2, "caption_channels": 24,
-        },
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 10, 6),
-            "encoder_hidden_states": rand(B, 7, 24),
-            "timestep": time(),
-            "attention_mask": torch.ones(B, 2, 10, 6),
-            "encoder_attention_mask": valid(7, 7, 4).long(),
-            "image_rotary_emb": allegro_rope(),
-        },
-    ),
-    "AnyFlowTransformer3DModel": (
-        {**WAN, "gate_value": 0.25},
-        lambda: wan(
-            hidden_states=rand(B, 2, 4, 10, 6),
-            timestep=rand(B, 2).abs() * 500,
-            r_timestep=rand(B, 2).abs() * 100,
-        ),
-    ),
+IMAGES = {
     "AuraFlowTransformer2DModel": (
         {
             "sample_size": 12, "num_mmdit_layers": 2, "num_single_dit_layers": 2,
@@ -130,8 +29,6 @@ CASES = {
         },
         flux,
     ),
-    "ChronoEditTransformer3DModel": (WAN, wan),
-    "CogVideoXTransformer3DModel": (COG, cog),
     "CogView3PlusTransformer2DModel": (
         {
             "in_channels": 4, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -158,20 +55,6 @@ CASES = {
             **SIZES,
         },
     ),
-    "ConsisIDTransformer3DModel": (COG, cog),
-    "CosmosTransformer3DModel": (
-        {
-            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
-            "attention_head_dim": 16, "num_layers": 3, "mlp_ratio": 2, "text_embed_dim": 16,
-            "adaln_lora_dim": 4, "max_size": (4, 12, 12), "extra_pos_embed_type": None,
-            "concat_padding_mask": False,
-        },
-        lambda: {
-            "hidden_states": rand(1, 4, 2, 10, 6),
-            "timestep": time(batch=1),
-            "encoder_hidden_states": rand(1, 7, 16),
-        },
-    ),
     "DiTTransformer2DModel": (
         {
             "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3,
@@ -181,18 +64,6 @@ CASES = {
             "hidden_states": rand(B, 4, 10, 10),
             "timestep": time(5).long(),
             "class_labels": torch.tensor([1, 3]),
-        },
-    ),
-    "EasyAnimateTransformer3DModel": (
-        {
-            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-            "out_channels": 4, "patch_size": 2, "sample_width": 6, "sample_height": 10,
-            "num_layers": 3, "mmdit_layers": 3, "time_embed_dim": 8, "text_embed_dim": 16,
-        },
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 10, 6),
-            "timestep": time(),
-            "encoder_hidden_states": rand(B, 7, 16),
         },
     ),
     "ErnieImageTransformer2DModel": (
@@ -273,44 +144,6 @@ CASES = {
             "encoder_attention_mask": valid(9, 9, 5),
         },
     ),
-    "HunyuanVideo15Transformer3DModel": (
-        {**HUNYUAN, "text_embed_2_dim": 12, "image_embed_dim": 12, "target_size": 16},
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 5, 4),
-            "timestep": time(),
-            "encoder_hidden_states": rand(B, 9, 16),
-            "encoder_attention_mask": valid(9, 9, 5),
-            "encoder_hidden_states_2": rand(B, 6, 12),
-            "encoder_attention_mask_2": valid(6, 6, 3),
-            "image_embeds": rand(B, 3, 12),
-        },
-    ),
-    "JoyImageEditTransformer3DModel": (
-        {
-            "in_channels": 4, "hidden_size": 32, "num_attention_heads": 2, "text_dim": 16,
-            "mlp_width_ratio": 2.0, "num_layers": 3, "rope_dim_list": [4, 4, 8],
-        },
-        lambda: {
-            "hidden_states": rand(B, 2, 4, 2, 10, 6),
-            "timestep": time(),
-            "encoder_hidden_states": rand(B, 7, 16),
-        },
-    ),
-    "Kandinsky5Transformer3DModel": (
-        {
-            "in_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 12, "time_dim": 16,
-            "out_visual_dim": 4, "model_dim": 32, "ff_dim": 48, "num_text_blocks": 1,
-            "num_visual_blocks": 3, "axes_dims": (4, 4, 8),
-        },
-        lambda: {
-            "hidden_states": rand(1, 2, 10, 6, 4),
-            "encoder_hidden_states": rand(1, 7, 16),
-            "timestep": time(batch=1),
-            "pooled_projections": rand(1, 12),
-            "visual_rope_pos": [torch.arange(n) for n in (2, 5, 3)],
-            "text_rope_pos": torch.arange(7),
-        },
-    ),
     "Krea2Transformer2DModel": (
         {
             "in_channels": 4, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -325,53 +158,6 @@ CASES = {
             "encoder_hidden_states": rand(B, 9, 3, 16),
             "timestep": time(0.5),
             "position_ids": torch.cat([torch.zeros(9, 3), ids(1, 5, 7)]),
-        },
-    ),
-    "LTXVideoTransformer3DModel": (
-        {
-            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
-            "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 3,
-            "caption_channels": 16,
-        },
-        lambda: {
-            "hidden_states": rand(B, 30, 4),
-            "encoder_hidden_states": rand(B, 7, 16),
-            "timestep": time(),
-            "encoder_attention_mask": valid(7, 7, 4).long(),
-            "num_frames": 2, "height": 5, "width": 3,
-        },
-    ),
-    "LTX2VideoTransformer3DModel": (
-        {
-            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
-            "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2,
-            "caption_channels": 16, "audio_in_channels": 4, "audio_out_channels": 4,
-            "audio_num_attention_heads": 2, "audio_attention_head_dim": 8,
-            "audio_cross_attention_dim": 16,
-        },
-        lambda: {
-            "hidden_states": rand(B, 30, 4),
-            "audio_hidden_states": rand(B, 9, 4),
-            "encoder_hidden_states": rand(B, 7, 16),
-            "audio_encoder_hidden_states": rand(B, 7, 16),
-            "timestep": time(),
-            "encoder_attention_mask": valid(7, 7, 4).long(),
-            "audio_encoder_attention_mask": valid(7, 7, 4).long(),
-            "num_frames": 2, "height": 5, "width": 3, "audio_num_frames": 9,
-        },
-    ),
-    "LatteTransformer3DModel": (
-        {
-            "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4,
-            "out_channels": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2,
-            "caption_channels": 16, "cross_attention_dim": 32, "norm_type": "ada_norm_single",
-            "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000, "video_length": 2,
-            "attention_bias": True,
-        },
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 8, 8),
-            "timestep": time(),
-            "encoder_hidden_states": rand(B, 7, 16),
         },
     ),
     "Lumina2Transformer2DModel": (
@@ -401,19 +187,6 @@ CASES = {
             "encoder_mask": valid(7, 7, 4),
             "image_rotary_emb": torch.polar(torch.ones(8, 8, 8), rand(8, 8, 8)),
             "cross_attention_kwargs": {},
-        },
-    ),
-    "MochiTransformer3DModel": (
-        {
-            "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3,
-            "pooled_projection_dim": 8, "in_channels": 4, "text_embed_dim": 16,
-            "time_embed_dim": 8, "max_sequence_length": 9,
-        },
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 10, 6),
-            "encoder_hidden_states": rand(B, 9, 16),
-            "timestep": time(),
-            "encoder_attention_mask": valid(9, 9, 5),
         },
     ),
     "OmniGenTransformer2DModel": (
@@ -486,20 +259,6 @@ CASES = {
             "timestep": time(),
         },
     ),
-    "SanaVideoTransformer3DModel": (
-        {
-            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
-            "attention_head_dim": 12, "num_layers": 3, "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16,
-            "sample_size": 10,
-        },
-        lambda: {
-            "hidden_states": rand(B, 4, 2, 10, 6),
-            "encoder_hidden_states": rand(B, 7, 16),
-            "timestep": time(),
-        },
-    ),
-    "SkyReelsV2Transformer3DModel": (WAN, wan),
     "StableAudioDiTModel": (
         {
             "sample_size": 35, "in_channels": 4, "num_layers": 3, "attention_head_dim": 16,
@@ -515,13 +274,6 @@ CASES = {
             "rotary_embedding": (rand(36, 8).cos(), rand(36, 8).sin()),
         },
     ),
-    "WanVACETransformer3DModel": (
-        {**WAN, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 6},
-        lambda: wan(
-            control_hidden_states=rand(B, 6, 2, 10, 6),
-            control_hidden_states_scale=torch.ones(2),
-        ),
-    ),
     "ZImageTransformer2DModel": (
         {
             "in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2,
@@ -534,12 +286,3 @@ CASES = {
         },
     ),
 }  # fmt: skip
-
-
-def allegro_rope():
-    """Tables and positions as its pipeline makes them."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
-
-    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(24, ((0, 0), (5, 3)), (5, 3), 2)
-    positions = torch.cartesian_prod(t.long(), h.long(), w.long())
-    return tables, positions.T.reshape(3, 1, -1)
