@@ -298,7 +298,7 @@ def test_a_comparison_that_cannot_be_made_is_still_reported(
     assert report["ssim"] is None and unknown == (size is None)
     assert ("not finite" if size is None else "11 x 11") in report["notes"][0]
     page = (out / "report.html").read_text()
-    assert page.index("<h2>Notes</h2>") < page.index("speed-up")
+    assert page.index("<h2>Notes</h2>") < page.index('class="fo-speed"')
 
 
 @pytest.mark.parametrize("compiles", [True, False])

@@ -1,21 +1,22 @@
 """Metrics against known values; the report complete, self-contained, escaped, all or nothing."""
 
+import base64
 import io
 import json
 import math
 import os
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from pages import Page
 from PIL import Image
 from rich.console import Console
 
 import flashomni
 from flashomni.cli._common import command_line
-from flashomni.lab import metrics, report, viz
+from flashomni.lab import metrics, report, sheets, viz
 from flashomni.models import adapters
 from flashomni.symbols import Grid, Symbols
 
@@ -111,30 +112,77 @@ def test_json(comparison):
     json.dumps([data, same], allow_nan=False)
 
 
-class Page(HTMLParser):
-    """Collects what a browser would load or run."""
-
-    def __init__(self):
-        super().__init__()
-        self.loads, self.tags = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href")]
-
-
 def test_report_is_complete_and_self_contained(comparison, tmp_path):
-    """All files; five pictures inside the page, nothing loaded, the prompt escaped."""
+    """All files; the page holds its pictures, loads nothing, and what was typed is no markup."""
     path = report.write_report(comparison, tmp_path / "deep" / "out")
     names = {file.name for file in path.parent.iterdir()}
     assert {"report.html", "report.json", "density.png", "steps.png"} <= names
     assert {"dense.png", "accelerated.png", "difference.png"} <= names
     assert ("dense.webp" in names) == (len(comparison.dense) > 1)
     assert not any(name.startswith(".") for name in names)
-    page = Page()
-    page.feed(path.read_text())
-    assert "script" not in page.tags and page.tags.count("img") == 5
-    assert all(load.startswith("data:image/") for load in page.loads)
+    page = Page.of(path.read_text())
+    page.check_self_contained()
+    assert page.text("p.fo-prompt") == [comparison.prompt]
+    flip = metrics.why_no_flip() is None and len(comparison.dense) == 1
+    assert page.tags["img"] == (4 if flip else 3)
+    assert page.text("h2") == [
+        "Step by step", "Operation by operation", "Where the time went", "To do it again",
+    ]  # fmt: skip
+
+
+def test_the_page_opens_with_what_was_asked(comparison, tmp_path):
+    """Warnings, the two results and a slider, the speed-up and every figure: in this order."""
+    odd = replace(comparison, summary=replace(comparison.summary, notes=["<i>odd</i>"] * 6))
+    page = Page.of(report.write_report(odd, tmp_path).read_text())
+    assert page.text("li")[:6] == ["<i>odd</i>"] * 6 and "2 more" in page.text("summary")
+    order = ["fo-notes", "fo-viewer", "fo-slider", "fo-speed", "fo-race", "fo-timeline", "fo-ops"]
+    found = [name for name in page.classes if name in order]
+    assert list(dict.fromkeys(found)) == order
+    figures = dict(zip(page.text("dt"), page.text("dd"), strict=True))
+    data = json.loads((tmp_path / "report.json").read_text())
+    names = dict(report.headline(data))
+    told = {name: figures[key] for name in names for key in figures if key.startswith(name)}
+    assert told == {k: v for k, v in names.items() if k not in ("dense", "accelerated", "speed-up")}
+    assert page.text(".fo-speed")[0].startswith("2.00x")
+
+
+def test_sliders_have_names_and_ends(comparison, tmp_path):
+    """Native ranges, which a keyboard moves; frames only where there are several."""
+    page = Page.of(report.write_report(comparison, tmp_path).read_text())
+    ranges = [found for found in page.elements["input"] if found["type"] == "range"]
+    frames = len(comparison.dense)
+    assert [r["max"] for r in ranges] == ["100"] + [str(frames - 1)] * (frames > 1)
+    assert all(found["aria-label"] for found in ranges)
+    assert all("aria-pressed" in b for b in page.elements["button"] if "data-mode" in b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((1, 24, 32), 1), ((5, 16, 24), 5), ((64, 16, 16), 64), ((70, 16, 16), 64), ((3, 16, 256), 3)],
+)
+def test_sheets_hold_their_frames(shape, kept):
+    """Each frame is where the page looks for it, the first and the last among them."""
+    frames, height, width = shape
+    grey = torch.linspace(0, 1, frames).view(-1, 1, 1, 1).expand(-1, 3, height, width)
+    sheet = sheets.sheets({"a": grey})["a"]
+    assert sheet.frames == kept and (sheet.width, sheet.height) == (width, height)
+    assert sheet.columns * sheet.rows >= kept > sheet.columns * (sheet.rows - 1)
+    content = base64.b64decode(sheet.uri.partition(",")[2])
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.size == (sheet.columns * width, sheet.rows * height)
+        for i in (0, kept // 2, kept - 1):
+            at = i % sheet.columns * width + width // 2, i // sheet.columns * height + height // 2
+            shown = sheets.picked(frames, sheets.FRAMES)[i]
+            assert picture.convert("RGB").getpixel(at)[0] == round(255 * float(grey[shown].mean()))
+
+
+def test_sheets_are_bounded(monkeypatch):
+    """What is too large is compressed, then scaled: noise too stays within the bytes."""
+    monkeypatch.setattr(sheets, "BYTES", 20_000)
+    monkeypatch.setattr(sheets, "PIXELS", 200 * 200)
+    sheet = sheets.sheets({"a": torch.rand(7, 3, 160, 240)})["a"]
+    assert sheet.columns * sheet.width * sheet.rows * sheet.height <= 200 * 200
+    assert len(base64.b64decode(sheet.uri.partition(",")[2])) <= 20_000
 
 
 def test_a_report_says_how_to_make_it_again(comparison, tmp_path):

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT = {
     "registry": set(),
     "util": set(),
+    "page": set(),
     "flatten": set(),
     "triton_host": set(),
     "dispatch": {"registry", "flatten"},
@@ -28,13 +29,15 @@ MAY_IMPORT = {
     "policies": {"registry", "symbols"},
     "kernels": {"dispatch", "flatten", "triton_host", "symbols"},
     "parallel": {"symbols"},
-    "engine": {"registry", "util", "dispatch", "symbols", "policies", "kernels", "parallel"},
+    "engine": {
+        "registry", "util", "page", "dispatch", "symbols", "policies", "kernels", "parallel",
+    },
     "models": {"registry", "util", "dispatch", "symbols", "kernels", "engine", "parallel"},
     "compat": {"dispatch", "symbols", "kernels"},
     "attention": {"compat"},
     "lab": {
-        "registry", "util", "dispatch", "symbols", "policies", "kernels", "parallel", "engine",
-        "models",
+        "registry", "util", "page", "dispatch", "symbols", "policies", "kernels", "parallel",
+        "engine", "models",
     },
     "tuning": {"util", "policies", "engine", "models", "lab"},
     "studio": {"util", "policies", "engine", "models", "lab", "tuning"},

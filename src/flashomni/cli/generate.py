@@ -104,7 +104,7 @@ def _run(work: Work, chosen: Recipe, place: Place, compare: bool, out: Path) -> 
     with status(f"loading {model}"):
         quiet()
         from flashomni.lab import zoo
-        from flashomni.lab.generation import Generation
+        from flashomni.lab.generation import Generation, errors_by_step
         from flashomni.lab.versions import versions
 
         loaded = zoo.load(model, target, pick_dtype(work.dtype, target))
@@ -121,6 +121,7 @@ def _run(work: Work, chosen: Recipe, place: Place, compare: bool, out: Path) -> 
         generation.warm_up()
         compiling = generation.compile_kernels(chosen, lambda: bar("warm-up"), backend)
         dense = generation.dense(bar("dense")) if compare else None
+        latents = generation.latents
         pixels, seconds, summary = generation.accelerated(chosen, bar(chosen.name), backend)
     if place.size > 1:
         summary = _of_all(summary, seconds)
@@ -154,6 +155,7 @@ def _run(work: Work, chosen: Recipe, place: Place, compare: bool, out: Path) -> 
         versions=versions(target),
         seconds_warm_up=compiling,
         command=command_line(),
+        errors_by_step=errors_by_step(latents, generation.latents),
     )
     with status("writing the report"):
         _write_report(comparison, out)

@@ -89,6 +89,9 @@ class Call:
 
     def settle(self) -> None:
         """The last block has run: what was recorded is what the next steps dispatch from."""
+        did = [plan.sparse for plan in self.plans]  # a replayed call is settled by its recording
+        words = ("chooses", "refreshes")
+        self.record.does = tuple(word for word in words if any(getattr(x, word) for x in did))
         if self.settled:
             return
         self.settled = True

@@ -248,14 +248,14 @@ class Runtime:
         for plan, group in zip(call.plans, branch.groups, strict=False):  # arranged since, maybe
             if plan.kind is not StepKind.DISPATCH and call.record.layers:
                 group.computed.append(plan.step)
-        branch.measured()
+        miss = branch.measured()
         branch.send()
         schedule = self.recipe.schedule
         if schedule.learns and call.tick.leads and StepKind.DISPATCH not in call.kinds:
             tensor = first_tensor(output)
             if tensor is not None:
                 schedule.learn(tensor, call.signals())
-        generation.trace.saw_bytes(*generation.nbytes())
+        generation.trace.ended(call.record, miss, *generation.nbytes())
         is_last = call.tick.step == call.tick.num_steps - 1
         if is_last:
             branch.end()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +16,11 @@ from torch import Tensor
 from flashomni.engine.groups import Division
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
+from flashomni.engine.state.cache import Fraction
+from flashomni.util.files import write_text
 from flashomni.util.stopwatch import Stopwatch
 
+BYPASS = StepKind.BYPASS.value
 OPS = ("qkv", "attention", "gemm_q", "gemm_o", "mlp")
 Number = float | Tensor
 
@@ -56,7 +62,12 @@ class LayerRecord:
 
 @dataclass
 class StepRecord:
-    """One call of the model."""
+    """One call of the model.
+
+    ``kept`` is what caches hold behind it, on the compute device and in host memory, ``allocated``
+    what tensors hold on a GPU; ``does`` is what it did with columns of the symbols; ``miss`` is
+    what its forecasts would have been off by, read when somebody asks for the summary.
+    """
 
     step: int
     kind: str
@@ -64,6 +75,15 @@ class StepRecord:
     watch: Stopwatch
     num_steps: int = 0
     layers: list[LayerRecord] = field(default_factory=list)
+    kept: tuple[int, int] = (0, 0)
+    allocated: int | None = None
+    does: tuple[str, ...] = ()
+    miss: Fraction | None = None
+
+    def forecast_error(self) -> float | None:
+        """A finite number, or ``None``; waits for the device."""
+        error = math.nan if self.miss is None else self.miss.read()
+        return error if math.isfinite(error) else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,12 @@ class Summary:
         recipe: the recipe as a dict.
         steps: ``{step, branch, kind, seconds, q_density, kv_density, layer_kinds}`` for each call
             of the model; densities and kinds per layer, 0, 0 and "bypass" for a layer that was
-            cached whole; and ``transformer``, its component, where several share a pipeline.
+            cached whole; and ``transformer``, its component, where several share a pipeline. Also
+            ``executed``, the share of each layer's FLOPs, ``cache_bytes`` and
+            ``cache_bytes_host`` behind the call, ``allocated_bytes`` of all tensors on a GPU
+            (``None`` elsewhere), ``does`` ("chooses", "refreshes": what became of the columns that
+            attention visits), and ``forecast_error``, the norm of what forecasts missed by that of
+            what they are of, where the schedule measures it (else ``None``).
         layers: names of the layers.
         seconds_by_kind: ``{kind: {count, total, median}}``.
         flops_dense: FLOPs of the dense transformer blocks by op, over all steps.
@@ -115,6 +140,42 @@ class Summary:
         """
         dense = self.flops_dense["attention"]
         return self.flops_executed["attention"] / dense if dense else 0.0
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as a text, as JSON or as a page, by the suffix; whole or not at all.
+
+        Args:
+            path: of a ``.txt``, ``.json`` or ``.html`` file. JSON has a number that is not finite
+                as null.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: another suffix.
+            OSError: it cannot be written; an older file is untouched.
+        """
+        path, forms = Path(path), {".txt": self._text, ".json": self._json, ".html": self._page}
+        if path.suffix.lower() not in forms:
+            raise ValueError(f"path must end with {', '.join(forms)}, got {str(path)!r}")
+        return write_text(path, forms[path.suffix.lower()]())
+
+    def _text(self) -> str:
+        return f"{self}\n"
+
+    def _json(self) -> str:
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False) + "\n"
+
+    def _page(self) -> str:
+        from flashomni.page.parts import summary_page  # not needed to generate
+
+        return summary_page(finite(self.to_dict()))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from flashomni.page.parts import summary_fragment
+
+        return summary_fragment(finite(self.to_dict()))
 
     def __str__(self) -> str:
         lines = [
@@ -161,7 +222,10 @@ class Trace:
         self.steps.append(record)
         return record
 
-    def saw_bytes(self, device: int, host: int) -> None:
+    def ended(self, record: StepRecord, miss: Fraction | None, device: int, host: int) -> None:
+        """A call is over: what forecasts missed in it, and the bytes that caches hold behind it."""
+        record.kept, record.miss = (device, host), miss
+        record.allocated = record.watch.allocated()
         self.cache_bytes = max(self.cache_bytes, device)
         self.cache_bytes_host = max(self.cache_bytes_host, host)
 
@@ -221,10 +285,15 @@ class Trace:
         if recipe.guidance.acts and len({record.branch for record in self.steps}) == 1:
             notes["guidance: the model was called once a step, so no branch was left out"] = None
         for record in self.steps:
+            shares = []
             for layer in record.layers:
+                whole = done = 0.0
                 for op, flops, share in layer.ops:
+                    part = flops * float(share)
                     dense[op] += flops
-                    executed[op] += flops * float(share)
+                    executed[op] += part
+                    whole, done = whole + flops, done + part
+                shares.append(done / whole if whole else float(layer.kind != BYPASS))
                 for note in layer.notes():
                     notes[f"{layer.name}: {note}"] = None
             steps.append(
@@ -236,6 +305,12 @@ class Trace:
                     "q_density": [float(layer.q_density) for layer in record.layers],
                     "kv_density": [float(layer.kv_density) for layer in record.layers],
                     "layer_kinds": [layer.kind for layer in record.layers],
+                    "executed": shares,
+                    "does": list(record.does),
+                    "forecast_error": record.forecast_error(),
+                    "cache_bytes": record.kept[0],
+                    "cache_bytes_host": record.kept[1],
+                    "allocated_bytes": record.allocated,
                 }
             )
         total = sum(dense.values())
@@ -267,3 +342,12 @@ def seconds_by_kind(steps: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
         }
         for kind, times in seconds.items()
     }
+
+
+def finite(value: Any) -> Any:
+    """JSON values with ``None`` for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

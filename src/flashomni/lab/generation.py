@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from flashomni.util.words import one_line
 OnStep = Callable[[int, int], None]
 Look = Callable[[int, Tensor | None], None]
 COMPILE_STEPS = 8
+LATENTS = 256 * 2**20  # bytes of a run's latents that may stay on the device
 SHORT = 30.0  # seconds: of a generation so short, the first two are left out
 OFTEN = {"interval": 2, "warmup": 0.0, "min_steps": 0}
 
@@ -28,6 +30,23 @@ def frames(output: Any) -> Tensor:
     """A pipeline's ``pt`` output as fp32 ``[F, 3, H, W]`` in [0, 1]; F = 1 for a picture."""
     pixels = output.frames[0] if hasattr(output, "frames") else output.images[:1]
     return pixels.detach().float().clamp(0, 1).cpu()
+
+
+def errors_by_step(reference: list[Tensor], latents: list[Tensor]) -> list[float | None]:
+    """How far a run is from another behind each step; empty where they cannot be compared.
+
+    Args:
+        reference: latents of the stock pipeline behind each step.
+        latents: of the accelerated one.
+
+    Returns:
+        The norm of the difference by that of the reference; ``None`` where it is not finite.
+    """
+    if [x.shape for x in reference] != [x.shape for x in latents]:
+        return []
+    pairs = zip(reference, latents, strict=True)
+    found = [float((y.float() - x.float()).norm() / x.float().norm()) for x, y in pairs]
+    return [value if math.isfinite(value) else None for value in found]
 
 
 class Generation:
@@ -58,6 +77,7 @@ class Generation:
         self.pipe.set_progress_bar_config(disable=True)
         self.seconds = float("inf")  # of a stock generation, about
         self.look: Look | None = None  # at the latents after each step; its time does not count
+        self.latents: list[Tensor] = []  # behind each step of the last run; none if they are large
 
     @property
     def num_steps(self) -> int:
@@ -69,10 +89,14 @@ class Generation:
 
     def run(self, on_step: OnStep) -> tuple[Tensor, float]:
         """Run the pipeline once; return its frames and the seconds it took, all included."""
-        aside = 0.0
+        aside, latents = 0.0, []  # type: tuple[float, list[Tensor]]
+        self.latents = latents
 
         def callback(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
             nonlocal aside
+            now = kwargs.get("latents")
+            if now is not None and now.nbytes * self.num_steps <= LATENTS:
+                latents.append(now.clone())
             on_step(step + 1, getattr(pipe, "_num_timesteps", None) or self.num_steps)
             if self.look is not None:
                 self._wait()

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
+import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from flashomni.engine import Summary
 from flashomni.lab import metrics, viz
-from flashomni.lab.pages import page
+from flashomni.lab.sheets import images, picked, sheets
+from flashomni.page import document, escaped, parts, warnings
+from flashomni.page.viewer import viewer
 from flashomni.util.files import published, write_bytes, write_text
 from flashomni.util.words import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from PIL.Image import Image
     from rich.console import Console
 
@@ -39,6 +38,14 @@ STRIP_FRAMES = 8
 TABLE_NOTES = 5  # a LoRA on every layer makes a note a layer: the terminal shows the first
 FRAMES_PER_SECOND = 12
 UNKNOWN = "not known"
+MEANINGS = {
+    "PSNR": "of pixels; higher is closer",
+    "SSIM": "structure; 1 is equal",
+    "FLIP": "visible difference; 0 is none",
+    "largest difference": "of one channel of one pixel",
+    "attention spent, of dense": "over all steps",
+    "cache, peak": "what acceleration keeps on the device",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Comparison:
         versions: of what took part.
         seconds_warm_up: what kernels took to compile before anything was timed; 0 on a CPU.
         command: that made it, if one did.
+        errors_by_step: how far the accelerated latents are from the dense ones behind each step,
+            the norm of the difference by that of the dense; empty where it is not known.
     """
 
     model: str
@@ -74,6 +83,7 @@ class Comparison:
     versions: dict[str, str]
     seconds_warm_up: float = 0.0
     command: str = ""
+    errors_by_step: list[float | None] = field(default_factory=list)
 
     @property
     def speedup(self) -> float:
@@ -107,6 +117,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "psnr_db": distance.psnr_db,
         "identical": distance.identical,
         "ssim": distance.ssim,
+        "flip": _flip(c) if distance.max_abs_diff is not None else None,
         "max_abs_diff": distance.max_abs_diff,
         "flops_skipped": s.flops_skipped,
         "attention_spent": s.attention_spent,
@@ -118,16 +129,26 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "prompt": c.prompt,
         "seed": c.seed,
         "call": c.call,
+        "errors_by_step": c.errors_by_step,
         "frames": len(c.dense),
         "height": c.dense.shape[2],
         "width": c.dense.shape[3],
         "transformer": s.model,
         "layers": s.layers,
         "steps": s.steps,
+        "tier": s.tier,
         "versions": c.versions,
         "command": c.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _flip(comparison: Comparison) -> float | None:
+    """Of some frames: it takes about a second for each of a million pixels."""
+    if metrics.why_no_flip() is not None:
+        return None
+    some = picked(len(comparison.dense), STRIP_FRAMES)
+    return metrics.flip(comparison.dense[some], comparison.accelerated[some])
 
 
 def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
@@ -143,7 +164,8 @@ def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed-up", f"{data['speedup']:.2f}x"),
         ("PSNR", psnr),
         ("SSIM", known("ssim", "{:.4f}")),
-        ("largest difference", known("max_abs_diff", "{:.2e}")),
+        ("FLIP", known("flip", "{:.4f}")),
+        ("largest difference", known("max_abs_diff", "{:.3g}")),
         ("FLOPs skipped (transformer blocks)", f"{data['flops_skipped']:.1%}"),
         ("attention spent, of dense", f"{data['attention_spent']:.3f}"),
         ("cache, peak", f"{data['cache_bytes'] / 2**20:.1f} MiB"),
@@ -156,26 +178,8 @@ def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def phases(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows (kind, calls, seconds, median ms, mean ms, mean against dense).
-
-    The ratio is of means: Dispatches are of two sorts (sparse, or cached whole), and the median
-    sees only the commoner one. It is empty if no dense call was timed.
-    """
-    means = {
-        kind: figures["total"] / figures["count"] if figures["count"] else 0.0
-        for kind, figures in data["seconds_by_kind"].items()
-    }
-    return [
-        (
-            kind,
-            f"{figures['count']:.0f}",
-            f"{figures['total']:.2f}",
-            f"{figures['median'] * 1e3:.1f}",
-            f"{means[kind] * 1e3:.1f}",
-            f"{means['dense'] / means[kind]:.2f}x" if means["dense"] and means[kind] else "",
-        )
-        for kind, figures in data["seconds_by_kind"].items()
-    ]
+    """Rows of the table of calls; see :func:`flashomni.page.parts.calls`."""
+    return parts.calls(data["seconds_by_kind"])
 
 
 def flops(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -231,19 +235,14 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
 def _write_files(comparison: Comparison, folder: Path) -> None:
     data = to_json(comparison)
     gap, factor = viz.difference(comparison.dense, comparison.accelerated)
-    pictures = {
-        "dense": _save_frames(comparison.dense, folder / "dense"),
-        "accelerated": _save_frames(comparison.accelerated, folder / "accelerated"),
-        "difference": _save_frames(gap, folder / "difference"),
-        "density": viz.save_figure(viz.density_maps(comparison.summary), folder / "density.png"),
-        "steps": viz.save_figure(
-            viz.step_times(comparison.summary, comparison.dense_call_seconds),
-            folder / "steps.png",
-        ),
-    }
+    results = {"dense": comparison.dense, "accelerated": comparison.accelerated}
+    for name, pixels in {**results, "difference": gap}.items():
+        _save_frames(pixels, folder / name)
+    viz.save_figure(viz.density_maps(comparison.summary), folder / "density.png")
+    times = viz.step_times(comparison.summary, comparison.dense_call_seconds)
+    viz.save_figure(times, folder / "steps.png")
     write_text(folder / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
-    page = _page(data, {name: viz.data_uri(path) for name, path in pictures.items()}, factor)
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", _page(data, comparison, gap, factor))
 
 
 def keep_pictures(pictures: dict[str, Tensor], folder: str | Path) -> Path:
@@ -269,34 +268,25 @@ def save_picture(pixels: Tensor, stem: str | Path) -> Path:
     return _save_frames(pixels, Path(stem))
 
 
-def _images(pixels: Tensor) -> list[Image]:
-    from PIL import Image
-
-    pixels = pixels.nan_to_num(0.0, 0.0, 0.0)  # black; metrics refuse such pictures
-    array = (pixels.permute(0, 2, 3, 1) * 255).round().numpy().astype(np.uint8)
-    return [Image.fromarray(frame) for frame in array]
-
-
 def _save_frames(pixels: Tensor, stem: Path) -> Path:
     """A picture as PNG; a video as an animation, and some of its frames side by side as PNG."""
     from PIL import Image
 
-    images = _images(pixels)
-    if len(images) == 1:
-        return _save(images[0], stem.with_suffix(".png"), format="PNG")
-    count = min(STRIP_FRAMES, len(images))  # a short video shows each frame once
-    picked = [images[i] for i in np.linspace(0, len(images) - 1, count).round().astype(int)]
-    width, height = images[0].size
-    strip = Image.new("RGB", (width * len(picked), height))
-    for i, frame in enumerate(picked):
+    frames = images(pixels)
+    if len(frames) == 1:
+        return _save(frames[0], stem.with_suffix(".png"), format="PNG")
+    shown = [frames[i] for i in picked(len(frames), STRIP_FRAMES)]
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(shown), height))
+    for i, frame in enumerate(shown):
         strip.paste(frame, (i * width, 0))
     _save(strip, stem.with_suffix(".png"), format="PNG")
     return _save(
-        images[0],
+        frames[0],
         stem.with_suffix(".webp"),
         format="WEBP",
         save_all=True,
-        append_images=images[1:],
+        append_images=frames[1:],
         duration=1000 // FRAMES_PER_SECOND,
         loop=0,
         quality=90,
@@ -309,33 +299,58 @@ def _save(image: Image, path: Path, **options: Any) -> Path:
     return write_bytes(path, buffer.getvalue())
 
 
-def _page(data: dict[str, Any], pictures: dict[str, str], factor: float) -> str:
-    """Fill the template. Everything that a user typed is escaped."""
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in data["notes"])
-    recipe = json.dumps(data["recipe"], indent=2)
-    return page(
-        "report",
-        pictures,
-        title=html.escape(f"{data['model']}, recipe {data['recipe']['name']}"),
-        prompt=html.escape(data["prompt"]),
-        headline="".join(
-            f"<div class=figure><b>{html.escape(value)}</b>{html.escape(name)}</div>"
-            for name, value in headline(data)
-        ),
-        factor=f"{factor:g}",
-        phases=_rows(phases(data)),
-        flops=_rows(flops(data)),
-        notes=f"<h2>Notes</h2><ul>{notes}</ul>" if notes else "",
-        command=f"<pre>{html.escape(data['command'])}</pre>" if data["command"] else "",
-        recipe=html.escape(recipe),
-        versions=_rows(data["versions"].items()),
-        created=html.escape(data["created"]),
-        seed=data["seed"],
-        call=html.escape(json.dumps(data["call"])),
+def _page(data: dict[str, Any], comparison: Comparison, gap: Tensor, factor: float) -> str:
+    """The whole page; everything that a user typed is escaped."""
+    calls = comparison.dense_call_seconds
+    kind = "video" if data["frames"] > 1 else "picture"
+    frames = f", {data['frames']} frames" if data["frames"] > 1 else ""
+    call = ", ".join(f"{name} {value}" for name, value in data["call"].items())
+    return document(
+        f"{data['model']}, recipe {data['recipe']['name']}",
+        f'<header class="fo-brand"><b>FlashOmni</b><span>{escaped(data["created"][:10])}</span>'
+        f"</header><h1>{escaped(data['model'])} <span>· {escaped(data['recipe']['name'])}</span>"
+        f'</h1><p class="fo-prompt">{escaped(data["prompt"])}</p>{warnings(data["notes"])}'
+        f'<div class="fo-hero">{_results(comparison, gap, factor)}{_verdict(data)}</div>'
+        + parts.by_step(data, statistics.median(calls) if calls else None, data["errors_by_step"])
+        + parts.by_op(data)
+        + parts.again(data)
+        + f"<footer>One {kind} of {data['width']} x {data['height']} pixels{frames}; seed "
+        f"{data['seed']}; {escaped(call)}; {escaped(data['transformer'])} "
+        f"({escaped(data['tier'])}); {escaped(data['created'])}</footer>",
     )
 
 
-def _rows(rows: Iterable[tuple[str, ...]]) -> str:
-    return "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+def _results(comparison: Comparison, gap: Tensor, factor: float) -> str:
+    """Both results, their difference, and where it is visible."""
+    results = {
+        "dense": comparison.dense,
+        "accelerated": comparison.accelerated,
+        "Difference": gap,
+    }
+    notes = {"Difference": f"Absolute difference, amplified {factor:g} times"}
+    finite = all(bool(x.isfinite().all()) for x in (comparison.dense, comparison.accelerated))
+    if finite and metrics.why_no_flip() is None and len(comparison.dense) == 1:
+        results["FLIP"] = viz.heat(metrics.flip_map(comparison.dense, comparison.accelerated))
+        notes["FLIP"] = "FLIP: how visible the difference is to somebody who alternates both"
+    found = sheets(results)
+    dense, accelerated = found.pop("dense"), found.pop("accelerated")
+    rate = FRAMES_PER_SECOND * dense.frames / len(comparison.dense)
+    return viewer(dense, accelerated, found, notes, rate)
+
+
+def _verdict(data: dict[str, Any]) -> str:
+    """What the reader came for: how much faster, and what it cost."""
+    times = [
+        ("dense", data["seconds_dense"], False),
+        ("accelerated", data["seconds_accelerated"], True),
+    ]
+    rest = [
+        (name, value, MEANINGS.get(name, ""))
+        for name, value in headline(data)
+        if name not in ("dense", "accelerated", "speed-up")
+    ]
+    return (
+        f'<div class="fo-verdict"><div class="fo-speed">{data["speedup"]:.2f}x'
+        "<small>as fast as the stock pipeline, the whole call</small></div>"
+        f"{parts.race(times)}{parts.figures(rest)}</div>"
     )

@@ -159,6 +159,14 @@ def difference(reference: Tensor, image: Tensor) -> tuple[Tensor, float]:
     return (gap * factor).clamp(0, 1), factor
 
 
+def heat(values: Tensor) -> Tensor:
+    """``[F, H, W]`` in [0, 1] as colours ``[F, 3, H, W]``: black is 0."""
+    from matplotlib import colormaps
+
+    colours = colormaps["magma"](values.numpy())[..., :3]
+    return torch.from_numpy(colours).permute(0, 3, 1, 2).float()
+
+
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()

@@ -123,4 +123,4 @@ def _pictures(folder: Path, point: Point) -> str:
         "computed steps</figcaption></figure>"
         for kind, path in shown
     )
-    return f'<div class="pictures">{figures}</div>'
+    return f'<div class="fo-pictures">{figures}</div>'

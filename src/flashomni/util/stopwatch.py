@@ -12,7 +12,7 @@ class Stopwatch:
     """Seconds between start and stop; on CUDA by events, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda, self._device = device.type == "cuda", device
         self._start, self._stop = self._now(), None
 
     def _now(self) -> Any:
@@ -32,3 +32,7 @@ class Stopwatch:
             return self._stop - self._start
         self._stop.synchronize()
         return self._start.elapsed_time(self._stop) / 1e3
+
+    def allocated(self) -> int | None:
+        """Bytes of all tensors on the GPU, by the allocator's own books; ``None`` elsewhere."""
+        return torch.cuda.memory_allocated(self._device) if self._cuda else None

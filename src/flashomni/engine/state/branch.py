@@ -141,15 +141,21 @@ class Branch:
         if index < len(self.layers):
             self.layers[index].prefetch(stores)
 
-    def measured(self) -> None:
-        """An Update is over: send what its forecasts were off by on its way to the host."""
+    def measured(self) -> Fraction | None:
+        """A call is over: send what its forecasts were off by on its way to the host.
+
+        Returns:
+            That number, if it was an Update of which it is measured.
+        """
         all_kept: list[Spans | Output] = [*(group.spans for group in self.groups), self.output]
         misses = [miss for kept in all_kept for miss in kept.misses]
         for kept in all_kept:
             kept.misses = []
-        if misses:
-            off, true = (torch.stack(values).sum() for values in zip(*misses, strict=True))
-            self.error = Fraction((off / true).sqrt())
+        if not misses:
+            return None
+        off, true = (torch.stack(values).sum() for values in zip(*misses, strict=True))
+        self.error = Fraction((off / true).sqrt())
+        return self.error
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes kept on the compute device and on the host."""

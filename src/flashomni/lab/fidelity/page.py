@@ -212,7 +212,8 @@ def _picture(uri: str) -> str:
         return ""
     return (
         "<h2>Differences that are seen</h2><p>FLIP of each pixel, 0 black to 1 yellow.</p>"
-        f'<div class="scroll"><img class="plot" src="{uri}" alt="maps of FLIP"></div>'
+        f'<div class="fo-scroll" tabindex=0><img class="fo-plot" src="{uri}" alt="maps of FLIP">'
+        "</div>"
     )
 
 
