@@ -153,7 +153,7 @@ def test_lanes_are_what_is_known(summary):
         "time", "layers", "key blocks", "cache",
     ]  # fmt: skip
     assert "error" in lanes(errors=[0.01 * i for i in range(8)])
-    assert "dense --- 2.00 s" in timeline(data, dense_seconds=2.0)
+    assert "dashed: dense, 2.00 s" in timeline(data, dense_seconds=2.0)
     kinds = {kind for step in data["steps"] for kind in step["layer_kinds"]}
     keys = Page.of(timeline(data)).elements["i"]
     assert {f"fo-{kind}" for kind in kinds} <= {name for a in keys for name in a["class"].split()}

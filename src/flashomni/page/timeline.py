@@ -157,7 +157,7 @@ def _seconds(steps: Sequence[Mapping[str, Any]], dense: float | None) -> str:
     label = f"seconds of each call: {min(times):.3g} to {max(times):.3g}"
     plot = _svg(len(steps), 100, "".join(bars), label) + line
     below = f"up to {in_seconds(max(times))}" + (
-        f"; dense --- {in_seconds(dense)}" if dense else ""
+        f"; dashed: dense, {in_seconds(dense)}" if dense else ""
     )
     return _lane("time", below, plot, "6.5rem")
 

@@ -68,9 +68,9 @@ def viewer(
         f'<div class="fo-modes" role=group aria-label="View">{buttons}</div>'
         '<div class="fo-stage"><div class="fo-pair">'
         f'<figure class="fo-dense">{_frame(dense, "dense result")}'
-        "<figcaption>Dense, the stock pipeline</figcaption></figure>"
+        "<figcaption>Dense</figcaption></figure>"
         f'<figure class="fo-fast">{_frame(accelerated, "accelerated result")}'
-        "<figcaption>Accelerated, same seed and steps</figcaption></figure>"
+        "<figcaption>Accelerated</figcaption></figure>"
         '<i class="fo-handle" aria-hidden=true></i>'
         '<input class="fo-slider" type=range min=0 max=100 step=1 value=50 '
         'aria-label="Where dense ends and accelerated begins">'
