@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# Tests of portable kernels: to import the others takes longer than many a kernel.
+INTERPRETED = $(shell grep -lE 'with_gpu_marks|mark\.triton' tests/unit/test_*.py)
+
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
@@ -35,7 +38,7 @@ unit: $(STAMP)  ## every test that runs here, those of the built wheels among th
 	$(PYTEST)
 
 interpret: $(STAMP)  ## the portable kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) -m triton tests/unit
+	TRITON_INTERPRET=1 $(PYTEST) -m triton $(INTERPRETED)
 
 compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton, without a GPU
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/newest triton==$(NEWEST_TRITON)
