@@ -66,7 +66,7 @@ serve: $(SERVE_STAMP)  ## a server of the small model on port 8000, until it is 
 	PATH="$(abspath $(SERVE_BIN)):$$PATH" $(SERVE_BIN)/serve run flashomni.serve:app $(ARGS)
 
 serve-test: $(SERVE_STAMP)  ## a real server: replicas, load, a replica that is killed
-	$(SERVE_BIN)/python -m pytest tests/serve
+	$(SERVE_BIN)/python -m pytest --confcutdir tests/serve tests/serve
 
 $(SERVE_STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(SERVE_BIN)/python || $(PYTHON) -m venv $(SERVE_VENV)

@@ -93,8 +93,9 @@ class Front:
         self.desk = Desk(settings, self.send, self.ready)
 
     async def __call__(self, request: Request) -> Response:
-        body, accept = await request.body(), request.headers.get("accept", "")
-        reply = await self.desk.answer(request.method, request.url.path, body, accept)
+        accept, kind = (request.headers.get(name, "") for name in ("accept", "content-type"))
+        path, body = request.url.path, await request.body()
+        reply = await self.desk.answer(request.method, path, body, accept, kind)
         return Response(reply.body, reply.status, reply.headers, reply.type)
 
     async def send(self, order: Order) -> File | Failure:

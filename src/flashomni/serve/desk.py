@@ -13,7 +13,7 @@ from typing import Any
 
 from flashomni.serve.errors import Failure, Refused
 from flashomni.serve.media import TYPES
-from flashomni.serve.orders import Order, read_images, read_json, read_video
+from flashomni.serve.orders import Order, read_body, read_images, read_video
 from flashomni.serve.settings import Settings
 from flashomni.serve.videos import Jobs
 
@@ -86,21 +86,24 @@ class Desk:
         wait = self._seconds * self.in_flight / self.settings.replicas
         return min(max(math.ceil(wait), 1), 600)
 
-    async def answer(self, method: str, path: str, body: bytes, accept: str = "") -> Reply:
+    async def answer(
+        self, method: str, path: str, body: bytes, accept: str = "", kind: str = ""
+    ) -> Reply:
         """The reply to a request. Cancelled, nothing more is computed for it.
 
         Args:
             method: of HTTP.
             path: without its query.
-            body: JSON.
+            body: JSON, or a form.
             accept: the header; ``image/...`` asks for the picture itself.
+            kind: the header ``content-type``.
         """
         path = path.rstrip("/")
         try:
             if path.startswith("/v1/videos"):
-                return await self._videos(method, path.removeprefix("/v1/videos"), body)
+                return await self._videos(method, path.removeprefix("/v1/videos"), body, kind)
             route = {
-                ("POST", "/v1/images/generations"): lambda: self._images(body, accept),
+                ("POST", "/v1/images/generations"): lambda: self._images(body, accept, kind),
                 ("GET", "/v1/models"): self._models,
                 ("GET", f"/v1/models/{self.settings.model}"): self._model,
                 ("GET", "/health"): self._health,
@@ -126,8 +129,8 @@ class Desk:
         self._seconds += (made.about.get("seconds", self._seconds) - self._seconds) / 8
         return made
 
-    async def _images(self, body: bytes, accept: str) -> Reply:
-        orders = read_images(read_json(body), self.settings)
+    async def _images(self, body: bytes, accept: str, kind: str) -> Reply:
+        orders = read_images(read_body(body, kind), self.settings)
         tasks = [asyncio.create_task(self._make(order)) for order in orders]
         try:
             files = await asyncio.gather(*tasks)
@@ -145,10 +148,11 @@ class Desk:
         form = {"output_format": orders[0].format}
         return Reply.json({"created": int(time.time()), "data": data, **form, OWNER: about})
 
-    async def _videos(self, method: str, rest: str, body: bytes) -> Reply:
+    async def _videos(self, method: str, rest: str, body: bytes, kind: str) -> Reply:
         name, _, part = rest.strip("/").partition("/")
         if (method, name) == ("POST", ""):
-            return Reply.json(self.jobs.start(read_video(read_json(body), self.settings)))
+            order = read_video(read_body(body, kind), self.settings)
+            return Reply.json(self.jobs.start(order))
         if (method, name) == ("GET", ""):
             return Reply.json({"object": "list", "data": self.jobs.all()})
         if (method, part) == ("GET", ""):

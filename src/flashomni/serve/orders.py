@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import email.policy
 import json
 import secrets
 from collections.abc import Hashable, Mapping
@@ -13,6 +15,8 @@ from flashomni.serve.settings import Settings
 from flashomni.util.words import one_line
 
 SEEDS = 2**32
+MAX_BODY = 2**20  # bytes: a prompt and some numbers
+TEXTS = {"prompt", "negative_prompt", "model", "size", "seconds", "recipe", "lora", "user"}
 EXTRA = {
     "seed",
     "num_inference_steps",
@@ -90,6 +94,45 @@ class Order:
             "num_frames": self.frames,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+def read_body(body: bytes, kind: str = "") -> Mapping[str, Any]:
+    """The fields of a request.
+
+    Args:
+        body: JSON, whatever ``kind`` says, or a form.
+        kind: its content type; OpenAI's clients send videos as ``multipart/form-data``.
+
+    Raises:
+        Refused: it is neither, or too long.
+    """
+    if len(body) > MAX_BODY:
+        raise Refused(f"the body must have at most {MAX_BODY} bytes, got {len(body)}", status=413)
+    return _read_form(body, kind) if kind.startswith("multipart/form-data") else read_json(body)
+
+
+def _read_form(body: bytes, kind: str) -> Mapping[str, Any]:
+    head = b"Content-Type: " + kind.encode("latin-1", "replace") + b"\r\n\r\n"
+    form = email.message_from_bytes(head + body, policy=email.policy.HTTP)
+    data: dict[str, Any] = {}
+    for part in form.iter_parts() if form.is_multipart() else ():
+        name = str(part.get_param("name", "", "content-disposition"))
+        if part.get_filename() is not None:
+            raise Refused(f"{one_line(name, 60)} must be left out: no file is taken", name)
+        payload = part.get_payload(decode=True)
+        text = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
+        data[name] = text if name in TEXTS else _value(text)
+    if not data:
+        raise Refused("the body must be a form with fields, or JSON")
+    return data
+
+
+def _value(text: str) -> Any:
+    """A number of a form, or the text that it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def read_json(body: bytes) -> Mapping[str, Any]:

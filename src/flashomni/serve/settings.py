@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashomni.engine import Recipe
-from flashomni.models import accelerate
 
 SEPARATOR = ";"  # between entries of a list that is given as text: recipes have commas
 
@@ -81,11 +79,6 @@ class Settings:
             raise ValueError(
                 f"ranks is for the CPU; on GPUs there is one a card: gpus_per_replica is "
                 f"{self.gpus_per_replica}, ranks {self.ranks}"
-            )
-        if self.size > 1 and "ulysses" not in inspect.signature(accelerate).parameters:
-            raise NotImplementedError(
-                "a replica of several processes is not supported: ranks and gpus_per_replica must "
-                "be at most 1"
             )
         if self.size > 1 and self.max_batch > 1:
             raise ValueError("max_batch must be 1 where several cards generate one picture")
