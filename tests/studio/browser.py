@@ -1,37 +1,46 @@
 """The studio's page in a real browser: `make studio-test`. Needs gradio, playwright, a Chromium."""
 
+import importlib.util
 import json
 import re
 import shutil
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-pytest.importorskip("gradio", reason="the extra 'studio' is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-if not CHROMIUM:
-    pytest.skip("there is no Chromium here", allow_module_level=True)
+from flashomni.cli import app as cli
+from flashomni.engine import Recipe
+from flashomni.studio.shelf import Shelf
 
-from playwright.sync_api import expect  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
-
-from flashomni.cli import app as cli  # noqa: E402
-from flashomni.engine import Recipe  # noqa: E402
-from flashomni.studio.app import serve  # noqa: E402
-from flashomni.studio.shelf import Shelf  # noqa: E402
+try:
+    from playwright.sync_api import expect, sync_playwright
+except ModuleNotFoundError:
+    expect = sync_playwright = None
 
 MODEL = "tiny-image"
 SIZE, STEPS = 64, 4
 PATIENCE = 60_000  # ms until a page is taken to be stuck
-expect.set_options(timeout=PATIENCE)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+MISSING = [
+    what
+    for what, is_there in (
+        ("gradio (extra 'studio')", importlib.util.find_spec("gradio")),
+        ("playwright", expect),
+        ("a Chromium", CHROMIUM),
+    )
+    if not is_there
+]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
 
 
 @pytest.fixture(scope="module")
 def url():
     """A studio of its own, on a free port."""
+    from flashomni.studio.app import serve
+
     blocks, url = serve(Shelf("cpu", torch.float32), MODEL, port=None, wait=False)
     yield url
     blocks.close()
@@ -39,7 +48,8 @@ def url():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as running:
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

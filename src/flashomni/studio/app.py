@@ -88,7 +88,7 @@ class Page:
         ask.dice.click(lambda: random.randrange(2**31), None, ask.seed, **quick)
         for button, dense in ((ask.compare, True), (ask.alone, False)):
             button.click(self._run(dense), [self.session, *asked], run, **quick)
-        ask.cancel.click(_cancel, self.session, result.stage, queue=False, **quick)
+        ask.cancel.click(_cancel, self.session, ask.cancel, queue=False, **quick)
         result.frame.input(
             self._frame, [self.session, result.frame], frame, trigger_mode="always_last", **quick
         )
@@ -253,7 +253,7 @@ class Page:
         ask = self.ask
         others = (ask.compare, ask.load, self.parts.tune)
         return {
-            ask.cancel: gr.update(visible=running),
+            ask.cancel: gr.update(visible=running, value="Cancel", interactive=True),
             ask.alone: gr.update(visible=not running),
             **{button: gr.update(interactive=not running) for button in others},
         }
@@ -328,10 +328,11 @@ def _hidden() -> Any:
     return gr.update(value="", visible=False)
 
 
-def _cancel(session: Session | None) -> str:
+def _cancel(session: Session | None) -> Any:
+    """The step that runs is finished first; the stage then says that it was the last."""
     if session is not None:
         session.cancel()
-    return drawings.text("cancelling: the step that runs is finished first")
+    return gr.update(value="Cancelling", interactive=False)
 
 
 def _close(session: Session | None) -> None:

@@ -7,7 +7,6 @@ where ranges and choices come from. What it does is the line of its docstring.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
 import re
@@ -107,9 +106,9 @@ def every(num_steps: int) -> list[Knob]:
     found = [_computed(plain, num_steps)]
     for part in PARTS:
         found += [_which(part, getattr(plain, part).name)] if part in NAMED else []
-        kinds = {"schedule": schedules, "policy": policies}.get(part)
-        owners = [getattr(plain, part)] if kinds is None else [cls() for cls in kinds().values()]
-        for owner in owners:
+        owners: dict[str, Any] = {"schedule": schedules, "policy": policies}
+        kinds = owners[part]().values() if part in owners else ()
+        for owner in [cls() for cls in kinds] or [getattr(plain, part)]:
             found += _of(part, owner, num_steps)
     return found
 
@@ -198,7 +197,8 @@ def changes(before: Recipe, after: Recipe) -> list[str]:
             value = getattr(new, field.name)
             if value != getattr(old, field.name):
                 name = "forecast" if (part, field.name) == ("forecast", "name") else field.name
-                found.append(f"{name.replace('_', ' ')} {one_line(value, 40)}")
+                says = ("off", "on")[value] if isinstance(value, bool) else one_line(value, 40)
+                found.append(f"{name.replace('_', ' ')} {says}")
     return found
 
 
@@ -210,13 +210,17 @@ def _computed(recipe: Recipe, num_steps: int) -> Knob:
 
 
 def _which(part: str, value: str) -> Knob:
-    known = {"schedule": schedules, "policy": policies, "forecast": forecasts}[part]()
+    registries: dict[str, Any] = {
+        "schedule": schedules, "policy": policies, "forecast": forecasts,
+    }  # fmt: skip
     says = {
         "schedule": "the rule that says which steps compute",
         "policy": "chooses the tiles that are cached and the key blocks that are skipped",
         "forecast": "how cached values are carried forward",
     }
-    return Knob(part, "", "choice", value, choices=tuple(sorted(known)), says=says[part])
+    return Knob(
+        part, "", "choice", value, choices=tuple(sorted(registries[part]())), says=says[part]
+    )
 
 
 def _knob(key: str, owner: Any, name: str, num_steps: int) -> Knob | None:
@@ -263,7 +267,6 @@ def _allowed(owner: Any, name: str) -> tuple[str, float, float, tuple[Any, ...]]
     return "text" if isinstance(now, str) else "none", 0, 1, ()
 
 
-@functools.cache
 def _described(cls: type) -> dict[str, str]:
     """The lines of ``Args:`` in the docstring of a class, by name."""
     found: dict[str, str] = {}

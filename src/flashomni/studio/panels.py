@@ -148,7 +148,7 @@ class ResultPanel:
         with gr.Tabs(elem_id="tabs", visible=False, overflow_behavior="wrap") as tabs:
             with gr.Tab("Compare"):
                 slider = gr.ImageSlider(
-                    label="dense | accelerated", max_height=720, elem_id="slider", visible=False,
+                    label="dense | accelerated", max_height=620, elem_id="slider", visible=False,
                     interactive=False, format="png",
                 )  # fmt: skip
                 single = gr.Image(label="accelerated", elem_id="single", **hidden)

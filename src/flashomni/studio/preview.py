@@ -99,9 +99,8 @@ class Preview:
         mean, spread = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is not None and spread is not None:
             shape = (1, -1, *[1] * (latents.ndim - 2))
-            given = {"device": latents.device, "dtype": latents.dtype}
-            mean, spread = (torch.tensor(x, **given).view(shape) for x in (mean, spread))
-            latents = latents * spread + mean
+            shift, scales = (latents.new_tensor(x).view(shape) for x in (mean, spread))
+            latents = latents * scales + shift
         else:
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", 0) or 0)
         pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
