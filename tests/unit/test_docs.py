@@ -24,7 +24,7 @@ PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rg
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOOLS = ("flashomni", "make", "pip", "python")
 NOT_RUN = {  # what a block of code begins with, and why it is not run
-    "registry, util ": "who may import whom: tests/unit/test_structure.py parses the imports",
+    "registry, util": "who may import whom: tests/unit/test_structure.py parses the imports",
     '@register("attention", "NAME"': "the frame of a kernel: what it names is the reader's",
     "q = sparse_gemm_q(x, symbols)": "what a layer does, in words; the ops are run below it",
     "serve run flashomni.serve:app": "a server: tests/serve/test_server.py starts it and runs curl",
