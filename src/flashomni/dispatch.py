@@ -40,6 +40,7 @@ FOLDERS = {
         "weighted_sum",
     ),
     "flashomni.kernels.merge": ("difference",),
+    "flashomni.kernels.refresh": ("refresh",),
     "flashomni.kernels.summarise": ("summarise",),
     "flashomni.symbols.choice": ("choose", "measure", "live_share"),
 }
@@ -49,6 +50,7 @@ _FOLDER = {op: folder for folder, ops in FOLDERS.items() for op in ops}
 HELPERS = (
     *FOLDERS["flashomni.kernels.elementwise"],
     *FOLDERS["flashomni.kernels.merge"],
+    *FOLDERS["flashomni.kernels.refresh"],
     *FOLDERS["flashomni.kernels.summarise"],
     *FOLDERS["flashomni.symbols.choice"],
 )

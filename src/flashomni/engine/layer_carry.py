@@ -21,7 +21,7 @@ from flashomni.engine.layer_step import LayerStep
 from flashomni.engine.linear import Weights
 from flashomni.engine.state.cache import History
 from flashomni.engine.state.columns import Carry, every_column
-from flashomni.kernels import Part, Summary, difference_, sparse_attention, summarise
+from flashomni.kernels import Summary, refresh, sparse_attention, summarise
 from flashomni.kernels.elementwise.op import weighted_sum
 from flashomni.symbols import Symbols
 
@@ -75,30 +75,21 @@ class LayerCarry(LayerStep):
         cache, settings = self._cache, self.recipe.sparse
         columns = cache.columns
         assert columns is not None
-        parts = []
-        for symbols in (columns.symbols, columns.rest()):
-            lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-            o = sparse_attention(q, k, v, symbols, **options, lse=lse, backend=self.backend)
-            parts.append(Part(o, lse))
-        live, rest = parts
-        if settings.measure:
-            all_lse = torch.logaddexp(live.lse, rest.lse)
-            self._record.mass = (live.lse - all_lse).exp().nan_to_num(0.0).mean()
         summary = self._summary(k, v)
         self._record.add("attention", flops, 1.0 + self._summary_share)
-        given: dict[str, Any] = {"kv_len": options["kv_len"], "backend": self.backend}
-        if summary is not None:
-            scale = options["softmax_scale"]
-            given |= {"q": q, "symbols": columns.symbols, "summary": summary}
-            given |= {"softmax_scale": scale}
-        difference_(live, rest, **given)
-        self._difference = rest.o
+        given: dict[str, Any] = {name: options[name] for name in ("kv_len", "softmax_scale")}
+        given |= {"summary": summary, "backend": self.backend}
+        if settings.measure:
+            given["mass"] = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        o, self._difference = refresh(q, k, v, columns.symbols, **given)
+        if settings.measure:
+            self._record.mass = given["mass"].mean()
         if cache.carry is None:
             order = int(settings.carry == "extrapolate")
             room = self._plan.room
             storage = None if room is None else room.places.get(self._plan.branch)
             cache.carry = Carry(columns, order, storage or self._plan.storage)
-        return live.o
+        return o
 
     def _expect_own(self, symbols: Symbols) -> None:
         """Attention with these columns is sparse: D will be added, of these and of no others."""

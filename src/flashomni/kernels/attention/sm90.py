@@ -200,7 +200,7 @@ def choose_config(
     return Config(columns, **found | {"registers": tuple(found["registers"])})
 
 
-def _refuses(call: AttentionCall) -> list[str]:
+def attention_refusals(call: AttentionCall) -> list[str]:
     q, symbols = call.q, call.symbols
     if q.device.type != "cuda":
         return [f"tensors are on {q.device.type}, this backend is for cuda"]
@@ -257,7 +257,7 @@ def _symbol_refusals(symbols: Symbols) -> list[str]:
 
 
 @register(
-    "attention", "sm90", rank=40, refuses=_refuses,
+    "attention", "sm90", rank=40, refuses=attention_refusals,
     available=hopper_refusals, device="cuda",
 )  # fmt: skip
 def run(call: AttentionCall) -> None:

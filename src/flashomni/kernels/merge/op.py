@@ -75,7 +75,8 @@ def difference_(
 ) -> None:
     """Sparse attention into ``live.o``, and what dense attention has more into ``rest.o``.
 
-    In fp32 inside, each rounded once::
+    In fp32 inside, each rounded once, and the difference is to what was rounded, so that both
+    together are dense but for one rounding::
 
         dense  = softmax-weighted mean of live.o and rest.o, by their lse
         sparse = likewise of live.o and attention over summaries; live.o where there are none
@@ -184,4 +185,4 @@ def _reference(call: DifferenceCall) -> None:
         o, lse = [*o, more], [*lse, more_lse]
     sparse = _merged(o, lse)
     call.live.copy_(sparse)
-    call.rest.copy_(dense - sparse)
+    call.rest.copy_(dense - call.live.float())

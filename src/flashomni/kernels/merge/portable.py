@@ -111,8 +111,9 @@ def difference_kernel(
     reference = tl.maximum(tl.maximum(lse, more), LOWEST)
     own, other = tl.exp2(lse - reference), tl.exp2(more - reference)
     dense = _mean(own[:, None] * first + other[:, None] * second, (own + other)[:, None])
-    tl.store(live, sparse.to(live.dtype.element_ty), inside)
-    tl.store(rest, (dense - sparse).to(rest.dtype.element_ty), inside)
+    rounded = sparse.to(live.dtype.element_ty)
+    tl.store(live, rounded, inside)
+    tl.store(rest, (dense - rounded.to(tl.float32)).to(rest.dtype.element_ty), inside)
 
 
 def _refuses(call: DifferenceCall) -> list[str]:

@@ -11,50 +11,47 @@ from flashomni.dispatch import register
 from flashomni.kernels.common import portable
 from flashomni.kernels.summarise.op import SummariseCall
 
-ELEMENTS = 8192  # that a program loads at once
-
-
-@triton.jit
-def _mean(
-    x, stride_n, summary, n, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Means of the first ``n`` of the ``WIDTH`` rows of each summary: fp32, 0 where n is."""
-    dim = tl.arange(0, PADDED_DIM)[None, None, :]
-    total = tl.zeros([summary.shape[0], PADDED_DIM], tl.float32)
-    for start in range(0, WIDTH, TOKENS):
-        index = start + tl.arange(0, TOKENS)[None, :]
-        token = summary[:, None] * WIDTH + index
-        inside = (index < n[:, None])[:, :, None] & (dim < HEAD_DIM)
-        at = token.to(tl.int64)[:, :, None] * stride_n + dim
-        total += tl.sum(tl.load(x + at, inside, other=0.0).to(tl.float32), 1)
-    return total / tl.maximum(n, 1).to(tl.float32)[:, None]
+ROWS = 8  # summaries of a program
+STEP = 8  # tokens of each of them that it loads at once
 
 
 @triton.jit(do_not_specialize=["seqlen", "count"])
 def summarise_kernel(
     k, v, kv_len, k_out, v_out, log_n, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n,
     v_stride_h, seqlen, count, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` summaries of one head; neighbours in time are its other heads, side by side."""
+    """``ROWS`` summaries of one head; neighbours in time are its other heads, side by side.
+
+    A thread adds up the tokens of a summary by itself, keys and values side by side: what it waits
+    for is memory alone, and much of it is under way.
+    """
     h, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(0)
-    keys = seqlen
+    valid = seqlen
     if kv_len is not None:
-        keys = tl.minimum(tl.load(kv_len + b), seqlen)
+        valid = tl.minimum(tl.load(kv_len + b), seqlen)
     summary = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    n = tl.maximum(tl.minimum(keys - summary * WIDTH, WIDTH), 0)
+    n = tl.maximum(tl.minimum(valid - summary * WIDTH, WIDTH), 0)
     n = tl.where(summary < count, n, 0)
     dim = tl.arange(0, PADDED_DIM)[None, :]
+    first = summary.to(tl.int64)[:, None] * WIDTH
+    k += b * k_stride_b + h * k_stride_h + first * k_stride_n + dim
+    v += b * v_stride_b + h * v_stride_h + first * v_stride_n + dim
+    of_keys = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    of_values = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for start in range(0, WIDTH, STEP):
+        for i in tl.static_range(STEP):
+            inside = (start + i < n)[:, None] & (dim < HEAD_DIM)
+            of_keys += tl.load(k + i * k_stride_n, inside, other=0.0).to(tl.float32)
+            of_values += tl.load(v + i * v_stride_n, inside, other=0.0).to(tl.float32)
+        k += STEP * k_stride_n
+        v += STEP * v_stride_n
+    held = tl.maximum(n, 1).to(tl.float32)[:, None]
     inside = (summary < count)[:, None] & (dim < HEAD_DIM)
     at = ((b * count + summary[:, None]) * num_heads + h) * HEAD_DIM + dim
-    k += b * k_stride_b + h * k_stride_h
-    mean = _mean(k, k_stride_n, summary, n, HEAD_DIM, PADDED_DIM, WIDTH, TOKENS)
-    tl.store(k_out + at, mean.to(k_out.dtype.element_ty), inside)
-    v += b * v_stride_b + h * v_stride_h
-    mean = _mean(v, v_stride_n, summary, n, HEAD_DIM, PADDED_DIM, WIDTH, TOKENS)
-    tl.store(v_out + at, mean.to(v_out.dtype.element_ty), inside)
+    tl.store(k_out + at, (of_keys / held).to(k_out.dtype.element_ty), inside)
+    tl.store(v_out + at, (of_values / held).to(v_out.dtype.element_ty), inside)
     if h == 0:
         weight = tl.log(tl.maximum(n, 1).to(tl.float32))
         weight = tl.where(n > 0, weight, -float("inf"))
@@ -80,13 +77,11 @@ def run(call: SummariseCall) -> list[Tensor]:
     log_n = torch.empty(shape[:2], dtype=torch.float32, device=k.device)
     if not batch:
         return [*means, log_n]
-    padded = triton.next_power_of_2(head_dim)
-    tokens = min(triton.next_power_of_2(call.width), max(1, ELEMENTS // padded))
-    rows = max(1, ELEMENTS // padded // tokens)
+    step = min(triton.next_power_of_2(call.width), STEP)
     with torch.cuda.device_of(k):
-        summarise_kernel[(num_heads, triton.cdiv(call.count, rows), batch)](
+        summarise_kernel[(num_heads, triton.cdiv(call.count, ROWS), batch)](
             k, v, call.kv_len, *means, log_n, *k.stride()[:3], *v.stride()[:3], seqlen,
-            call.count, HEAD_DIM=head_dim, PADDED_DIM=padded, WIDTH=call.width, TOKENS=tokens,
-            ROWS=rows, num_warps=4,
+            call.count, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
+            WIDTH=call.width, STEP=step, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return [*means, log_n]

@@ -48,25 +48,25 @@ LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _release(empty, count, STAGES: gl.constexpr):
+def release(empty, count, STAGES: gl.constexpr):
     mbarrier.arrive(empty.index(slot(count, STAGES)), count=1)
 
 
 @gluon.jit
-def _queries(q_smem, q_full, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+def queries(q_smem, q_full, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
     """Wait for queries number ``number``; the rows of this warpgroup."""
     mbarrier.wait(q_full.index(slot(number, STAGES)), parity(number, STAGES))
-    return _rows_of(q_smem, number, STAGES, WARPGROUP)
+    return rows_of(q_smem, number, STAGES, WARPGROUP)
 
 
 @gluon.jit
-def _rows_of(q_smem, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
+def rows_of(q_smem, number, STAGES: gl.constexpr, WARPGROUP: gl.constexpr):
     tile = q_smem.index(slot(number, STAGES))
     return tile.reshape([tile.shape[2], tile.shape[3]]).slice(WARPGROUP * ROWS, ROWS, dim=0)
 
 
 @gluon.jit
-def _issue_scores(
+def issue_scores(
     q, k_ring, k_full, count, layout: gl.constexpr,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _issue_scores(
 
 
 @gluon.jit
-def _issue_values(
+def issue_values(
     words, acc, use_acc, v_ring, v_full, count, dtype: gl.constexpr,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -111,12 +111,12 @@ def _mask(s, inbox, number, IS_RAGGED: gl.constexpr, HAS_SUMMARY: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(acc, factor):
+def scaled(acc, factor):
     return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
 @gluon.jit
-def _store_part(x, o_desc, o_smem, batch, head, row, column: gl.constexpr):
+def store_part(x, o_desc, o_smem, batch, head, row, column: gl.constexpr):
     tma.store_wait(0)  # what was stored before has left the buffer
     o_smem.reshape([x.shape[0], x.shape[1]]).store(x.to(o_desc.dtype))
     fence_async_shared()
@@ -130,17 +130,17 @@ def _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP: gl.constexpr):
     head = get(inbox, number, HEAD)
     row = get(inbox, number, ROW) + WARPGROUP * ROWS
     if out.shape[1] == o_desc.block_type.shape[3]:
-        _store_part(out, o_desc, o_smem, batch, head, row, 0)
+        store_part(out, o_desc, o_smem, batch, head, row, 0)
     else:  # the buffer holds half of the columns
         half: gl.constexpr = out.shape[1] // 2
         parts = gl.permute(gl.reshape(out, [out.shape[0], 2, half]), (0, 2, 1))
         low, high = gl.split(parts)
-        _store_part(low, o_desc, o_smem, batch, head, row, 0)
-        _store_part(high, o_desc, o_smem, batch, head, row, half)
+        store_part(low, o_desc, o_smem, batch, head, row, 0)
+        store_part(high, o_desc, o_smem, batch, head, row, half)
 
 
 @gluon.jit
-def _total(row_sum, m):
+def row_total(row_sum, m):
     """Sums of rows from those of the parts that threads hold."""
     return gl.convert_layout(gl.sum(row_sum, axis=1), m.type.layout, assert_trivial=True)
 
@@ -149,7 +149,7 @@ def _total(row_sum, m):
 def _store_lse(
     m, row_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP: gl.constexpr
 ):  # fmt: skip
-    lse = (m + gl.log2(_total(row_sum, m))) * LN_2
+    lse = (m + gl.log2(row_total(row_sum, m))) * LN_2
     stride_b, stride_h, stride_m = lse_strides
     batch = get(inbox, number, BATCH).to(gl.int64)
     head = get(inbox, number, HEAD).to(gl.int64)
@@ -160,7 +160,7 @@ def _store_lse(
 
 
 @gluon.jit
-def _add(sums, words, row_sum, exact_sum, layout: gl.constexpr, HAS_LSE: gl.constexpr):
+def add_weights(sums, words, row_sum, exact_sum, layout: gl.constexpr, HAS_LSE: gl.constexpr):
     """Add what the weights under way weigh: rounded for the output, exact for the LSE."""
     if HAS_LSE:
         exact_sum += sums
@@ -174,11 +174,11 @@ def _close(
 ):  # fmt: skip
     """All visits of a tile have been weighed: sums of its rows; its LSE is stored."""
     if ANCHORED:
-        row_sum, exact_sum = _add(sums, words, row_sum, exact_sum, layout, HAS_LSE)
+        row_sum, exact_sum = add_weights(sums, words, row_sum, exact_sum, layout, HAS_LSE)
     if HAS_LSE:
         exact_sum = exact_sum if ANCHORED else row_sum
         _store_lse(m, exact_sum, lse_ptr, lse_strides, seqlen_q, inbox, number, WARPGROUP)
-    return _total(row_sum, m)
+    return row_total(row_sum, m)
 
 
 @gluon.jit
@@ -190,7 +190,7 @@ def _finish(
     factor = 1.0 / total
     if HAS_SUMMARY:  # none of which may take part
         factor = gl.where(total == 0.0, 0.0, factor)
-    out = _scaled(acc, factor)
+    out = scaled(acc, factor)
     if ANCHORED:
         put(inbox, number, BAD + WARPGROUP, is_bad(total, out), NUM_WARPS=4)
     _store_out(out, o_desc, o_smem, inbox, number, WARPGROUP)
@@ -198,7 +198,7 @@ def _finish(
 
 
 @gluon.jit
-def _visit(
+def visit(
     j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring, v_ring, bias_ring,
     barriers, scale_log2, s_layout: gl.constexpr, p_layout: gl.constexpr, dtype: gl.constexpr,
     TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr,
@@ -210,27 +210,27 @@ def _visit(
     The values of the visit before are multiplied while this one's scores are weighed.
     """
     _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
-    q = _rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
-    s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
-    acc = _issue_values(p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES)
+    q = rows_of(q_smem, number - PASS, Q_STAGES, WARPGROUP)
+    s = issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
+    acc = issue_values(p, acc, j > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM, V_STAGES)
     if ANCHORED:
-        row_sum, exact_sum = _add(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
+        row_sum, exact_sum = add_weights(sums, p, row_sum, exact_sum, s_layout, HAS_LSE)
     s = warpgroup_mma_wait(1, deps=(s,))
     if bias_ring is not None:
         bias = bias_ring.index(slot(count, K_STAGES)).load(gl.SliceLayout(0, s_layout))
         s = biased(s, scale_log2, bias)
         scale_log2 = 1.0
-    _release(k_empty, count, K_STAGES)
+    release(k_empty, count, K_STAGES)
     if ANCHORED:
         weights = anchored(s, scale_log2, m)
         sums = row_sums(weights)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _release(v_empty, count - 1, V_STAGES)
+        release(v_empty, count - 1, V_STAGES)
     else:
         weights, m, row_sum, alpha = online(s, scale_log2, m, row_sum)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _release(v_empty, count - 1, V_STAGES)
-        acc = _scaled(acc, alpha)
+        release(v_empty, count - 1, V_STAGES)
+        acc = scaled(acc, alpha)
     # The old weights are no longer read: their registers may be written.
     return pack(weights, dtype, p_layout), acc, m, sums, row_sum, exact_sum
 
@@ -257,10 +257,10 @@ def _tiles(
 
     visits = receive(inbox, inbox_full, number)
     if visits != 0:
-        q = _queries(q_smem, q_full, number - PASS, Q_STAGES, WARPGROUP)
-        s = _issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
+        q = queries(q_smem, q_full, number - PASS, Q_STAGES, WARPGROUP)
+        s = issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
         s = warpgroup_mma_wait(0, deps=(s,))
-        _release(k_empty, count, K_STAGES)
+        release(k_empty, count, K_STAGES)
         s = _mask(s, inbox, number, IS_RAGGED, HAS_SUMMARY)
         weights, m, row_sum = first(s, scale_log2, HAS_SUMMARY)
         sums = gl.full_like(row_sum, 0.0)  # of the visit before, where they are not added yet
@@ -273,7 +273,7 @@ def _tiles(
             if HAS_SUMMARY:
                 live = get(inbox, number, VALID) // PER_LIVE
             for j in range(1, live):
-                p, acc, m, sums, row_sum, exact_sum = _visit(
+                p, acc, m, sums, row_sum, exact_sum = visit(
                     j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring, v_ring,
                     None, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM,
                     COLUMNS, Q_STAGES, K_STAGES, V_STAGES, HAS_LSE, ANCHORED, PASS, WARPGROUP,
@@ -281,7 +281,7 @@ def _tiles(
                 count += 1
             if HAS_SUMMARY:
                 for j in range(live, visits):
-                    p, acc, m, sums, row_sum, exact_sum = _visit(
+                    p, acc, m, sums, row_sum, exact_sum = visit(
                         j, number, count, p, acc, m, sums, row_sum, exact_sum, q_smem, k_ring,
                         v_ring, bias_ring, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N,
                         HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, HAS_LSE, ANCHORED, PASS,
@@ -292,11 +292,11 @@ def _tiles(
             mbarrier.arrive(q_empty.index(slot(number - PASS, Q_STAGES)), count=1)
             visits_after = receive(inbox, inbox_full, number + 1)
             if visits_after != 0:
-                q = _queries(q_smem, q_full, number - PASS + 1, Q_STAGES, WARPGROUP)
-                s = _issue_scores(
+                q = queries(q_smem, q_full, number - PASS + 1, Q_STAGES, WARPGROUP)
+                s = issue_scores(
                     q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES
                 )
-                acc = _issue_values(
+                acc = issue_values(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
@@ -305,13 +305,13 @@ def _tiles(
                     number, HAS_LSE, ANCHORED, WARPGROUP,
                 )  # fmt: skip
                 s = warpgroup_mma_wait(1, deps=(s,))
-                _release(k_empty, count, K_STAGES)
+                release(k_empty, count, K_STAGES)
                 s = _mask(s, inbox, number + 1, IS_RAGGED, HAS_SUMMARY)
                 weights, m, row_sum = first(s, scale_log2, HAS_SUMMARY)
                 sums = gl.full_like(row_sum, 0.0)
                 exact_sum = row_sum
                 acc = warpgroup_mma_wait(0, deps=(acc,))
-                _release(v_empty, count - 1, V_STAGES)
+                release(v_empty, count - 1, V_STAGES)
                 p = pack(weights, dtype, p_layout)
                 _finish(
                     acc, total, o_desc, o_smem, inbox, inbox_empty, number, HAS_SUMMARY, ANCHORED,
@@ -319,7 +319,7 @@ def _tiles(
                 )  # fmt: skip
                 count += 1
             else:
-                acc = _issue_values(
+                acc = issue_values(
                     p, acc, visits > 1, v_ring, v_full, count - 1, dtype, TILE_N, HEAD_DIM,
                     V_STAGES,
                 )  # fmt: skip
@@ -328,7 +328,7 @@ def _tiles(
                     number, HAS_LSE, ANCHORED, WARPGROUP,
                 )  # fmt: skip
                 acc = warpgroup_mma_wait(0, deps=(acc,))
-                _release(v_empty, count - 1, V_STAGES)
+                release(v_empty, count - 1, V_STAGES)
                 _finish(
                     acc, total, o_desc, o_smem, inbox, inbox_empty, number, HAS_SUMMARY, ANCHORED,
                     WARPGROUP,
@@ -340,7 +340,7 @@ def _tiles(
 
 
 @gluon.jit
-def _await_stores():
+def await_stores():
     """What this thread stored through TMA has arrived in global memory."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
@@ -363,7 +363,7 @@ def consumer(
         IS_RAGGED, HAS_LSE, ANCHORED, 0, WARPGROUP,
     )  # fmt: skip
     if ANCHORED:
-        _await_stores()  # of rows that may now be written a second time
+        await_stores()  # of rows that may now be written a second time
         _tiles(
             number, count, o_desc, q_smem, k_ring, v_ring, bias_ring, o_smem, barriers, inbox,
             scale_log2, lse_ptr, lse_strides, seqlen_q, TILE_N, HEAD_DIM, COLUMNS, Q_STAGES,

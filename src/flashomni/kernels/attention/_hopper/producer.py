@@ -48,7 +48,7 @@ PATIENCE: gl.constexpr = gl.constexpr(3)  # after so many the online softmax is 
 
 
 @gluon.jit
-def _load(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
+def load_tile(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
     """Load the tile of number ``count`` into its slot of a ring."""
     at = slot(count, STAGES)
     mbarrier.wait(empty.index(at), parity(count, STAGES) ^ 1)
@@ -57,21 +57,21 @@ def _load(desc, coordinates, ring, full, empty, count, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_visit(
+def load_visit(
     k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     count, TILE_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load the keys of visit ``count``, then the values of the one before it in this tile."""
-    _load(k_desc, [batch, kv_head, n * TILE_N, 0], k_ring, k_full, k_empty, count, K_STAGES)
+    load_tile(k_desc, [batch, kv_head, n * TILE_N, 0], k_ring, k_full, k_empty, count, K_STAGES)
     if held >= 0:
-        _load(
+        load_tile(
             v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty, count - 1,
             V_STAGES,
         )  # fmt: skip
 
 
 @gluon.jit
-def _load_summaries(
+def load_summaries(
     desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full, k_empty, count,
     TILE_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _load_summaries(
 
 
 @gluon.jit
-def _retire(number, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M: gl.constexpr):
+def retire(number, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M: gl.constexpr):
     """Free the slot of message ``number``: a tile there that has to be done again heads the list.
 
     ``bad_tile`` is the head of the list, -1 where it is empty.
@@ -177,17 +177,19 @@ def _stream(
             visits += summary_visits
         held = gl.to_tensor(-1)  # the key tile that was loaded, its values not yet
         if is_live & (visits > 0):  # empty tiles are written already
-            _load(q_desc, [batch, head, m * TILE_M, 0], q_smem, q_full, q_empty, loaded, Q_STAGES)
+            load_tile(
+                q_desc, [batch, head, m * TILE_M, 0], q_smem, q_full, q_empty, loaded, Q_STAGES
+            )
             loaded += 1
             if ANCHORED and not IS_REDO:
-                bad_tile = _retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+                bad_tile = retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
             else:
                 await_slot(inbox_empty, sent)
             send(inbox, inbox_full, sent, batch, head, m * TILE_M, visits, first_valid)
             sent += 1
             if HAS_SUMMARY:  # noqa: SIM102 - a constant, the other is not
                 if is_hollow:
-                    _load_visit(
+                    load_visit(
                         k_desc, v_desc, batch, kv_head, 0, held, k_ring, v_ring, k_full, k_empty,
                         v_full, v_empty, count, TILE_N, K_STAGES, V_STAGES,
                     )  # fmt: skip
@@ -205,7 +207,7 @@ def _stream(
                         for u in gl.static_range(PER_BLOCK - 1, -1, -1):
                             n = (i * 32 + highest) * PER_BLOCK + u
                             if (PER_BLOCK == 1) or (n < num_visits):
-                                _load_visit(
+                                load_visit(
                                     k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring,
                                     k_full, k_empty, v_full, v_empty, count, TILE_N,
                                     K_STAGES, V_STAGES,
@@ -220,17 +222,17 @@ def _stream(
                     log_n_row = log_n + batch * log_n_stride
                     for t in range(summary_visits):
                         weights = summary_weights(left_out, t, log_n_row, SUMMARIES, TILE_N)
-                        _load_summaries(
+                        load_summaries(
                             mean_k_desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full,
                             k_empty, count, TILE_N, K_STAGES,
                         )  # fmt: skip
                         if t == 0:
-                            _load(
+                            load_tile(
                                 v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
                                 v_empty, count - 1, V_STAGES,
                             )  # fmt: skip
                         else:
-                            _load(
+                            load_tile(
                                 mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
                                 v_empty, count - 1, V_STAGES,
                             )  # fmt: skip
@@ -239,7 +241,7 @@ def _stream(
             else:
                 for j in range(visits):
                     n = visits - 1 - j
-                    _load_visit(
+                    load_visit(
                         k_desc, v_desc, batch, kv_head, n, held, k_ring, v_ring, k_full,
                         k_empty, v_full, v_empty, count, TILE_N, K_STAGES, V_STAGES,
                     )  # fmt: skip
@@ -264,18 +266,18 @@ def _stream(
             )
         if HAS_SUMMARY:  # noqa: SIM102 - a constant, the other is not
             if (held >= 0) & (summary_visits > 0):
-                _load(
+                load_tile(
                     mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty,
                     count - 1, V_STAGES,
                 )  # fmt: skip
                 held = gl.to_tensor(-1)
         if held >= 0:
-            _load(
+            load_tile(
                 v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full, v_empty, count - 1,
                 V_STAGES,
             )  # fmt: skip
     if ANCHORED and not IS_REDO:
-        bad_tile = _retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+        bad_tile = retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
     else:
         await_slot(inbox_empty, sent)
     send(inbox, inbox_full, sent, 0, 0, 0, 0, 0)
@@ -318,7 +320,7 @@ def _anchored(
     )  # fmt: skip
     # The message before ``sent`` ended the stream; behind it up to DEPTH - 1 tiles are open.
     for i in range(DEPTH - 1):
-        bad_tile = _retire(sent + i, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
+        bad_tile = retire(sent + i, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
     thread_barrier()  # the list was written by one thread
     started = loaded
     sent, count, loaded, bad_tile = _stream(

@@ -1,0 +1,1 @@
+"""Sparse attention and what dense attention has more, in one pass over all keys."""
