@@ -31,6 +31,7 @@ from flashomni.kernels.attention._hopper.messages import (
     put,
     receive,
 )
+from flashomni.kernels.attention._hopper.rings import slot
 from flashomni.kernels.attention._hopper.softmax import (
     anchored,
     biased,
@@ -62,7 +63,7 @@ def _begin(
     s = issue_scores(q, k_ring, k_full, count, s_layout, TILE_N, HEAD_DIM, COLUMNS, K_STAGES)
     s = warpgroup_mma_wait(0, deps=(s,))
     if bias_ring is not None:
-        bias = bias_ring.index(count % K_STAGES).load(gl.SliceLayout(0, s_layout))
+        bias = bias_ring.index(slot(count, K_STAGES)).load(gl.SliceLayout(0, s_layout))
         s = biased(s, scale_log2, bias)
         scale_log2 = 1.0
     else:
@@ -122,7 +123,7 @@ def _tiles(
     PASS: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles until the stream ends; the numbers of the next message and visit."""
-    q_full, q_empty, k_full, k_empty, _, _, inbox_full, inbox_empty = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty = barriers
     HAS_SUMMARY: gl.constexpr = bias_ring is not None
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
@@ -145,7 +146,7 @@ def _tiles(
         count += 1
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=acc_layout)
         for j in range(1, live):
-            p, acc, m, sums, row_sum, _ = visit(
+            p, acc, m, sums, row_sum, same_sum = visit(
                 j, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring, v_ring, None,
                 barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM, COLUMNS,
                 Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS, WARPGROUP,
@@ -166,8 +167,8 @@ def _tiles(
                     K_STAGES, ANCHORED, WARPGROUP,
                 )  # fmt: skip
                 count += 1
-                for _ in range(1, of_summaries):
-                    p, acc, m, sums, row_sum, _ = visit(
+                for j in range(1, of_summaries):
+                    p, acc, m, sums, row_sum, same_sum = visit(
                         2, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring,
                         v_ring, bias_ring, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N,
                         HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS,
@@ -199,8 +200,8 @@ def _tiles(
                 WARPGROUP,
             )  # fmt: skip
             count += 1
-            for _ in range(1, rest):
-                p, acc, m, sums, row_sum, _ = visit(
+            for j in range(1, rest):
+                p, acc, m, sums, row_sum, same_sum = visit(
                     2, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring, v_ring,
                     None, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM,
                     COLUMNS, Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS, WARPGROUP,
@@ -210,7 +211,7 @@ def _tiles(
                 p, acc, True, sums, row_sum, count, v_ring, barriers, s_layout, dtype, TILE_N,
                 HEAD_DIM, V_STAGES, ANCHORED,
             )  # fmt: skip
-        mbarrier.arrive(q_empty.index(query % Q_STAGES), count=1)
+        mbarrier.arrive(q_empty.index(slot(query, Q_STAGES)), count=1)
         dense, total = _rows(acc, row_sum, m)
         if ANCHORED:
             put(inbox, number, BAD + WARPGROUP, bad | is_bad(total, dense), NUM_WARPS=4)
