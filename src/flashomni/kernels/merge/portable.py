@@ -20,6 +20,7 @@ TILE_M, TILE_N = 64, 64
 PLAIN_ROWS = 16  # of a program without summaries, which is bound by memory alone
 LOWEST = tl.constexpr(-1e30)  # a reference below all scores, for rows that have none
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -52,6 +53,16 @@ def _attend(
         acc = tl.dot(prob.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, row_max
+
+
+@triton.jit
+def _weight(lse, reference):
+    """1 to the bit where both are the same.
+
+    Of scaled ones, a multiply-add would leave what the scaling rounds; and a part that has all
+    weight would come back with another last bit.
+    """
+    return tl.exp2((lse - reference) * LOG2_E)
 
 
 @triton.jit
@@ -95,21 +106,22 @@ def difference_kernel(
 
     live_lse += b * live_lse_strides[0] + h * live_lse_strides[1]
     rest_lse += b * rest_lse_strides[0] + h * rest_lse_strides[1]
-    lse = tl.load(live_lse + row * live_lse_strides[2], exists, -float("inf")) * LOG2_E
-    more = tl.load(rest_lse + row * rest_lse_strides[2], exists, -float("inf")) * LOG2_E
+    lse = tl.load(live_lse + row * live_lse_strides[2], exists, -float("inf"))
+    more = tl.load(rest_lse + row * rest_lse_strides[2], exists, -float("inf"))
     live += b * live_strides[0] + h * live_strides[2] + row[:, None] * live_strides[1] + dim
     rest += b * rest_strides[0] + h * rest_strides[2] + row[:, None] * rest_strides[1] + dim
     # A part without keys may be anything.
     first = tl.load(live, inside & (lse > -float("inf"))[:, None], 0.0).to(tl.float32)
     sparse = first
     if SUMMARIES:
+        row_max *= LN_2
         reference = tl.maximum(lse, row_max)
-        own, other = tl.exp2(lse - reference), tl.exp2(row_max - reference)
+        own, other = _weight(lse, reference), _weight(row_max, reference)
         weight = own + other * row_sum
         sparse = _mean(own[:, None] * first + other[:, None] * acc, weight[:, None])
     second = tl.load(rest, inside & (more > -float("inf"))[:, None], 0.0).to(tl.float32)
     reference = tl.maximum(tl.maximum(lse, more), LOWEST)
-    own, other = tl.exp2(lse - reference), tl.exp2(more - reference)
+    own, other = _weight(lse, reference), _weight(more, reference)
     dense = _mean(own[:, None] * first + other[:, None] * second, (own + other)[:, None])
     rounded = sparse.to(live.dtype.element_ty)
     tl.store(live, rounded, inside)
