@@ -123,7 +123,7 @@ def _tiles(
     PASS: gl.constexpr, WARPGROUP: gl.constexpr,
 ):  # fmt: skip
     """Compute tiles until the stream ends; the numbers of the next message and visit."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty = barriers
+    q_full, q_empty, k_full, k_empty, _v_full, _v_empty, inbox_full, inbox_empty = barriers
     HAS_SUMMARY: gl.constexpr = bias_ring is not None
     dtype: gl.constexpr = o_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
@@ -146,7 +146,7 @@ def _tiles(
         count += 1
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, layout=acc_layout)
         for j in range(1, live):
-            p, acc, m, sums, row_sum, same_sum = visit(
+            p, acc, m, sums, row_sum, _same = visit(
                 j, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring, v_ring, None,
                 barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM, COLUMNS,
                 Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS, WARPGROUP,
@@ -167,8 +167,8 @@ def _tiles(
                     K_STAGES, ANCHORED, WARPGROUP,
                 )  # fmt: skip
                 count += 1
-                for j in range(1, of_summaries):
-                    p, acc, m, sums, row_sum, same_sum = visit(
+                for _j in range(1, of_summaries):
+                    p, acc, m, sums, row_sum, _same = visit(
                         2, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring,
                         v_ring, bias_ring, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N,
                         HEAD_DIM, COLUMNS, Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS,
@@ -200,8 +200,8 @@ def _tiles(
                 WARPGROUP,
             )  # fmt: skip
             count += 1
-            for j in range(1, rest):
-                p, acc, m, sums, row_sum, same_sum = visit(
+            for _j in range(1, rest):
+                p, acc, m, sums, row_sum, _same = visit(
                     2, number, count, p, acc, m, sums, row_sum, row_sum, q_smem, k_ring, v_ring,
                     None, barriers, scale_log2, s_layout, p_layout, dtype, TILE_N, HEAD_DIM,
                     COLUMNS, Q_STAGES, K_STAGES, V_STAGES, False, ANCHORED, PASS, WARPGROUP,
