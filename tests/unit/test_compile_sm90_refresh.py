@@ -13,9 +13,14 @@ from compile_sm90 import SHARED_MEMORY, build, tensor_descriptor, writes_in_flig
 
 from flashomni.kernels.attention._hopper.consumer import ROWS  # noqa: E402
 from flashomni.kernels.attention.sm90 import TILE_M, choose_config  # noqa: E402
+from flashomni.kernels.refresh._hopper.messages import (  # noqa: E402
+    IS_TILE,
+    MAX_VISITS,
+    OF_LIVE,
+    OF_REST,
+    OF_SUMMARIES,
+)
 from flashomni.kernels.refresh.sm90 import refresh_kernel  # noqa: E402
-
-pytestmark = pytest.mark.slow
 
 POINTERS = {
     "kv_bits": "*i32", "kv_len_ptr": "*i32", "redo": "*i32", "log_n": "*fp32", "scratch": "*fp32",
@@ -24,6 +29,7 @@ POINTERS = {
 MAY_SPILL = {0: 0, 4: 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "per_block", "has_kv_len"), [("fp16", 0, True), ("bf16", 4, False)]
 )
@@ -71,3 +77,17 @@ def test_refresh(dtype, per_block, has_kv_len):
     assert not any(
         re.match(r"(@!?U?P\w+ )?(LDL|STL)", line) for loop in over_visits for line in loop
     )
+
+
+def test_words_of_a_message_hold_the_largest_call():
+    """Two words have five numbers: none runs into the next, or into the sign."""
+    largest, valid = MAX_VISITS - 1, 128
+    visits = IS_TILE.value + OF_SUMMARIES.value * largest + largest
+    assert visits < 1 << 31
+    assert visits % OF_SUMMARIES.value == largest
+    assert visits % IS_TILE.value // OF_SUMMARIES.value == largest
+    keys = valid + OF_REST.value * valid + OF_LIVE.value * largest
+    assert keys < 1 << 31
+    assert keys % OF_REST.value == valid
+    assert keys // OF_REST.value % (OF_LIVE.value // OF_REST.value) == valid
+    assert keys // OF_LIVE.value == largest
