@@ -24,6 +24,7 @@ from flashomni.lab.fidelity.measures import Measure, load_measures
 from flashomni.lab.fidelity.methods import DENSE, Attached, Method, of_recipe, parse_method
 
 OnMethod = Callable[[str, int, int], None]
+References = dict[int, dict[tuple[int, int], Tensor]]  # batch size -> (prompt, seed) -> pixels
 WARM = 2  # generations that nobody times: kernels compile, graphs are recorded
 
 
@@ -43,6 +44,7 @@ def compare(
     seconds: float | None = None,
     measures: Mapping[str, str] | None = None,
     backend: str | None = None,
+    references: References | None = None,
     on_method: OnMethod = lambda name, done, total: None,
 ) -> Comparison:
     """Fidelity and time of methods on a pipeline, paired over prompts and seeds.
@@ -68,6 +70,8 @@ def compare(
         measures: scores beside PSNR and SSIM, by name, and where their weights are (``flip`` has
             none); see :func:`flashomni.lab.fidelity.measures.load_measures`.
         backend: kernel backend of recipes.
+        references: what the pipeline makes as it is: taken from here, and kept here for a further
+            comparison of the same pipeline, prompts, seeds and call. Dropped if left out.
         on_method: told the name of each method, how many are done, and of how many.
 
     Raises:
@@ -88,7 +92,8 @@ def compare(
     for each in (pipe, timed):
         each.set_progress_bar_config(disable=True)
     given = dict(call or {}) if steps is None else {**(call or {}), "num_inference_steps": steps}
-    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores)
+    kept = {} if references is None else references
+    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores, kept)
     return work.run(chosen, pictures, seconds, on_method)
 
 
@@ -113,13 +118,13 @@ class _Work:
     rounds: int
     enough: float
     scores: Mapping[str, Measure]
+    references: References
 
     def run(
         self, methods: list[Method], looks: bool, seconds: float | None, tell: OnMethod
     ) -> Comparison:
         start = time.perf_counter()
         self.num_steps = int(self.call.get("num_inference_steps", 50))
-        self.references: dict[int, dict[tuple[int, int], Tensor]] = {}
         pictures: list[Picture] = []
         times: list[Timed] = []
         left_out: list[str] = []
@@ -144,7 +149,6 @@ class _Work:
             after = self._times(self.num_steps, rounds=1)
             times.append(Timed(method.name, method.family, mine, statistics.median(dense + after)))
             dense = dense[-2:] + after
-        self.references.clear()
         device = torch.device(self.pipe._execution_device)
         return Comparison.of(pictures, times, device, left_out, time.perf_counter() - start)
 
