@@ -26,9 +26,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -109,8 +109,7 @@ def main() -> None:
             results.replace(options.equal_time, rows, ("model", "method", "line", "device"))
 
 
-@dataclass
-class Ready:
+class Ready(NamedTuple):
     """A model and what is asked of it."""
 
     model: str
