@@ -1,1 +1,1 @@
-"""Generating, comparing, measuring: what a program that generates does not import (extra ``lab``)."""
+"""Generating, comparing, measuring: what a library user need not import (extra ``lab``)."""
