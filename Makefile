@@ -29,7 +29,7 @@ demo: $(STAMP)  ## generate one picture dense and accelerated, and write a repor
 demo-video: $(STAMP)  ## the same for a short video
 	$(BIN)/flashomni generate --model tiny-video --recipe balanced --compare --out out/demo-video
 
-quick: $(STAMP)  ## under a minute: of every test that is not slow two cases, or one model
+quick: $(STAMP)  ## under a minute: of every test that is not slow one case
 	$(PYTEST) --quick tests/unit
 
 test: lint unit interpret compile  ## format, lint, types, and every test that runs without a GPU

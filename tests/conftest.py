@@ -286,25 +286,20 @@ def residue(model):
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick", action="store_true", help="some cases of each test that is not slow"
-    )
+    parser.addoption("--quick", action="store_true", help="one case of each test that is not slow")
 
 
 def quick(items):
-    """Which of the collected tests `make quick` runs: some cases of each that is not slow.
+    """Which of the collected tests `make quick` runs: one case of each function that is not slow.
 
-    The first and the last lie far apart in whatever a test is parametrised by. Where it is a model,
-    one case: models take turns, so that all of them are tried by something.
+    The first of one, the second of the next, and so on in circles: every model, backend and ragged
+    size is tried by something.
     """
-    cases, turn = {}, itertools.count()
+    cases = {}
     for item in items:
         if item.get_closest_marker("slow") is None and item.get_closest_marker("gpu") is None:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    chosen = set()
-    for some in cases.values():
-        on_model = "tiny" in some[0].fixturenames
-        chosen.update([some[next(turn) % len(some)]] if on_model else [some[0], some[-1]])
+    chosen = {some[turn % len(some)] for turn, some in enumerate(cases.values())}
     return [item for item in items if item in chosen]
 
 
