@@ -90,7 +90,11 @@ def test_core_wheel_is_small_and_holds_the_package_only(wheel):
     folder = f"flashomni-{flashomni.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"flashomni", folder}
     package = Path(flashomni.__file__).parent
-    data = [p for p in package.rglob("*") if p.suffix in (".py", ".json", ".html", ".typed")]
+    data = [
+        p
+        for p in package.rglob("*")
+        if p.suffix in (".py", ".json", ".html", ".css", ".js", ".typed")
+    ]
     assert {f"flashomni/{p.relative_to(package)}" for p in data} <= set(names)
     assert "flashomni/py.typed" in names and "flashomni/recipes/balanced.json" in names
     assert "flashomni/kernels/configs/default.json" in names
