@@ -41,7 +41,7 @@ def url():
     """A studio of its own, on a free port."""
     from flashomni.studio.app import serve
 
-    blocks, url = serve(Shelf("cpu", torch.float32), MODEL, port=None, wait=False)
+    blocks, url = serve(Shelf("cpu", torch.float32), MODEL)
     yield url
     blocks.close()
 

@@ -1,8 +1,10 @@
 """The studio without its page: settings as controls, the queue, sessions, what is drawn."""
 
 import dataclasses
+import gc
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -263,6 +265,7 @@ def test_a_page_that_is_gone_ends_its_run(session, kept):
 def test_two_pages_share_a_pipeline_and_nothing_else(shelf, kept, session):
     """One waits for the other; recipes and results stay apart."""
     other = Session(shelf, "small", "quality")
+    file = other.recipe_file()
     assert other.shelved is session.shelved
     session.turn(knobs.COMPUTED, 2)
     assert other.recipe == Recipe.of("quality")
@@ -276,7 +279,7 @@ def test_two_pages_share_a_pipeline_and_nothing_else(shelf, kept, session):
     assert [session.outcome, other.outcome] == outcomes
     assert not torch.equal(outcomes[0].accelerated, outcomes[1].accelerated)
     other.close()
-    assert not other.folder.exists() and session.folder.exists()
+    assert not file.exists() and session.recipe_file().exists()
 
 
 def test_a_page_does_one_thing_at_a_time(session):
@@ -286,6 +289,19 @@ def test_a_page_does_one_thing_at_a_time(session):
     with pytest.raises(RuntimeError, match="at work already"):
         session.load("other")
     assert isinstance(last(session.generate(ASK)), Failed)
+
+
+def test_a_closed_page_lets_go_and_can_come_back():
+    """The pipeline is forgotten when nobody else has it, and loaded anew if the page is back."""
+    shelf = Shelf("cpu", torch.float32, lambda name, device, dtype: small())
+    session = Session(shelf, "a")
+    first = weakref.ref(session.shelved)
+    path = session.recipe_file()
+    session.close()
+    gc.collect()
+    assert first() is None and not path.exists()
+    assert session.shelved.name == "a" and session.recipe_file() == path
+    session.close()
 
 
 def test_a_bad_model_keeps_what_was_loaded(session, kept):

@@ -55,9 +55,7 @@ def studio(
             from flashomni.studio.shelf import Shelf
 
             shelf = Shelf(target, pick_dtype(dtype, target))
-            blocks, url = serve(
-                shelf, model, host=host, port=port, share=share, recipe=chosen, wait=False
-            )
+            blocks, url = serve(shelf, model, host=host, port=port, share=share, recipe=chosen)
         say((model, "bold"), f" on {target}: {url}")
         if blocks.share_url:
             say(f"for anybody who has the link: {blocks.share_url}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ class Page:
 
     def __init__(self, shelf: Shelf, model: str, recipe: Recipe | str = "balanced") -> None:
         self.shelf, self.model, self.recipe = shelf, model, recipe
+        self.sessions: dict[str, Session] = {}  # of open pages, to close them
         self.kept = shelf.take(model)  # stays loaded, whoever comes and goes
         with gr.Blocks(
             title="FlashOmni studio",
@@ -50,7 +50,7 @@ class Page:
             fill_width=True,
             delete_cache=KEEP_FILES,
         ) as self.blocks:
-            self.session = gr.State(None, delete_callback=_close)
+            self.session = gr.State(None)
             gr.HTML(
                 "<h1>FlashOmni studio</h1><p>What a recipe leaves out, what that saves, and what "
                 "it costs in the picture.</p>",
@@ -82,6 +82,7 @@ class Page:
         }  # fmt: skip
         opened = [self.session, self.whole, parts.choice, *model, *recipe]
         self.blocks.load(self._open, None, opened, **quick)
+        self.blocks.unload(self._left)
         for event in (ask.load.click, ask.model.input):
             event(self._load, [self.session, ask.model], [*model, *recipe], **quick)
         ask.steps.change(self._steps, [self.session, ask.steps], recipe, **quick)
@@ -108,8 +109,9 @@ class Page:
 
     # The model and the recipe.
 
-    def _open(self) -> Update:
+    def _open(self, request: gr.Request) -> Update:
         session = Session(self.shelf, self.model, self.recipe)
+        self.sessions[str(request.session_hash)] = session
         return {
             self.session: session,
             self.whole: gr.update(visible=True),
@@ -117,6 +119,12 @@ class Page:
             **self._of_model(session),
             **self._of_recipe(session),
         }
+
+    def _left(self, request: gr.Request) -> None:
+        """A page was closed. Gradio keeps its state for an hour; what is large goes now."""
+        session = self.sessions.pop(str(request.session_hash), None)
+        if session is not None:
+            session.close()
 
     def _load(self, session: Session, name: str | None) -> Iterator[Update]:
         """Take another pipeline; a bad one changes nothing but the line below."""
@@ -335,11 +343,6 @@ def _cancel(session: Session | None) -> Any:
     return gr.update(value="Cancelling", interactive=False)
 
 
-def _close(session: Session | None) -> None:
-    if session is not None:
-        session.close()
-
-
 def serve(
     shelf: Shelf,
     model: str,
@@ -348,9 +351,8 @@ def serve(
     port: int | None = None,
     share: bool = False,
     recipe: Recipe | str = "balanced",
-    wait: bool = True,
 ) -> tuple[gr.Blocks, str]:
-    """Give the page out.
+    """Give the page out, from threads of its own, until the app is closed.
 
     Args:
         shelf: of pipelines.
@@ -359,10 +361,9 @@ def serve(
         port: a free one from 7860 on if left out.
         share: also through Gradio's tunnel, for anybody who has the link.
         recipe: that pages begin with.
-        wait: until it is interrupted.
 
     Returns:
-        The app and its address, if it does not wait.
+        The app and its address.
 
     Raises:
         ValueError: the model cannot be loaded.
@@ -380,9 +381,4 @@ def serve(
         enable_monitoring=False, max_threads=40, show_error=False, run_history=False,
     )  # fmt: skip
     log.info("studio: %s %s", url, shared or "")
-    if wait:
-        try:
-            threading.Event().wait()
-        finally:
-            blocks.close()
     return blocks, url

@@ -31,7 +31,6 @@ class Session:
         recipe: likewise.
 
     Attributes:
-        shelved: the pipeline that the page has.
         recipe: that it generates with.
         base: the recipe that its controls started from.
         num_steps: of the next generation; settings are shown for it.
@@ -41,15 +40,32 @@ class Session:
     """
 
     def __init__(self, shelf: Shelf, model: str, recipe: Recipe | str = "balanced") -> None:
-        self.shelf, self.shelved = shelf, shelf.take(model)
+        self.shelf = shelf
+        self._model = model
+        self._shelved: Shelved | None = shelf.take(model)
         self.recipe = Recipe.of(recipe)
         self.base, self.num_steps = self.recipe, self.shelved.num_steps
         self.outcome: Outcome | None = None
         self.rows: list[Row] = []
         self.shown: dict[tuple[str, str], knobs.Knob | None] = {}
-        self.folder = Path(tempfile.mkdtemp(prefix="flashomni-studio-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="flashomni-studio-"))
         self._dense: tuple[str, Dense] | None = None
         self._stop, self._busy = threading.Event(), threading.Lock()
+
+    # A page that was closed, and comes back after all, finds what it had anew: its machine slept.
+
+    @property
+    def shelved(self) -> Shelved:
+        """The pipeline that the page has."""
+        if self._shelved is None:
+            self._shelved = self.shelf.take(self._model)
+        return self._shelved
+
+    @property
+    def folder(self) -> Path:
+        """For files that the page gives out."""
+        self._folder.mkdir(exist_ok=True)
+        return self._folder
 
     # The pipeline and the recipe.
 
@@ -61,9 +77,9 @@ class Session:
             RuntimeError: the page is generating.
         """
         with self._alone():
-            self.shelved = self.shelf.take(model)
-            self.num_steps = self.shelved.num_steps
-            return self.shelved
+            taken = self._shelved = self.shelf.take(model)
+            self._model, self.num_steps = taken.name, taken.num_steps
+            return taken
 
     def choose(self, recipe: Recipe | str | Path) -> Recipe:
         """Start from a recipe: a name, a file, or one that was made.
@@ -101,9 +117,10 @@ class Session:
         self._stop.set()
 
     def close(self) -> None:
-        """The page is gone."""
+        """The page is gone: its run ends, and what is large is let go."""
         self.cancel()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._shelved = self.outcome = self._dense = None
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def generate(self, ask: Ask) -> Iterator[Event]:
         """Generate, and compare with the stock pipeline if that is asked for.
