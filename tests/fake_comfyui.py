@@ -6,6 +6,7 @@ Written from the outside: the names are ComfyUI's, so that a node finds them; no
 from __future__ import annotations
 
 import copy
+import itertools
 import uuid
 from types import SimpleNamespace
 from typing import Any
@@ -115,13 +116,13 @@ class Guider:
 
 
 def euler(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-    for here, there in zip(sigmas, sigmas[1:], strict=False):
+    for here, there in itertools.pairwise(sigmas):
         x = x + model(x, here) * (there - here)
     return x
 
 
 def heun(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-    for here, there in zip(sigmas, sigmas[1:], strict=False):
+    for here, there in itertools.pairwise(sigmas):
         d = model(x, here)
         if there > 0:
             d = (d + model(x + d * (there - here), there)) / 2
@@ -134,8 +135,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, skip_resha
     override = (transformer_options or {}).get("optimized_attention_override")
     if override is not None:
         bare = {k: x for k, x in transformer_options.items() if not k.startswith("optimized")}
-        return override(attention, q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
-                        skip_output_reshape=skip_output_reshape, transformer_options=bare)  # fmt: skip
+        said = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+        return override(attention, q, k, v, heads, mask=mask, transformer_options=bare, **said)
     if not skip_reshape:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -213,6 +214,7 @@ class Flux(nn.Module):
         shape, img = x.shape, self.img_in(x.flatten(2).mT)
         txt, vec = self.txt_in(context), self.time_in(timestep[:, None])
         for i, block in enumerate(self.double_blocks):
+
             def run(args, block=block):
                 img, txt = block(args["img"], args["txt"], args["vec"], args["transformer_options"])
                 return {"img": img, "txt": txt}
@@ -225,6 +227,7 @@ class Flux(nn.Module):
                 img[:, :3] += control
         img = torch.cat([txt, img], 1)
         for i, block in enumerate(self.single_blocks):
+
             def run(args, block=block):
                 return {"img": block(args["img"], args["vec"], args["transformer_options"])}
 
@@ -246,6 +249,7 @@ class WanModel(Flux):
         shape, img = x.shape, self.img_in(x.flatten(2).mT)
         txt, vec = self.txt_in(context), self.time_in(timestep[:, None])
         for i, block in enumerate(self.blocks):
+
             def run(args, block=block):
                 each = [args[k] for k in ("img", "vec", "txt", "transformer_options")]
                 return {"img": block(*each)}

@@ -28,7 +28,9 @@ def recipe_of(name: str, overrides: str = "", recipe_file: str = "") -> Recipe:
     Raises:
         ValueError: in words of the node.
     """
-    settings = ",".join(part.strip() for part in overrides.replace("\n", ",").split(",") if part.strip())
+    settings = ",".join(
+        part.strip() for part in overrides.replace("\n", ",").split(",") if part.strip()
+    )
     if recipe_file.strip():
         if settings:
             raise ValueError(
@@ -138,7 +140,9 @@ class FlashOmniTune:
     ) -> tuple[Any, str, str]:  # fmt: skip
         specs = [line.strip() for line in recipes.splitlines() if line.strip()]
         if not specs:
-            raise ValueError("FlashOmni Tune: recipes is empty; write one a line, as fora:interval=2")
+            raise ValueError(
+                "FlashOmni Tune: recipes is empty; write one a line, as fora:interval=2"
+            )
         sample = sampler_of(noise, guider, sampler, sigmas, latent_image)
         try:
             best, tried = tune(specs, sample, max_error)

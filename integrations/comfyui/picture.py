@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from flashomni.engine.trace import Summary
 from torch import Tensor
+
+from flashomni.engine.trace import Summary
 
 LEFT_OUT, CACHED, COMPUTED = (0.13, 0.13, 0.16), (0.16, 0.33, 0.58), (0.99, 0.82, 0.35)
 WIDTH, HEIGHT = 960, 640  # at least, as far as whole pixels go
@@ -31,7 +32,9 @@ def draw(report: Summary) -> Tensor:
     low, high = torch.tensor(CACHED), torch.tensor(COMPUTED)
     share = values.clamp(0, 1)[..., None]
     cells = torch.where(values[..., None] < 0, torch.tensor(LEFT_OUT), low + share * (high - low))
-    tall, wide = (max(1, -(-size // n)) for size, n in zip((HEIGHT, WIDTH), values.shape))
+    tall, wide = (
+        max(1, -(-size // n)) for size, n in zip((HEIGHT, WIDTH), values.shape, strict=True)
+    )
     pixels = cells.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
     if tall > 3:
         pixels[::tall] *= 0.6  # a line between blocks

@@ -13,10 +13,11 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+from torch import Tensor, nn
+
 from flashomni import Recipe
 from flashomni.engine.trace import Summary
 from flashomni.models.generic.hosted import Hosted, why_not
-from torch import Tensor, nn
 
 log = logging.getLogger("flashomni")
 KEY = "flashomni"
@@ -70,13 +71,17 @@ class Accelerated:
 
     def put_on(self, patcher: Any) -> Any:
         """A clone of ``patcher`` with this on it, in place of what was put on it before."""
-        found = blocks_of(patcher.model.diffusion_model)
+        model = patcher.model.diffusion_model
+        found = blocks_of(model)
         if not found:
-            name = type(patcher.model.diffusion_model).__name__
+            name = type(model).__name__
             raise ValueError(
                 f"model: {name} has no transformer blocks that ComfyUI lets a node replace (U-Nets "
                 "such as SD 1.5 and SDXL have none); connect a diffusion transformer"
             )
+        Hosted(
+            model, list(found.values()), self.recipe, self.backend
+        )  # finds out what is wrong now
         clone = patcher.clone()
         take_off(clone)
         clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, self.sample)
@@ -300,5 +305,3 @@ def _is_options(value: Any) -> bool:
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """``[B, S, H * D]`` as ``[B, H, S, D]``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-

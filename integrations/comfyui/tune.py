@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashomni import Recipe
 from torch import Tensor
+
+from flashomni import Recipe
 
 from .sampling import Accelerated, take_off
 

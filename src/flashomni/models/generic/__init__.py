@@ -7,6 +7,7 @@
 ``attention`` which attention of a block can run here
 ``run``       how a block runs then
 ``tier``      all of it for one model
+``hosted``    a model whose program calls us, with hooks of its own
 """
 
 from flashomni.models.generic.blocks import Blocks, declared

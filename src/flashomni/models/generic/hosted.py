@@ -125,9 +125,7 @@ class Hosted:
 
         return runtime.block(index, Place(streams, main), run_with, chain)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor | None:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """An attention of the block that runs, by the engine.
 
         Args:
