@@ -45,5 +45,6 @@ def draw(report: Summary) -> Tensor:
 
 LEGEND = (
     "picture: a row for each block (top: first), a column for each call of the model (left: first);"
-    " yellow computed, blue cached, between in part, black not come to because the whole model was left out"
+    " yellow computed, blue cached, between in part, black not come to because the whole model was"
+    " left out"
 )
