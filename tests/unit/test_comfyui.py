@@ -108,7 +108,7 @@ def test_whole_layers_are_cached_as_by_hand(cls, control):
     assert (got[0] - sample(model, control=control)).abs().max() > 1e-3
 
 
-def test_attention_is_skipped_and_text_is_known():
+def test_attention_is_skipped():
     recipe = Recipe(policy=make_policy("topk", q_density=0.5, kv_density=0.5))
     recipe = recipe.replace(block_m=16, block_n=16, degrade_below=0.0)
     model = patcher()
@@ -118,8 +118,29 @@ def test_attention_is_skipped_and_text_is_known():
     assert report.flops_executed["attention"] < 0.9 * report.flops_dense["attention"]
     step = next(s for s in report.steps if s["kind"] == "dispatch")
     assert all(0 < q < 1 for q in step["q_density"])
-    needs_text = Recipe.of("flashomni:block_m=16,block_n=16")  # raises in a grid without text
-    sample(on(model, needs_text, "reference")[0])
+
+
+@pytest.mark.parametrize(
+    ("cls", "at", "expected"),
+    [
+        (fake.Flux, "first", (0, 5)),
+        (fake.Flux, "last", (168, 173)),
+        (fake.Flux, None, (0, 0)),
+        (fake.WanModel, "first", (0, 0)),  # its attention is over the picture alone
+    ],
+)
+def test_the_engine_is_told_where_the_text_is(monkeypatch, cls, at, expected):
+    """In double blocks beside the picture, in single blocks in one stream with it."""
+    found, tell = [], sampling.Sampling._text
+
+    def told(self, *args):
+        found.append(tell(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(sampling.Sampling, "_text", told)
+    monkeypatch.setitem(sampling.TEXT, cls.__name__, at)
+    sample(on(patcher(cls), "lossless", "reference")[0], sigmas=SIGMAS[-3:])
+    assert len(found) >= 2 * 3 and set(found) == {expected}
 
 
 def test_clones_share_it_and_the_patcher_stays_stock():
