@@ -42,7 +42,10 @@ def made(model, inputs, tier, put=None):
 @pytest.mark.parametrize("tier", OPTIONS)
 @pytest.mark.parametrize("feature", [*MOVED, *STREAMED])
 def test_the_same_pictures_and_no_weights_left(flux, feature, tier, first):
-    """Bits of whole layers; of tiles within rounding, where projections are called whole."""
+    """Bits of whole layers; within rounding where Linears have hooks of their own.
+
+    A hooked Linear is called whole: its tiles are, and on a card GELU is no part of it.
+    """
     stock, inputs = flux
     expected = made(copy.deepcopy(stock).cuda(), inputs, tier)
     model, put = copy.deepcopy(stock), {**MOVED, **STREAMED}[feature]
@@ -51,7 +54,9 @@ def test_the_same_pictures_and_no_weights_left(flux, feature, tier, first):
     elif feature in STREAMED or feature.startswith("group"):
         model.cuda()
     found = made(model, inputs, tier, None if first else put)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    hooked = tier == "C" and ("leaves" in feature or "leaf" in feature or "sequential" in feature)
+    near = {"atol": 1e-5, "rtol": 1e-5} if hooked else {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(found[:2], expected[:2], **near)
     torch.testing.assert_close(found[2], expected[2], atol=2e-3, rtol=2e-3)
     if feature != "model offloading":
         on_card = [name for name, p in model.named_parameters() if p.is_cuda]

@@ -6,6 +6,7 @@ Letters in shapes: B batch, S tokens, H num_heads, Hkv key heads, D head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def by_parts(call: RefreshCall, backend: str | None) -> None:
     parts = []
     for symbols, o in zip(live_and_rest(call.symbols), (call.out, call.difference), strict=True):
         lse = q.new_empty(shape[0], shape[2], shape[1], dtype=torch.float32)
-        options = {"kv_len": call.kv_len, "softmax_scale": call.softmax_scale}
+        options: dict[str, Any] = {"kv_len": call.kv_len, "softmax_scale": call.softmax_scale}
         sparse_attention(q, k, v, symbols, out=o, lse=lse, backend=backend, **options)
         parts.append(Part(o, lse))
     if call.mass is not None:
@@ -176,13 +177,14 @@ def _reference(call: RefreshCall) -> None:
     """The definition."""
     if call.mass is not None:
         by_parts(call, "reference")
-    wide = [x.float() for x in (call.q, call.k, call.v)]
-    summary, options = call.summary, {"softmax_scale": call.softmax_scale, "kv_len": call.kv_len}
+    q, k, v = (x.float() for x in (call.q, call.k, call.v))
+    summary = call.summary
+    options: dict[str, Any] = {"softmax_scale": call.softmax_scale, "kv_len": call.kv_len}
     if summary is not None:
         summary = Summary(summary.k.float(), summary.v.float(), summary.log_n)
     live, _ = live_and_rest(call.symbols)
-    sparse = sparse_attention(*wide, live, summary=summary, backend="reference", **options)
-    dense = sparse_attention(*wide, backend="reference", **options)
+    sparse = sparse_attention(q, k, v, live, summary=summary, backend="reference", **options)
+    dense = sparse_attention(q, k, v, backend="reference", **options)
     call.out.copy_(sparse)
     grid = call.symbols.grid
     skipped = ~call.symbols.kv_mask()
