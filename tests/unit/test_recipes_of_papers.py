@@ -109,11 +109,12 @@ def test_the_tool_fills_cells_and_nothing_else(tool):
     assert list(tool.recipes_of(page)) == ["fora", "x, calibrated"]
     line = {
         "model": "tiny-image", "method": "fora", "psnr_db": "35.02", "psnr_error": "1.25",
-        "worst_psnr_db": "30.0", "computed": "7.5", "flops_skipped": "0.7", "speedup": "2.5",
-        "attention_spent": "0.305",
+        "worst_psnr_db": "30.0", "computed": "7.5", "flops_skipped": "0.7", "seconds": "2",
+        "dense_seconds": "9", "speedup": "4.5", "attention_spent": "0.305",
     }  # fmt: skip
-    odd = {**line, "method": "x, calibrated", "psnr_db": "not finite"}
-    cells = tool.cells_of([line, odd, {**line, "model": "other"}])
+    odd = {**line, "method": "x, calibrated", "psnr_db": "not finite", "dense_seconds": "5"}
+    last = {**line, "method": "last", "dense_seconds": "4"}
+    cells = tool.cells_of([line, odd, last, {**line, "model": "other", "dense_seconds": "1"}])
     cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, attention 0.30, 2.50x"
     assert tool.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
         "| y |", "| not finite |"

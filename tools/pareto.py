@@ -1,0 +1,83 @@
+"""docs/images/pareto.png: PSNR against time, a panel a model, of a CSV of tools/methods.py.
+
+``python tools/pareto.py --csv docs/results/methods.csv``. Settings of one rival are joined; a line
+down from a point ends at its worst picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from flashomni.lab import results
+from flashomni.lab.fidelity.comparison import Summed
+from flashomni.lab.fidelity.equal_time import line_of
+from flashomni.lab.viz import save_figure
+
+DOCS = Path(__file__).parents[1] / "docs"
+# line of rivals, or what a name of ours begins with: label, colour, marker
+LOOKS = {
+    "tuned": ("tuned", "#2563eb", "*"),
+    "ramp": ("ramp, fitted weights", "#0d9488", "o"),
+    "balanced": ("balanced", "#7c3aed", "D"),
+    "steps": ("stock, fewer steps", "#6b7280", "s"),
+    "diffusers.mag": ("diffusers' MagCache, planned steps", "#d97706", "^"),
+    "cache-dit": ("cache-dit TaylorSeer, planned steps", "#dc2626", "v"),
+}
+TITLES = {"tiny-image": "pictures, tiny-image", "tiny-video": "videos, tiny-video"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--csv", type=Path, default=DOCS / "results" / "methods.csv")
+    parser.add_argument("--out", type=Path, default=DOCS / "images" / "pareto.png")
+    options = parser.parse_args()
+    save_figure(drawn(results.read(options.csv, Summed)), options.out)
+
+
+def look_of(method: str) -> str | None:
+    """Key of what a method looks like; ``None`` is not drawn."""
+    line = line_of(method)
+    return line if line in LOOKS else next((key for key in LOOKS if line.startswith(key)), None)
+
+
+def drawn(rows: Iterable[results.Cells]) -> Figure:
+    """A panel for each model."""
+    rows = [row for row in rows if look_of(row["method"]) and row["psnr_db"] != "not finite"]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(TITLES), sharey=True, squeeze=False)[0]
+    for axis, (model, title) in zip(panels, TITLES.items(), strict=True):
+        mine = [row for row in rows if row["model"] == model]
+        for key, (_, colour, marker) in LOOKS.items():
+            points = sorted(
+                (float(row["seconds"]), float(row["psnr_db"]), float(row["worst_psnr_db"]))
+                for row in mine
+                if look_of(row["method"]) == key
+            )
+            if not points:
+                continue
+            seconds, mean, worst = zip(*points, strict=True)
+            style = {"color": colour, "zorder": 3}
+            axis.plot(seconds, mean, linewidth=1, alpha=0.5, color=colour)
+            axis.scatter(seconds, mean, s=150 if marker == "*" else 50, marker=marker, **style)
+            axis.vlines(seconds, worst, mean, colors=colour, linewidth=0.8, alpha=0.35)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_xlabel("seconds a result")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("PSNR, dB: mean, line to the worst")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=0, label=label)
+        for label, colour, marker in LOOKS.values()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
