@@ -41,18 +41,21 @@ def as_script(monkeypatch):
         away = [folder for folder in sys.path if Path(folder).is_relative_to(ROOT / "tests")]
         found = [str(path.parent), *(folder for folder in sys.path if folder not in away)]
         monkeypatch.setattr(sys, "path", found)
-        for name, module in list(sys.modules.items()):
-            if Path(getattr(module, "__file__", None) or "/").is_relative_to(ROOT) and not (
-                name.startswith("flashomni")
-            ):
+        for name in list(sys.modules):
+            if _is_script(name):
                 monkeypatch.delitem(sys.modules, name)
 
     known = set(sys.modules)
     yield prepare
-    for name in set(sys.modules) - known:
-        file = getattr(sys.modules[name], "__file__", None) or "/"
-        if Path(file).is_relative_to(ROOT) and not name.startswith("flashomni"):
-            del sys.modules[name]
+    for name in filter(_is_script, set(sys.modules) - known):
+        del sys.modules[name]
+
+
+def _is_script(name):
+    """Whether a module is of tests or scripts; an environment may lie in the checkout too."""
+    file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+    inside = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
+    return inside and not name.startswith("flashomni")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
