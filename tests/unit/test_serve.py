@@ -20,7 +20,15 @@ from flashomni.serve.desk import Desk, File
 from flashomni.serve.errors import Failure, Refused, overloaded
 from flashomni.serve.exactness import Proof, decides_together
 from flashomni.serve.media import encode
-from flashomni.serve.orders import MAX_BODY, Order, read_body, read_images, read_json, read_video
+from flashomni.serve.orders import (
+    MAX_BODY,
+    Order,
+    read_body,
+    read_images,
+    read_json,
+    read_video,
+    within_limit,
+)
 from flashomni.serve.worker import Stopped, Worker
 
 SETTINGS = Settings(recipes=("fora", "taylorseer"), recipe="lossless", max_images=3, max_steps=20)
@@ -117,6 +125,8 @@ def test_what_is_left_out_is_the_models_own():
         ("prompt", None, "must be text"),
         ("prompt", "  ", "must be text"),
         ("prompt", ["a"], "must be text"),
+        ("prompt", "\ud800", "half a surrogate"),
+        ("negative_prompt", "no \udfff", "half a surrogate"),
         ("model", "dall-e-3", "must be tiny-image"),
         ("n", 0, "from 1 to 3"),
         ("n", 4, "from 1 to 3"),
@@ -332,6 +342,32 @@ def test_a_size_that_differed_is_not_tried_again():
     assert proof.limit("key", 4) == 1
 
 
+def test_a_body_is_read_no_further_than_it_may_be_long():
+    """Who sends without end does not fill the memory of the front."""
+    sent = []
+
+    async def parts(count):
+        for _ in range(count):
+            sent.append(1)
+            yield b" " * 2**18
+
+    assert len(run(within_limit(parts(3)))) == 3 * 2**18
+    sent.clear()
+    with pytest.raises(Refused, match="at most 1048576 bytes"):
+        read_body(run(within_limit(parts(1000))))
+    assert len(sent) == 5
+
+
+def test_sides_are_what_a_file_can_have():
+    """Told before it is generated, not when it is encoded."""
+    long = {"prompt": "x", "size": "16384x64"}
+    assert read_images(long, SETTINGS)[0].size == (16384, 64)
+    with pytest.raises(Refused, match=r"^size must have sides of at most 16383 as webp"):
+        read_images({**long, "output_format": "webp"}, SETTINGS)
+    with pytest.raises(Refused, match=r"^size must have sides of at most 16383 as webp"):
+        read_video(long, SETTINGS)
+
+
 # The pipeline
 
 
@@ -452,6 +488,34 @@ def test_a_lora_is_of_its_orders_alone(tmp_path):
     assert not torch.equal(plain, full) and not torch.equal(full, half)
 
 
+def test_what_an_order_leaves_out_counts_as_pixels():
+    """Frames of the model's own size, a size at its own frames; its own are always allowed."""
+    loaded = zoo.random_pipeline("tiny-video", heads=2, head_dim=32)
+    own = {**loaded.call, "height": 128, "width": 128, "num_frames": 61}
+    worker = Worker(replace(SETTINGS, max_pixels=128 * 128), replace(loaded, call=own))
+    video = replace(ORDER, size=None, video=True, format="webp")
+    worker.check(video)
+    worker.check(replace(video, frames=61))
+    with pytest.raises(Refused, match=r"^seconds must give at most 999424 .* got 1064960"):
+        worker.check(replace(video, frames=65))
+    with pytest.raises(Refused, match=r"^size must give at most 999424 pixels in all, got 3997696"):
+        worker.check(replace(video, size=(256, 256)))
+
+
+def test_a_batch_that_cannot_be_made_costs_no_picture(worker, monkeypatch):
+    """They were made one by one before; the size is not tried again."""
+    call = worker._call
+
+    def alone(orders, stop):
+        if len(orders) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return call(orders, stop)
+
+    monkeypatch.setattr(worker, "_call", alone)
+    made = worker.generate([ORDER, replace(ORDER, seed=9)], NEVER)
+    assert [each.batch for each in made] == [1, 1] and worker.limit(ORDER) == 1
+
+
 # Routes
 
 
@@ -536,6 +600,32 @@ def test_overload_is_503_with_retry_after():
     reply = run(main())
     assert reply.status == 503 and reply.headers["Retry-After"] == "7"
     assert json.loads(reply.body)["error"]["code"] == "queue_full"
+
+
+def test_videos_are_refused_like_pictures_where_too_many_wait():
+    """As overload, with when to come again; programs tell it by its code."""
+
+    async def main():
+        one = Desk(replace(SETTINGS, queue=0), Replicas(), two)
+        first = await post(one, "/v1/videos", prompt="x")
+        second = await post(one, "/v1/videos", prompt="x")
+        one.jobs.delete(json.loads(first.body)["id"])
+        return second
+
+    reply = run(main())
+    error = json.loads(reply.body)["error"]
+    assert reply.status == 503 and int(reply.headers["Retry-After"]) >= 1
+    assert (error["code"], error["type"]) == ("queue_full", "overloaded_error")
+
+
+def test_headers_are_ascii():
+    """Whatever the engine failed with: a header that cannot be sent would lose the picture."""
+
+    async def main():
+        one, _ = desk(lambda order: File(b"picture", {"seconds": 1.0, "fault": "\u6f22 \u2026"}))
+        return await one.answer("POST", "/v1/images/generations", b'{"prompt": "x"}', "image/png")
+
+    assert run(main()).headers["x-flashomni-fault"] == "? ?"
 
 
 def test_a_client_that_goes_takes_its_orders_along():

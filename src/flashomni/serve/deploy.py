@@ -17,7 +17,7 @@ from flashomni.serve.batching import Batcher
 from flashomni.serve.desk import Desk, File
 from flashomni.serve.errors import SERVER, Failure, overloaded
 from flashomni.serve.media import encode
-from flashomni.serve.orders import Order
+from flashomni.serve.orders import Order, within_limit
 from flashomni.serve.settings import Settings
 
 log = logging.getLogger("flashomni")
@@ -94,7 +94,7 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         accept, kind = (request.headers.get(name, "") for name in ("accept", "content-type"))
-        path, body = request.url.path, await request.body()
+        path, body = request.url.path, await within_limit(request.stream())
         reply = await self.desk.answer(request.method, path, body, accept, kind)
         return Response(reply.body, reply.status, reply.headers, reply.type)
 

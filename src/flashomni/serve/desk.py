@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashomni.serve.errors import Failure, Refused
+from flashomni.serve.errors import Failed, Failure, Refused
 from flashomni.serve.media import TYPES
 from flashomni.serve.orders import Order, read_body, read_images, read_video
 from flashomni.serve.settings import Settings
@@ -53,14 +53,6 @@ class File:
     about: dict[str, Any]
 
 
-class Failed(Exception):
-    """Carries a :class:`Failure` to where it is answered."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
 Send = Callable[[Order], Awaitable[File | Failure]]
 
 
@@ -78,7 +70,7 @@ class Desk:
         self.created = int(time.time())
         self.in_flight = self.answered = 0
         self._seconds = 1.0  # of a picture, lately
-        self.jobs = Jobs(self._make, settings)
+        self.jobs = Jobs(self._make, settings, lambda: self.retry_after)
 
     @property
     def retry_after(self) -> int:
@@ -111,8 +103,6 @@ class Desk:
             if route is None:
                 raise Refused(f"there is no {method} {path or '/'} here", status=404)
             return await route()
-        except Failed as failed:
-            return Reply.failed(failed.failure)
         except Exception as error:
             return Reply.failed(Failure.of(error))
 
@@ -142,7 +132,11 @@ class Desk:
             {"seed": order.seed, **file.about} for order, file in zip(orders, files, strict=True)
         ]
         if accept.partition(";")[0].strip().startswith("image/") and len(files) == 1:
-            headers = {f"x-flashomni-{k.replace('_', '-')}": str(v) for k, v in about[0].items()}
+            headers = {
+                # Of ASCII alone: what an engine failed with may say anything.
+                f"x-flashomni-{k.replace('_', '-')}": str(v).encode("ascii", "replace").decode()
+                for k, v in about[0].items()
+            }
             return Reply(200, files[0].data, TYPES[orders[0].format], headers)
         data = [{"b64_json": base64.b64encode(file.data).decode()} for file in files]
         form = {"output_format": orders[0].format}

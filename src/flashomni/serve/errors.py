@@ -52,6 +52,8 @@ class Failure:
 
         ``ValueError`` and ``NotImplementedError`` are about the request, all others about us.
         """
+        if isinstance(error, Failed):
+            return error.failure
         if isinstance(error, Refused):
             return cls(error.status, str(error), error.param)
         if isinstance(error, NotImplementedError):
@@ -59,6 +61,14 @@ class Failure:
         if isinstance(error, ValueError):
             return cls(400, str(error))
         return cls(500, f"{type(error).__name__}: {error}", kind=SERVER)
+
+
+class Failed(Exception):
+    """Carries a :class:`Failure` to where it is answered."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 def overloaded(waiting: int, retry_after: int) -> Failure:

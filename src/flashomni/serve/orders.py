@@ -6,7 +6,7 @@ import email
 import email.policy
 import json
 import secrets
-from collections.abc import Hashable, Mapping
+from collections.abc import AsyncIterable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ ONLY = {
     "output_compression": 100,
 }
 FORMATS = ("png", "webp", "jpeg")
+LONGEST = {"webp": 16383, "jpeg": 65500}  # pixels of a side that a file can have
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read_body(body: bytes, kind: str = "") -> Mapping[str, Any]:
         Refused: it is neither, or too long.
     """
     if len(body) > MAX_BODY:
-        raise Refused(f"the body must have at most {MAX_BODY} bytes, got {len(body)}", status=413)
+        raise Refused(f"the body must have at most {MAX_BODY} bytes", status=413)
     return _read_form(body, kind) if kind.startswith("multipart/form-data") else read_json(body)
 
 
@@ -133,6 +134,16 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+async def within_limit(parts: AsyncIterable[bytes]) -> bytes:
+    """A body as it comes; of one that is too long, no more than shows that."""
+    body = b""
+    async for part in parts:
+        body += part
+        if len(body) > MAX_BODY:
+            break
+    return body
 
 
 def read_json(body: bytes) -> Mapping[str, Any]:
@@ -161,6 +172,7 @@ def read_images(data: Mapping[str, Any], settings: Settings) -> tuple[Order, ...
     n = _whole(data, "n", 1, settings.max_images) or 1
     _one_of(data, "response_format", ("b64_json",))
     order = replace(order, format=_one_of(data, "output_format", FORMATS) or "png")
+    _limit_pixels(order, settings)
     seeds = [(order.seed + i) % SEEDS for i in range(n)]
     return tuple(replace(order, seed=seed) for seed in seeds)
 
@@ -195,6 +207,9 @@ def _order(data: Mapping[str, Any], settings: Settings) -> Order:
     negative = data.get("negative_prompt")
     if negative is not None and not isinstance(negative, str):
         raise Refused(f"negative_prompt must be text, got {_shown(negative)}", "negative_prompt")
+    for name, text in (("prompt", prompt), ("negative_prompt", negative or "")):
+        if any("\ud800" <= mark <= "\udfff" for mark in text):  # JSON can say it, no tokenizer can
+            raise Refused(f"{name} must be text, got half a surrogate in {_shown(text)}", name)
     lora = _one_of(data, "lora", tuple(settings.loras))
     scale = _number(data, "lora_scale", -4.0, 4.0)
     if scale is not None and lora is None:
@@ -212,7 +227,6 @@ def _order(data: Mapping[str, Any], settings: Settings) -> Order:
         lora=lora,
         lora_scale=1.0 if scale is None else scale,
     )
-    _limit_pixels(order, settings)
     return order
 
 
@@ -225,6 +239,12 @@ def _limit_pixels(order: Order, settings: Settings) -> None:
         raise Refused(
             f"size must have at most {settings.max_pixels} pixels in all, got "
             f"{width}x{height}{frames}",
+            "size",
+        )
+    longest = LONGEST.get(order.format)
+    if longest is not None and max(order.size) > longest:
+        raise Refused(
+            f"size must have sides of at most {longest} as {order.format}, got {width}x{height}",
             "size",
         )
 

@@ -33,7 +33,8 @@ class Settings:
         max_batch: requests of one shape that may be generated as one batch. 1 by default.
         exact: batch only where it was seen to give the same bits as each request alone.
         max_steps: the most denoising steps that a request may ask for.
-        max_pixels: the most pixels, width times height times frames.
+        max_pixels: the most pixels, width times height times frames, what a request leaves out
+            counted as the model makes it; what the model makes unasked is allowed in any case.
         max_images: the most pictures of one request.
         warm_up: steps of a generation before a replica says that it is ready.
         retries: how often a request is given to another replica when the one that held it died.

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashomni.serve.errors import Failure, Refused, overloaded
+from flashomni.serve.errors import Failed, Failure, Refused, overloaded
 from flashomni.serve.orders import Order
 from flashomni.serve.settings import Settings
 
@@ -41,21 +41,27 @@ class Jobs:
     Args:
         make: has a replica make an order; its exceptions are the job's.
         settings: of the server.
+        retry_after: seconds until there is room, about.
     """
 
-    def __init__(self, make: Callable[[Order], Awaitable[Any]], settings: Settings) -> None:
-        self._make, self._settings = make, settings
+    def __init__(
+        self,
+        make: Callable[[Order], Awaitable[Any]],
+        settings: Settings,
+        retry_after: Callable[[], int],
+    ) -> None:
+        self._make, self._settings, self._retry_after = make, settings, retry_after
         self._jobs: dict[str, Job] = {}
 
     def start(self, order: Order) -> dict[str, Any]:
         """Begin a job.
 
         Raises:
-            Refused: as many wait as may.
+            Failed: as many wait as may.
         """
         waiting = sum(not job.ended for job in self._jobs.values())
         if waiting > self._settings.queue:
-            raise Refused(overloaded(waiting, 1).message, status=503)
+            raise Failed(overloaded(waiting, self._retry_after()))
         job = Job(f"video_{secrets.token_hex(12)}", order, int(time.time()))
         ended = [each.id for each in self._jobs.values() if each.ended]
         for old in ended[: max(len(ended) - KEPT + 1, 0)]:
@@ -72,7 +78,7 @@ class Jobs:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            job.failure = getattr(error, "failure", None) or Failure.of(error)
+            job.failure = Failure.of(error)
             job.status = "failed"
         job.completed = int(time.time())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 import time
 import traceback
@@ -134,6 +135,7 @@ class Worker:
                 raise Refused(
                     f"size must be multiples of {unit}, got {order.size[0]}x{order.size[1]}", "size"
                 )
+        self._check_pixels(order)
 
     def _check_negative(self, order: Order) -> None:
         field, name = "negative_prompt", type(self.pipe).__name__
@@ -144,6 +146,25 @@ class Worker:
             scale = order.true_cfg or self.loaded.call.get("true_cfg_scale", default)
             if scale <= 1:
                 raise Refused(f"{field} needs a true_cfg_scale of more than 1, got {scale}", field)
+
+    def _check_pixels(self, order: Order) -> None:
+        """Count what an order leaves out too: only the pipeline knows how much that is."""
+        own = {name: self._own(name) for name in FIELDS if name in self._takes}
+        asked = {name: value for name, value in order.call().items() if name in own}
+        most = max(self.settings.max_pixels, math.prod(own.values()))
+        pixels = math.prod({**own, **asked}.values())
+        if asked and pixels > most:
+            field = "size" if order.size is not None else FIELDS["num_frames"]
+            raise Refused(f"{field} must give at most {most} pixels in all, got {pixels}", field)
+
+    def _own(self, name: str) -> int:
+        """Width, height or frames that the pipeline makes unasked; 1 where it does not say."""
+        usual = self.loaded.call.get(name) or self._takes[name].default
+        if not usual and name != "num_frames":
+            usual = getattr(self.pipe, f"default_{name}", None)
+            side = getattr(self.pipe, "default_sample_size", None)
+            usual = usual or (side * self._scale() if isinstance(side, int) else None)
+        return usual if isinstance(usual, int) else 1
 
     def _scale(self) -> int:
         """Pixels of a side that the VAE makes one latent of."""
@@ -185,12 +206,22 @@ class Worker:
         alone = [self._run([order], stop) for order in orders]
         made = [each[1][0] for each in alone]
         if known is None and not any(each.fault for each in made):
-            together, batch = self._run(orders, stop)
-            same = all(torch.equal(a[0], b) for (a, _), b in zip(alone, together, strict=True))
-            same = same and not batch[0].fault
+            same = self._is_exact(orders, [pixels for pixels, _ in alone], stop)
             self.proof.saw(key, size, same)
             log.info("a batch of %d of %s is %s", size, key, "exact" if same else "not exact")
         return made
+
+    def _is_exact(self, orders: list[Order], alone: list[Tensor], stop: threading.Event) -> bool:
+        """Whether a batch has the bits of each alone; one that cannot be made has not."""
+        try:
+            together, batch = self._run(orders, stop)
+        except Stopped:
+            raise
+        except Exception:  # the pictures are there already: only the batch is too much
+            log.warning("a batch of %d cannot be made", len(orders), exc_info=True)
+            return False
+        same = all(torch.equal(a[0], b) for a, b in zip(alone, together, strict=True))
+        return same and not batch[0].fault
 
     def _run(self, orders: list[Order], stop: threading.Event) -> tuple[Tensor, list[Made]]:
         """The pipeline's own pixels, and what is made of them."""
