@@ -12,7 +12,7 @@ from PIL import Image
 
 from flashomni.engine import Recipe
 from flashomni.engine.recipe import methods, presets
-from flashomni.lab import zoo
+from flashomni.lab import metrics, zoo
 from flashomni.models import engine_of
 from flashomni.policies import policies
 from flashomni.studio import drawings, knobs, pictures
@@ -289,6 +289,31 @@ def test_a_page_does_one_thing_at_a_time(session):
     with pytest.raises(RuntimeError, match="at work already"):
         session.load("other")
     assert isinstance(last(session.generate(ASK)), Failed)
+
+
+def test_a_second_click_leaves_the_first_run_to_be_cancelled(session, kept):
+    """The run that was refused is not the one that is meant."""
+    events = session.generate(dataclasses.replace(ASK, steps=500))
+    next(events)
+    assert isinstance(last(session.generate(ASK)), Failed)
+    session.cancel()
+    end = last(events)
+    assert isinstance(end, Failed) and isinstance(end.error, Cancelled)
+    assert len(kept.turns) == 0
+
+
+def test_a_page_that_goes_behind_the_last_step_keeps_nothing(session, monkeypatch):
+    """Gradio holds the session for an hour; what it made would stay as long."""
+    compare = metrics.compare
+
+    def close(*args, **kwargs):
+        session.close()
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(metrics, "compare", close)
+    end = last(session.generate(ASK))
+    assert isinstance(end, Failed) and isinstance(end.error, Cancelled)
+    assert session.outcome is None and session.rows == []
 
 
 def test_a_closed_page_lets_go_and_can_come_back():

@@ -17,6 +17,7 @@ from flashomni.studio import knobs
 from flashomni.studio.events import Emit, Event, Progress, Waiting, streamed
 from flashomni.studio.outcome import Ask, Dense, Outcome, Row
 from flashomni.studio.shelf import Shelf, Shelved
+from flashomni.studio.turns import Cancelled
 from flashomni.studio.watch import Watch, warm
 
 Work = Callable[[Emit, threading.Event], Any]
@@ -50,7 +51,8 @@ class Session:
         self.shown: dict[tuple[str, str], knobs.Knob | None] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="flashomni-studio-"))
         self._dense: tuple[str, Dense] | None = None
-        self._stop, self._busy = threading.Event(), threading.Lock()
+        self._stops: set[threading.Event] = set()  # of runs: a second one is refused, but begins
+        self._busy = threading.Lock()
 
     # A page that was closed, and comes back after all, finds what it had anew: its machine slept.
 
@@ -114,7 +116,8 @@ class Session:
 
     def cancel(self) -> None:
         """End what runs, at its next step."""
-        self._stop.set()
+        for stop in tuple(self._stops):
+            stop.set()
 
     def close(self) -> None:
         """The page is gone: its run ends, and what is large is let go."""
@@ -132,6 +135,8 @@ class Session:
 
         def work(emit: Emit, stop: threading.Event) -> Outcome:
             outcome = self._generated(ask, recipe, shelved, emit, stop)
+            if stop.is_set():  # behind the last step: a page that is gone keeps nothing
+                raise Cancelled
             self.outcome = outcome
             self.rows.append(Row.of(outcome))
             return outcome
@@ -140,15 +145,18 @@ class Session:
 
     def run(self, work: Work) -> Iterator[Event]:
         """Stream ``work(emit, stop)`` when it is this page's turn."""
-        stop = self._stop = threading.Event()
-        shelved = self.shelved
+        stop, shelved = threading.Event(), self.shelved
+        self._stops.add(stop)
 
         def whole(emit: Emit) -> Any:
-            with (
-                self._alone(),
-                shelved.turns.mine(stop, lambda place: emit(Waiting(place))),
-            ):
-                return work(emit, stop)
+            try:
+                with (
+                    self._alone(),
+                    shelved.turns.mine(stop, lambda place: emit(Waiting(place))),
+                ):
+                    return work(emit, stop)
+            finally:
+                self._stops.discard(stop)
 
         return streamed(whole, stop)
 
