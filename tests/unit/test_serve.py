@@ -18,7 +18,7 @@ from flashomni.serve import Settings
 from flashomni.serve.batching import Batcher
 from flashomni.serve.desk import Desk, File
 from flashomni.serve.errors import Failure, Refused, overloaded
-from flashomni.serve.exactness import Proof, decides_together
+from flashomni.serve.exactness import KEPT, Proof, decides_together
 from flashomni.serve.media import encode
 from flashomni.serve.orders import (
     MAX_BODY,
@@ -340,6 +340,9 @@ def test_a_size_that_differed_is_not_tried_again():
     proof.saw("key", 3, False)
     proof.saw("key", 2, False)
     assert proof.limit("key", 4) == 1
+    for number in range(KEPT):
+        proof.saw(number, 2, True)
+    assert len(proof._same) == KEPT and proof.known("key", 4) is None
 
 
 def test_a_body_is_read_no_further_than_it_may_be_long():
@@ -465,7 +468,7 @@ def test_a_worker_refuses_what_its_pipeline_would_ignore(worker, changes, messag
 
 
 @pytest.mark.slow
-def test_a_lora_is_of_its_orders_alone(tmp_path):
+def test_a_lora_is_of_its_orders_alone(tmp_path, monkeypatch):
     """The next order without one has the model's own bits."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -486,6 +489,19 @@ def test_a_lora_is_of_its_orders_alone(tmp_path):
     )
     assert torch.equal(plain, after) and torch.equal(full, again)
     assert not torch.equal(plain, full) and not torch.equal(full, half)
+
+    load = loaded.pipe.load_lora_weights
+
+    def half_way(*args, **kwargs):
+        load(*args, **kwargs)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loaded.pipe, "load_lora_weights", half_way)
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.generate([orders[1]], NEVER)
+    assert torch.equal(worker.generate([ORDER], NEVER)[0].pixels, plain)
+    monkeypatch.undo()
+    assert torch.equal(worker.generate([orders[1]], NEVER)[0].pixels, full)
 
 
 def test_what_an_order_leaves_out_counts_as_pixels():

@@ -329,6 +329,16 @@ def test_a_closed_page_lets_go_and_can_come_back():
     session.close()
 
 
+def test_a_page_that_nobody_closes_leaves_no_files(shelf, kept):
+    """One that was open when the server ended, or came back and was left."""
+    session = Session(shelf, "small")
+    session.close()
+    folder = session.recipe_file().parent
+    del session
+    gc.collect()
+    assert not folder.exists()
+
+
 def test_a_bad_model_keeps_what_was_loaded(session, kept):
     """The error says what is wrong, the session goes on with the old one."""
     for name, words in (("bad", "cannot be loaded"), ("  ", "folder or a Hub id")):

@@ -83,8 +83,8 @@ def call_shapes(
         NotImplementedError: it cannot be built, or called, without weights.
     """
     name = type(model).__name__
-    floats = (x for x in tree_leaves(dict(inputs)) if isinstance(x, Tensor))
-    dtype = next((x.dtype for x in floats if x.is_floating_point()), torch.float32)
+    tensors = (x for x in tree_leaves(dict(inputs)) if isinstance(x, Tensor))
+    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
     try:
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr,operator]
         with torch.device("meta"), warnings.catch_warnings():
@@ -109,9 +109,9 @@ def _watched(
     output: list[Tensor] = []
     mode = _Largest()
 
-    def look(module: nn.Module, args: tuple, output: Any) -> None:
+    def look(module: nn.Module, args: tuple, behind: Any) -> None:
         found: list[Tensor] = []
-        take_apart(output, found)
+        take_apart(behind, found)
         streams.append(found)
         if mode.largest is not None:
             attention.append(mode.largest)

@@ -31,6 +31,9 @@ def _measures(policy: Policy) -> bool:
     return policy.caches and type(policy).known_fraction is Policy.known_fraction
 
 
+KEPT = 1024  # keys have numbers of requests in them: there is no end of them
+
+
 class Proof:
     """Which sizes of batches gave, for a key, the bits of each order alone.
 
@@ -47,6 +50,8 @@ class Proof:
 
     def saw(self, key: Hashable, size: int, same: bool) -> None:
         self._same[key, size] = same
+        if len(self._same) > KEPT:
+            del self._same[next(iter(self._same))]
 
     def limit(self, key: Hashable, most: int) -> int:
         """The largest size up to ``most`` that is exact, or may be."""

@@ -296,11 +296,15 @@ class Worker:
             self.pipe.unload_lora_weights()
         if lora is not None:
             name, scale = lora
-            self.pipe.load_lora_weights(
-                self.settings.loras[name], adapter_name=ADAPTER, use_safetensors=True
-            )
+            try:
+                self.pipe.load_lora_weights(
+                    self.settings.loras[name], adapter_name=ADAPTER, use_safetensors=True
+                )
+                self.pipe.set_adapters([ADAPTER], [scale])
+            except BaseException:
+                self.pipe.unload_lora_weights()  # half of it would be in the next pictures
+                raise
             self._lora = lora
-            self.pipe.set_adapters([ADAPTER], [scale])
 
     def _take_off(self) -> None:
         if self._engine is not None:

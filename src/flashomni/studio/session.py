@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Session:
         self.rows: list[Row] = []
         self.shown: dict[tuple[str, str], knobs.Knob | None] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="flashomni-studio-"))
+        # Of pages that are open when the server ends nobody says that they are closed.
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._dense: tuple[str, Dense] | None = None
         self._stops: set[threading.Event] = set()  # of runs: a second one is refused, but begins
         self._busy = threading.Lock()
