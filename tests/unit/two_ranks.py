@@ -182,7 +182,7 @@ def layer_kinds(report):
 def refused(act):
     try:
         act()
-    except (NotImplementedError, ValueError) as refusal:
+    except (RuntimeError, ValueError) as refusal:  # NotImplementedError is one of the first
         return f"{type(refusal).__name__}: {refusal}"
     return "accepted"
 
@@ -343,6 +343,7 @@ def called_projection(rank, model, inputs):
 
 
 def main(rank, store, out):
+    import two_ranks_cfg as cfg
     import two_ranks_inside as inside
 
     torch.set_num_threads(1)
@@ -372,6 +373,7 @@ def main(rank, store, out):
         found["orders"] = both_orders(model, inputs)
         found["refusals"] = refusals(rank)
         found["inside"] = inside.found(rank)
+        found["cfg"] = cfg.found(rank)
     Path(out).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
