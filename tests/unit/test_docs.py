@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOOLS = ("flashomni", "make", "pip", "python")
+TOOLS = ("flashomni", "make", "pip", "python", "torchrun")
 NOT_RUN = {  # what a block of code begins with, and why it is not run
     "registry, util": "who may import whom: tests/unit/test_structure.py parses the imports",
     '@register("attention", "NAME"': "the frame of a kernel: what it names is the reader's",
@@ -118,6 +118,10 @@ def test_the_commands_of_a_page_exist(page):
             tool, *words = shlex.split(line, comments=True)
             if tool == "flashomni":
                 parse(words, line)
+            elif tool == "torchrun":
+                assert words[:1] + words[2:4] == ["--nproc-per-node", "-m", "flashomni"], line
+                told = parse(words[4:], line)
+                assert told["ulysses"] * told["cfg"] == int(words[1]), line
             elif tool == "make":
                 assert words[0] in targets, line
             elif tool == "python" and words[0] != "-m":
@@ -125,13 +129,13 @@ def test_the_commands_of_a_page_exist(page):
 
 
 def parse(words, line):
-    """Parse a command line as typer does, and run nothing."""
+    """Its settings as typer parses them; nothing is run."""
     command, path = typer.main.get_command(app), "flashomni"
     while words and words[0] in getattr(command, "commands", {}):
         path = f"{path} {words[0]}"
         command = command.commands[words.pop(0)]
     assert not hasattr(command, "commands"), line
-    command.make_context(path, list(words))
+    return command.make_context(path, list(words)).params
 
 
 @pytest.mark.parametrize("page", PAGES)

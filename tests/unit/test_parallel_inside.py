@@ -1,8 +1,18 @@
 """Two ranks that share a sequence inside of the blocks: any adapter, whatever plan there is."""
 
+import re
+from pathlib import Path
+
+import diffusers
 import pytest
 from test_parallel import ranks  # noqa: F401  (one pair of processes for both)
-from two_ranks_inside import ADAPTERS, CASES, MORE, PLANS
+from two_ranks_inside import ADAPTERS, ALONE, CASES, MORE, PLANS
+
+from flashomni.engine import Recipe
+from flashomni.engine.recipe import methods, presets
+from flashomni.engine.sharding import why_not
+from flashomni.engine.state.turns import why_no_turns
+from flashomni.models import adapters
 
 NAMES = [f"{name} {recipe}" for name, recipe in CASES] + ["wan", "qwen"]
 
@@ -45,3 +55,51 @@ def test_diffusers_plan_is_put_aside_and_put_back(ranks, name):  # noqa: F811
 
 def test_what_the_cases_name_is_there():
     assert set(MORE) | set(PLANS) <= set(ADAPTERS)
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+
+
+def test_a_model_runs_on_several_ranks_where_its_blocks_say_so():
+    """Which models the pair of processes leaves out is what their adapters say."""
+    alone = [
+        name
+        for name, adapter in adapters().items()
+        if not all(site.sequence for site in adapter.sites(adapter.tiny()[0]))
+    ]
+    assert sorted(alone) == sorted(ALONE)
+
+
+def test_the_page_has_a_row_for_each_model():
+    """Whether ranks share it; and what becomes of diffusers' own plan."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| ((?:yes|no) \| [^|]+) \|$", PAGE, re.MULTILINE))
+    expected = {}
+    for name, adapter in adapters().items():
+        plan = getattr(getattr(diffusers, name), "_cp_plan", None)
+        theirs = "yes, ours in its place"
+        if plan is None:
+            theirs = "no plan"
+        elif "parallel" in vars(type(adapter)):
+            theirs = "yes"
+        elif name in ALONE or set(plan.get("", ())) - {"timestep"}:
+            theirs = "no"
+        expected[name] = f"{'no' if name in ALONE else 'yes'} | {theirs}"
+    assert rows == expected
+
+
+def test_the_page_names_the_recipes_that_are_refused():
+    """Of ``ulysses``, of diffusers' own plan beside those, and of ``cfg``."""
+    recipes = {*presets(), *methods()}
+    table = re.findall(r"^\| ([^|]+) \|", PAGE.partition("## What is refused")[2], re.MULTILINE)
+
+    def told(start):
+        rows = " ".join(row for row in table if row.startswith(start))
+        return set(re.findall(r"`(\w+)`", rows)) & recipes
+
+    def refused(why):
+        return {name for name in recipes if why(Recipe.of(name))}
+
+    inside = refused(lambda recipe: why_not(recipe, True))
+    assert told("recipes ") == inside
+    assert told("FLUX.1 ") == refused(lambda recipe: why_not(recipe, False)) - inside
+    assert told("`cfg`: ") == refused(why_no_turns)
