@@ -595,14 +595,16 @@ def test_models_health_and_what_there_is_not():
 
     async def main():
         one, _ = desk()
-        paths = ("/v1/models", "/v1/models/tiny-image", "/health", "/v1/engines")
+        paths = ("/v1/models", "/v1/models/tiny-image", "/health", "/v1/engines", "/v1/videos_")
         return [await one.answer("GET", path, b"") for path in paths]
 
-    models, model, health, nothing = run(main())
+    models, model, health, *nothing = run(main())
     assert json.loads(models.body)["data"][0]["id"] == "tiny-image"
     assert json.loads(model.body)["recipes"] == ["lossless", "fora", "taylorseer"]
     assert json.loads(health.body)["replicas"] == 2 and health.status == 200
-    assert nothing.status == 404
+    for path, reply in zip(("engines", "videos_"), nothing, strict=True):
+        message = json.loads(reply.body)["error"]["message"]
+        assert reply.status == 404 and message == f"there is no GET /v1/{path} here"
 
 
 def test_overload_is_503_with_retry_after():

@@ -92,7 +92,7 @@ class Desk:
         """
         path = path.rstrip("/")
         try:
-            if path.startswith("/v1/videos"):
+            if f"{path}/".startswith("/v1/videos/"):
                 return await self._videos(method, path.removeprefix("/v1/videos"), body, kind)
             route = {
                 ("POST", "/v1/images/generations"): lambda: self._images(body, accept, kind),
