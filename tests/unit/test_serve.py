@@ -697,6 +697,23 @@ def test_a_video_is_a_job():
     assert replies == [409, 200, 200, 200, 200, 404]
 
 
+def test_a_video_that_was_accepted_waits_for_replicas_that_are_full():
+    """Its client was told that it comes, and has nothing else to try again."""
+    answers = iter([lambda order: overloaded(9, 0)] * 3 + [made])
+
+    async def main():
+        one, replicas = desk(lambda order: next(answers)(order))
+        path = f"/v1/videos/{json.loads((await post(one, '/v1/videos', prompt='x')).body)['id']}"
+        seen = []
+        while not seen or seen[-1] != "completed":
+            await asyncio.sleep(0)
+            seen.append(json.loads((await one.answer("GET", path, b"")).body)["status"])
+        return seen, replicas
+
+    seen, replicas = run(main())
+    assert set(seen) == {"queued", "completed"} and len(replicas.orders) == 4
+
+
 def test_a_video_that_fails_says_why():
     """In the job; the request for it was answered long ago."""
 

@@ -142,6 +142,12 @@ def test_turning_a_control(session):
     assert session.recipe == before and before.name == "balanced-edited"
 
 
+def test_an_emptied_box_is_refused(session):
+    """Like any other value that is not allowed."""
+    with pytest.raises(ValueError, match="computed steps must be a number"):
+        session.turn(knobs.COMPUTED, None)
+
+
 def test_the_recipe_as_a_file(session):
     """What is downloaded is the recipe; a name is no path."""
     session.turn("schedule.computed", 4)

@@ -71,9 +71,8 @@ class Jobs:
         return self._card(job)
 
     async def _run(self, job: Job) -> None:
-        job.status = "in_progress"
         try:
-            made = await self._make(job.order)
+            made = await self._made(job)
             job.data, job.facts, job.status = made.data, made.about, "completed"
         except asyncio.CancelledError:
             raise
@@ -81,6 +80,19 @@ class Jobs:
             job.failure = Failure.of(error)
             job.status = "failed"
         job.completed = int(time.time())
+
+    async def _made(self, job: Job) -> Any:
+        """What replicas make of a job: it was accepted, so it waits where they take no more."""
+        while True:
+            job.status = "in_progress"
+            try:
+                return await self._make(job.order)
+            except Failed as failed:
+                wait = failed.failure.retry_after
+                if wait is None:
+                    raise
+            job.status = "queued"
+            await asyncio.sleep(wait)
 
     def all(self) -> list[dict[str, Any]]:
         return [self._card(job) for job in reversed(self._jobs.values())]

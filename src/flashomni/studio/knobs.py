@@ -167,6 +167,8 @@ def turned(recipe: Recipe, key: str, value: Any, num_steps: int) -> Recipe:
         ValueError: it is not allowed.
     """
     if key == COMPUTED:
+        if value is None:  # a box that was emptied
+            raise ValueError("computed steps must be a number, got none")
         ramp = {"name": "ramp", "computed": int(value), "of": num_steps}
         return recipe.replace(schedule=ramp)
     if key in NAMED:
