@@ -193,6 +193,20 @@ def test_density_and_kinds_come_from_the_engine(model):
     assert timing.densities["dispatch"] < timing.densities["generation"] < 1
 
 
+def test_the_first_call_counts_where_it_is_the_only_one_of_its_kind():
+    kinds = ["update", "dispatch", "dispatch", "full"]
+    assert methods.grouped(kinds, [9.0, 1.0, 2.0, 3.0], skip_first=True) == {
+        "update": [9.0], "dispatch": [1.0, 2.0], "full": [3.0]
+    }  # fmt: skip
+    assert methods.grouped(["full", "full"], [9.0, 1.0], skip_first=True) == {"full": [1.0]}
+
+
+def test_lossless_is_timed_over_so_few_steps_that_it_updates_once(model):
+    plan = methods.Plan(steps=6, stock_steps=2)
+    timing = methods.time_recipe(Recipe.of("lossless"), model, plan)
+    assert timing.generation_s > 0 and set(timing.calls) == {"update", "dispatch", "full"}
+
+
 def test_a_peer_is_split_into_slow_and_fast():
     """Halfway in ratio; not at all where steps differ little."""
     assert methods.slow_and_fast([1.0, 0.1, 0.9, 0.2]) == ["slow", "fast", "slow", "fast"]

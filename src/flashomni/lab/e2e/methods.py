@@ -240,8 +240,9 @@ def attention_shares(summary: Summary, planned: list[str]) -> dict[str, float]:
 def grouped(
     kinds: list[str], calls: list[float], skip_first: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of the calls by their kind; the first call may not count."""
+    """Seconds of the calls by their kind; the first may not count, if others are of its kind."""
     found: dict[str, list[float]] = {}
+    skip_first = skip_first and kinds[0] in kinds[1:]
     for kind, seconds in list(zip(kinds, calls, strict=True))[skip_first:]:
         found.setdefault(kind, []).append(seconds)
     return found
