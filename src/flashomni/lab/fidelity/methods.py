@@ -168,7 +168,13 @@ def of_recipe(name: str, recipe: Recipe, backend: str | None = None) -> Method:
 
 def _computed(steps: list[dict[str, Any]]) -> int:
     """Steps of which a call of the model was not left out."""
-    return len({call["step"] for call in steps if call["kind"] != StepKind.DISPATCH.value})
+    return len({call["step"] for call in steps if not _left_out(call)})
+
+
+def _left_out(call: dict[str, Any]) -> bool:
+    """Whether it is a Dispatch that does less than all: a dense policy's does everything."""
+    densities = (*call["q_density"], *call["kv_density"])
+    return call["kind"] == StepKind.DISPATCH.value and any(share < 1 for share in densities)
 
 
 def _versions(peer: Peer) -> list[str]:
