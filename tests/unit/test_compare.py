@@ -13,6 +13,7 @@ from flashomni.cli.compare import usual_rivals
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed, mean_and_error
+from flashomni.lab.fidelity.equal_time import at_equal_time
 from flashomni.lab.fidelity.measures import _AlexNet, load_measures
 from flashomni.lab.fidelity.methods import parse_method
 from flashomni.lab.fidelity.peers import make_peer
@@ -46,6 +47,7 @@ def test_a_pipeline_object_is_compared(pipe):
     assert list(rows) == ["lossless", "mine", *given[2:]] and len(found.pictures) == 5 * 3 * 2
     assert rows["lossless"].psnr_db > 60 > rows["mine"].worst_psnr_db
     assert (rows["mine"].computed, rows["steps=3"].computed) == (3, 3)
+    assert rows["lossless"].computed == 6  # its Dispatch steps leave nothing out
     assert rows["mine"].flops_skipped > 0.2 and rows["steps=3"].flops_skipped == 0.5
     assert all(row.seconds > 0 and "light=0." in row.measures for row in found.rows)
     assert rows["mine"].attention_spent < 1 == rows["lossless"].attention_spent
@@ -106,6 +108,15 @@ def test_errors_are_over_prompts_and_differences_are_paired():
     assert rivalry.error_db == pytest.approx(statistics.stdev(gaps) / math.sqrt(3), abs=0.01)
     assert rivalry.worst_db == 1
     assert found.equal_time(["slow peer"]) == []
+
+
+def test_worsts_at_equal_time_are_of_the_same_pictures():
+    """Ours was asked for one picture more, a hard one: it says nothing of who is better."""
+    pictures = [picture("ours", 0, 0, 40.0), picture("ours", 1, 0, 10.0)]
+    pictures.append(picture("steps=5", 0, 0, 30.0))
+    times = [Timed("ours", "recipes", 1.0, 2.0), Timed("steps=5", "stock", 1.0, 2.0)]
+    (found,) = at_equal_time(Comparison.of(pictures, times, CPU), ["ours"])
+    assert (found.gain_db, found.worst_db, found.worst_psnr_db) == (10.0, 10.0, 10.0)
 
 
 def test_one_prompt_takes_its_seeds_and_one_picture_has_no_error():

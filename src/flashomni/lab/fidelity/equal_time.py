@@ -114,10 +114,11 @@ def _interpolated(
     share = (row.seconds - before.seconds) / span if span else 0.0
     mine, low, high = (comparison.values(each.method) for each in (row, before, after))
     gaps: dict[int, list[float]] = {}
-    theirs = []
+    ours, theirs = [], []  # of the same pictures
     for key in (key for key in mine if key in low and key in high):
+        ours.append(mine[key])
         theirs.append((1 - share) * low[key] + share * high[key])
-        gaps.setdefault(key[0], []).append(mine[key] - theirs[-1])
+        gaps.setdefault(key[0], []).append(ours[-1] - theirs[-1])
     mean, error = mean_and_error(gaps)
     return Interpolated(
         row.method,
@@ -127,5 +128,5 @@ def _interpolated(
         round(mean, 2),
         None if error is None else round(error, 2),
         round(min(gap for by_seed in gaps.values() for gap in by_seed), 2),
-        round(min(mine.values()) - min(theirs), 2),
+        round(min(ours) - min(theirs), 2),
     )
