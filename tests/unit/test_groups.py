@@ -189,3 +189,10 @@ def test_a_still_model_is_met_exactly(tiny):
         for step in range(STEPS):
             engine.step(step, STEPS)
             torch.testing.assert_close(call(model, inputs), stock, atol=2e-5, rtol=1e-4)
+
+
+def test_a_dense_recipe_skips_where_a_group_does():
+    """What is kept of its layers has to be counted, and their Dispatch steps are not all alike."""
+    groups = [{"layers": "0:1", "policy": {"name": "cached"}}]
+    assert not Recipe.of("lossless").skips
+    assert Recipe.of("lossless").replace(groups=groups).skips

@@ -133,7 +133,7 @@ class Recipe:
     @property
     def skips(self) -> bool:
         """Whether anything can be left out in a Dispatch step."""
-        return self.policy.name != "dense" or self.guidance.acts
+        return self.guidance.acts or any(policy.name != "dense" for policy in self.policies)
 
     def plan(self, num_steps: int) -> Plan | None:
         """The steps of a generation, of layers in no group; ``None`` where the schedule decides."""
