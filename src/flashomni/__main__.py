@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import flashomni
+
 # What the commands import beyond the core's dependencies.
 LAB = {
     "PIL", "accelerate", "matplotlib", "numpy", "rich", "tokenizers", "torchmetrics",
@@ -22,6 +24,9 @@ def main() -> None:
         if missing not in LAB:
             raise
         need = f"needs {missing}, which is not installed: pip install 'flashomni[lab]'"
+        if sys.argv[1:] == ["--version"]:
+            sys.stdout.write(f"flashomni {flashomni.__version__}\n")
+            return
         if sys.argv[1:] != ["doctor"]:
             sys.stderr.write(f"error: this command {need}\n")
             raise SystemExit(2) from None

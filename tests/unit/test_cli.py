@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import flashomni
 from flashomni.cli import app
 from flashomni.lab import zoo
 
@@ -27,6 +28,11 @@ def model(tmp_path):
 
 def run(*arguments):
     return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_it_says_its_version():
+    done = run("--version")
+    assert done.exit_code == 0 and done.output.strip() == f"flashomni {flashomni.__version__}"
 
 
 @pytest.mark.parametrize("recipe", ["balanced", "lossless", "fora"])

@@ -190,6 +190,18 @@ def test_columns_are_chosen_at_given_steps_and_kept(flux):
     assert kept[0] == kept[1] == kept[2] and max(kept[0]) < 0.6
 
 
+@pytest.mark.parametrize(
+    ("choose_at", "says"),
+    [("update", "no step was an Update"), ((99,), "none of these steps"), ("computed", "")],
+)
+def test_a_report_says_that_no_columns_were_chosen(flux, choose_at, says):
+    """Full steps alone choose nothing at Updates: dense from the first step to the last."""
+    _, summary = run(*flux, Recipe.of(Noted(), choose_at=choose_at, **EVERY), steps=3)
+    notes = [note for note in summary.notes if "never chosen" in note]
+    assert [says in note for note in notes] == [True] * bool(says)
+    assert (summary.flops_skipped == 0) == bool(says)
+
+
 @pytest.mark.parametrize("summaries", [0, 4])
 def test_what_was_spent_is_what_was_computed(flux, summaries):
     """Recomputed of the symbols themselves: live pairs, summaries, refreshes, dense steps."""

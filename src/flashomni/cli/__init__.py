@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import flashomni
 from flashomni.cli._common import (
     BackendName,
     DeviceName,
@@ -41,7 +42,6 @@ from flashomni.util.words import clean, one_line
 app = typer.Typer(
     help="Diffusion transformers that generate faster, and say what they skipped.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(bench_app, name="bench")
@@ -49,6 +49,22 @@ app.command()(generate)
 app.command()(compare)
 app.command()(tune)
 app.command()(studio)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flashomni {flashomni.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="The version, and exit."),
+    ] = False,
+) -> None:
+    """Diffusion transformers that generate faster, and say what they skipped."""
 
 
 class Topic(StrEnum):

@@ -266,9 +266,17 @@ class Trace:
         if not steps or any(r.kind == StepKind.DISPATCH.value for r in self.steps):
             return None
         num_steps = max(record.num_steps for record in self.steps)
-        sparse = recipe.sparse.in_computed and num_steps > recipe.sparse.dense_steps
-        if len(steps) < num_steps or not recipe.skips or sparse:
+        if len(steps) < num_steps or not recipe.skips:
             return None
+        if recipe.sparse.in_computed and num_steps > recipe.sparse.dense_steps:
+            if recipe.sparse.symbols or any("chooses" in record.does for record in self.steps):
+                return None
+            at = recipe.sparse.choose_at
+            when = "no step was an Update" if at == "update" else "none of these steps was run"
+            return (
+                f"key blocks were never chosen, so all were visited: choose_at is {at!r}, and "
+                f"{when} (choose_at='computed' chooses in every computed step)"
+            )
         least = getattr(recipe.schedule, "min_steps", 0)
         hint = f" (this recipe skips from {least} steps on)" if num_steps < least else ""
         return f"0 Dispatch steps: nothing to gain at {num_steps} steps{hint}"
