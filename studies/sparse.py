@@ -77,6 +77,7 @@ RULES = {
 }
 OURS = ORDER + EACH
 OURS_CARRIED = ORDER + CARRIED + CARRY.format(4)
+RAMP = "taylorseer:forecast=hermite,layer_order=2,computed={}"
 CACHED = "topk:q_density=1,diagonal=true,text_rows=true,kv_density={},degrade_below=1,computed={}"
 CACHED += ",forecast=hermite,layer_order=2,in_computed=true,dense_steps=1,choose_at=[0]"
 CACHED += ORDER + SUMMARIES + FINE
@@ -96,8 +97,7 @@ def points(model: str) -> Iterator[Point]:
     for series, rest in () if long else ASIDE.items():
         yield Point(series, None, TOP.format(0.25) + rest, model)
     for ramp in LONG_RAMPS if long else RAMPS:
-        method = f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}"
-        yield Point("caching", None, method, model)
+        yield Point("caching", None, RAMP.format(ramp), model)
         for density, refresh in (ON_LONG_RAMPS if long else ON_RAMPS).get(ramp, ()):
             series = f"caching + sparse {density:g}, refresh {refresh}"
             yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
@@ -117,9 +117,7 @@ def few(model: str) -> Iterator[Point]:
         for density in (0.5, 0.25, 0.125):
             method = FEW_TOP.format(density) + ",choose_at=[1]" + CARRY.format(refresh)
             yield Point(f"+ carry, refresh {refresh}", None, method, model)
-    for ramp in (7,):  # a ramp counts computed steps of 28: 2 of 8
-        method = f"taylorseer:forecast=hermite,layer_order=2,computed={ramp}"
-        yield Point("caching", None, method, model)
+    yield Point("caching", None, RAMP.format(7), model)  # of 28 steps: 2 of 8
 
 
 def rules(model: str) -> Iterator[Point]:
