@@ -193,6 +193,17 @@ def test_density_and_kinds_come_from_the_engine(model):
     assert timing.densities["dispatch"] < timing.densities["generation"] < 1
 
 
+@pytest.mark.slow
+def test_sparse_steps_and_refreshes_are_kinds_of_their_own(model):
+    """Steps of one kind that compute different shares of the pairs are not one median."""
+    name = "topk:q_density=1,kv_density=.25,interval=1,warmup=0,in_computed=true,dense_steps=2,"
+    recipe = Recipe.of(name + "choose_at=[1],carry=extrapolate,refresh=3")
+    timing = methods.time_recipe(recipe, model, methods.Plan(steps=8, stock_steps=4))
+    expected = {"full": 1, "full, refresh": 3, "full, sparse": 4}
+    assert {kind: len(calls) for kind, calls in timing.calls.items()} == expected
+    assert timing.densities["full, refresh"] == 1 and timing.densities["full, sparse"] < 1
+
+
 def test_the_first_call_counts_where_it_is_the_only_one_of_its_kind():
     kinds = ["update", "dispatch", "dispatch", "full"]
     assert methods.grouped(kinds, [9.0, 1.0, 2.0, 3.0], skip_first=True) == {

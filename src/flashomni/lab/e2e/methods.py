@@ -156,7 +156,7 @@ def time_recipe(recipe: Recipe, model: Model, plan: Plan, on_step: OnStep = sile
             for _ in range(plan.generation):
                 seconds = generate(model, count, by_call=False).seconds
             notes = engine.report().notes
-    kinds = [step["kind"] for step in summary.steps]
+    kinds = [work_of(step) for step in summary.steps]
     calls = grouped(kinds, run.calls, skip_first=alike)
     planned = kinds
     if alike:
@@ -227,12 +227,25 @@ def few_steps(recipe: Recipe, plan: Plan) -> int:
     return plan.steps
 
 
+def work_of(step: Mapping[str, Any]) -> str:
+    """What a step of a report computes: its kind, and where that is known what its columns do.
+
+    Where key blocks are left out, steps of one kind take different times: "full, sparse",
+    "update, refresh". A Dispatch step with whole layers cached is none of these.
+    """
+    if "refreshes" in step["does"]:
+        return f"{step['kind']}, refresh"
+    visits = [kv for q, kv in zip(step["q_density"], step["kv_density"], strict=True) if q]
+    computes = step["kind"] in (StepKind.FULL.value, StepKind.UPDATE.value)
+    return f"{step['kind']}, sparse" if computes and min(visits, default=1) < 1 else step["kind"]
+
+
 def attention_shares(summary: Summary, planned: list[str]) -> dict[str, float]:
     """Computed share of (query, key) pairs: of each kind of step, and of the planned generation."""
     shares: dict[str, list[float]] = {}
     for step in summary.steps:
         pairs = zip(step["q_density"], step["kv_density"], strict=True)
-        shares.setdefault(step["kind"], []).append(statistics.fmean(q * kv for q, kv in pairs))
+        shares.setdefault(work_of(step), []).append(statistics.fmean(q * kv for q, kv in pairs))
     means = {kind: statistics.fmean(values) for kind, values in shares.items()}
     return {**means, GENERATION: statistics.fmean(means[kind] for kind in planned)}
 

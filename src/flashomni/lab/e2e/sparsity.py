@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from flashomni.engine import Recipe
-from flashomni.lab.e2e.methods import attention_shares, grouped, warm_up
+from flashomni.lab.e2e.methods import attention_shares, grouped, warm_up, work_of
 from flashomni.lab.e2e.models import Model
 from flashomni.lab.e2e.run import free, generate
 from flashomni.lab.results import origin
@@ -142,7 +142,7 @@ def _measure(
     with accelerate(model.pipe, point.recipe, backend=backend) as engine:
         run = generate(model, point.steps, stop_after=point.steps - 1)
         summary = engine.report()
-    kinds = [step["kind"] for step in summary.steps]
+    kinds = [work_of(step) for step in summary.steps]
     calls = grouped(kinds, run.calls)
     ms = {kind: statistics.median(values) * 1e3 for kind, values in calls.items()}
     return SparsityRow(
