@@ -1,52 +1,29 @@
-"""The studio without its page: settings as controls, the queue, sessions, what is drawn."""
+"""The studio without its page: turns, streams of events, and pages that share a pipeline."""
 
 import dataclasses
 import gc
-import json
 import threading
 import weakref
 
 import pytest
 import torch
-from PIL import Image
+from studio_parts import ASK, LATE, STEPS, last, small, small_shelf
 
 from flashomni.engine import Recipe
-from flashomni.engine.recipe import methods, presets
-from flashomni.lab import metrics, zoo
+from flashomni.lab import metrics
 from flashomni.models import engine_of
-from flashomni.policies import policies
-from flashomni.studio import drawings, knobs, pictures
+from flashomni.studio import knobs
 from flashomni.studio.events import Failed, Finished, Progress, Waiting, plain, streamed
 from flashomni.studio.outcome import Ask, Row
-from flashomni.studio.preview import Preview
 from flashomni.studio.session import Session
 from flashomni.studio.shelf import Shelf
 from flashomni.studio.tuning import tune_for
 from flashomni.studio.turns import Cancelled, Turns
 
-STEPS = 6
-LATE = 20  # seconds after which a thread that should have ended has not
-ASK = Ask("a red circle", steps=STEPS)
-# Settings that are neither a value nor a list of numbers; the recipe's JSON has them.
-NO_CONTROL = {*knobs.NO_CONTROL, "forecast.fitted", "sparse.amounts", "policy.stride"}
-
-
-def small():
-    loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
-    loaded.call.update(height=64, width=64, num_inference_steps=STEPS)
-    return loaded
-
 
 @pytest.fixture(scope="module")
 def shelf():
-    """Every name but one is the same small pipeline."""
-
-    def load(name, device, dtype):
-        if name == "bad":
-            raise ValueError("model 'bad' cannot be loaded: it is bad")
-        return small()
-
-    return Shelf("cpu", torch.float32, load)
+    return small_shelf()
 
 
 @pytest.fixture(scope="module")
@@ -67,97 +44,6 @@ def outcome(shelf, kept):
     session = Session(shelf, "small", Recipe.of("balanced", min_steps=0))
     yield last(session.generate(ASK)).value
     session.close()
-
-
-def last(events):
-    return list(events)[-1]
-
-
-# Settings as controls.
-
-
-@pytest.mark.parametrize("name", [*presets(), *methods(), *policies()])
-def test_every_setting_of_a_recipe_has_a_control(name):
-    """A new setting has one too, or is named here."""
-    recipe = Recipe.of(name)
-    found = {knob.key: knob for knob in knobs.knobs(recipe, 28)}
-    wanted = {
-        f"{part}.{field.name}"
-        for part in knobs.PARTS
-        for field in dataclasses.fields(getattr(recipe, part))
-    } - {"forecast.name"}
-    assert wanted - set(found) <= NO_CONTROL
-    assert {(k.key, k.owner) for k in found.values()} <= {(k.key, k.owner) for k in knobs.every(28)}
-    for knob in found.values():
-        assert knob.says, f"{knob.key} does not say what it does"
-        if knob.kind == "choice":
-            assert knob.value in knob.choices
-        elif knob.kind in ("integer", "number") and knob.value is not None:
-            assert knob.low <= knob.value <= knob.high
-
-
-@pytest.mark.parametrize("name", ["balanced", "sta", "teacache", "pab"])
-def test_a_control_that_does_not_move_changes_nothing(name):
-    """The page's numbers are floats; the recipe's stay what they are."""
-    recipe = Recipe.of(name)
-    for knob in knobs.knobs(recipe, 28):
-        if knob.value is not None and knob.key != knobs.COMPUTED:
-            value = float(knob.value) if knob.kind == "integer" else knob.value
-            assert knobs.turned(recipe, knob.key, value, 28) == recipe, knob.key
-
-
-def test_every_control_is_in_one_group():
-    """And what matters is in the first ones."""
-    found = knobs.knobs(Recipe.of("balanced"), 28)
-    groups = knobs.grouped(found)
-    assert sorted(k.key for group in groups for k in group) == sorted(k.key for k in found)
-    assert len(groups) == len(knobs.GROUPS) and groups[0][0].key == knobs.COMPUTED
-    assert {"policy.tau_kv", "policy.protect_text", "sparse.summaries", "sparse.refresh"} <= {
-        knob.key for knob in groups[2]
-    }
-
-
-def test_computed_steps_move_whatever_the_schedule_was():
-    """A ramp of as many; schedules that decide as they go have no such control."""
-    turned = knobs.turned(Recipe.of("balanced"), knobs.COMPUTED, 5.0, 20)
-    assert knobs.computed_steps(turned, 20) == 5
-    late = Recipe.of("teacache")
-    assert knobs.computed_steps(late, 20) is None
-    assert knobs.COMPUTED not in [knob.key for knob in knobs.knobs(late, 20)]
-
-
-def test_turning_a_control(session):
-    """Dotted keys, parts by name, lists as on the command line; a wrong value changes nothing."""
-    assert session.turn("sparse.carry", "hold").sparse.carry == "hold"
-    assert session.turn("policy", "topk").policy.name == "topk"
-    assert session.turn("policy.kv_density", 0.25).policy.kv_density == 0.25
-    assert session.turn("sparse.choose_at", "[0,5]").sparse.choose_at == (0, 5)
-    assert knobs.changes(session.base, session.recipe) == [
-        "policy topk", "kv density 0.25", "choose at (0, 5)", "carry hold",
-    ]  # fmt: skip
-    before = session.recipe
-    for key, value in (("policy.kv_density", 2.0), ("schedule.computed", 1), ("moon.phase", 1)):
-        with pytest.raises(ValueError):
-            session.turn(key, value)
-    assert session.recipe == before and before.name == "balanced-edited"
-
-
-def test_an_emptied_box_is_refused(session):
-    """Like any other value that is not allowed."""
-    with pytest.raises(ValueError, match="computed steps must be a number"):
-        session.turn(knobs.COMPUTED, None)
-
-
-def test_the_recipe_as_a_file(session):
-    """What is downloaded is the recipe; a name is no path."""
-    session.turn("schedule.computed", 4)
-    assert Recipe.load(session.recipe_file()) == session.recipe
-    session.choose(session.recipe.replace(name="../../etc/x y"))
-    path = session.recipe_file()
-    assert path.parent == session.folder and Recipe.load(path) == session.recipe
-
-
-# Turns and streams.
 
 
 def test_turns_are_first_come_first_served():
@@ -216,9 +102,6 @@ def test_an_error_ends_a_stream():
 
     event = last(streamed(work, threading.Event()))
     assert isinstance(event, Failed) and plain(event.error) == "KeyError: 'moon'"
-
-
-# Sessions.
 
 
 def test_a_run_compares_with_the_stock_pipeline(outcome, kept):
@@ -395,82 +278,6 @@ def test_tuning_for_a_prompt(session):
         tune_for(session, ASK, STEPS, tries=0)
 
 
-# What is seen.
-
-
-def test_a_preview_of_flow_matching_is_where_it_is_heading():
-    """On a straight path every step shows the end."""
-    loaded = small()
-    pipe = loaded.pipe
-    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25], mu=1.0)
-    sigmas = pipe.scheduler.sigmas
-    end, noise = torch.randn(1, 256, 16), torch.randn(1, 256, 16)
-    at = [(1 - s) * end + s * noise for s in sigmas]
-    preview = Preview(pipe, {"height": 64, "width": 64})
-    preview(0, at[1])
-    seen = preview(1, at[2])
-    whole = Preview(pipe, {"height": 64, "width": 64})(2, end)
-    gap = torch.tensor(list(seen.tobytes())) - torch.tensor(list(whole.tobytes()))
-    assert seen.size == whole.size and gap.abs().max() <= 1
-
-
-def test_a_preview_that_cannot_be_made_says_why_once():
-    """And the run goes on."""
-    preview = Preview(small().pipe, {})
-    assert preview(0, torch.zeros(2)) is None and "FluxPipeline" in preview.why_not
-    assert preview(1, None) is None
-
-
-def test_what_was_typed_is_text(outcome):
-    """In progress, notes, tables and errors."""
-    bad = "<img src=x onerror=alert(1)>"
-    row = Row(bad, 1, 2, 1.0, None, None, None, 0.5)
-    marked = dataclasses.replace(outcome, note=bad)
-    for shown in (
-        drawings.text(bad, "error"),
-        drawings.stage(Progress(bad, 1, 2), None, 0.0),
-        drawings.figures(marked),
-        drawings.history([row]),
-    ):
-        assert "<img" not in shown and "&lt;img" in shown
-
-
-def test_drawings_show_every_layer_and_every_step(outcome):
-    """Each step once in each layer's row, of both maps; each call of the model has a bar."""
-    summary = outcome.summary
-    layers, steps = len(summary.layers), len(summary.steps)
-    cells = drawings.density(outcome).split('class="fo-cells"')[1:]
-    assert len(cells) == 2
-    for part in cells:
-        widths = [
-            int(w.partition('"')[0]) for w in part.partition("</svg>")[0].split('width="')[1:]
-        ]
-        assert sum(widths) == layers * steps
-    bars = drawings.times(outcome).partition('class="fo-calls"')[2].partition("</svg>")[0]
-    assert bars.count("<rect") == steps
-    assert "identical" in drawings.figures(same(outcome))
-
-
-def same(outcome):
-    from flashomni.lab import metrics
-
-    distance = metrics.compare(outcome.accelerated, outcome.accelerated, ("dense", "accelerated"))
-    return dataclasses.replace(outcome, distance=distance, flip=0.0)
-
-
-def test_pictures_of_two_videos(tmp_path):
-    """Side by side in one animation; a frame's difference and FLIP map."""
-    dense = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
-    accelerated = (dense + 0.01).clamp(0, 1)
-    path = pictures.side_by_side(dense, accelerated, tmp_path / "both.webp")
-    with Image.open(path) as both:
-        assert both.n_frames == 3 and both.size == (2 * 24 + pictures.GAP, 16)
-    gap, factor = pictures.difference(dense[0], accelerated[0])
-    assert factor > 1 and gap.size == (24, 16)
-    assert pictures.flip(dense[0], accelerated[0]).size == (24, 16)
-    assert pictures.flip(dense[0], accelerated[0] * torch.nan) is None
-
-
 def test_the_command_says_what_to_install(monkeypatch):
     """Without the extra, in one sentence."""
     import importlib.util
@@ -485,12 +292,3 @@ def test_the_command_says_what_to_install(monkeypatch):
     )
     done = CliRunner().invoke(app, ["studio"])
     assert done.exit_code == 2 and "pip install 'flashomni[studio]'" in done.output
-
-
-def test_a_recipe_that_is_no_recipe_is_refused(session, tmp_path):
-    """A file that somebody opens."""
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"policy": {"name": "moon"}}))
-    with pytest.raises(ValueError, match="moon"):
-        session.choose(path)
-    assert session.recipe == Recipe.of("balanced")
