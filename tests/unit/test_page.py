@@ -19,8 +19,9 @@ from flashomni.engine.schedules.adaptive import Adaptive
 from flashomni.lab import report
 from flashomni.lab.generation import errors_by_step
 from flashomni.models import adapters
-from flashomni.page import data_block, in_bytes, in_seconds, table
+from flashomni.page import data_block, in_seconds, table
 from flashomni.page.timeline import timeline
+from flashomni.util.words import in_bytes
 
 
 def generate(recipe, **settings):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import replace
 
@@ -128,6 +129,23 @@ def test_report_is_complete_and_self_contained(comparison, tmp_path):
     assert page.text("h2") == [
         "Step by step", "Operation by operation", "Where the time went", "To do it again",
     ]  # fmt: skip
+
+
+def test_figures_that_are_no_numbers_are_null(comparison, tmp_path):
+    """A model that overflowed has a report too: it is then that somebody reads it."""
+    first = {**comparison.summary.steps[0], "seconds": math.nan, "forecast_error": math.inf}
+    odd = replace(
+        comparison,
+        accelerated=comparison.accelerated * math.nan,
+        summary=replace(comparison.summary, steps=[first, *comparison.summary.steps[1:]]),
+        errors_by_step=[None, math.nan],
+    )
+    page = report.write_report(odd, tmp_path).read_text()
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["steps"][0]["seconds"] is None and data["errors_by_step"] == [None, None]
+    assert data["psnr_db"] is None and "not finite" in data["notes"][0]
+    shown = re.sub(r"base64,[\w+/=]+", "", Page.of(page).source)
+    assert "nan" not in shown.lower()
 
 
 def test_the_page_opens_with_what_was_asked(comparison, tmp_path):

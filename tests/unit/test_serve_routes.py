@@ -9,9 +9,9 @@ from dataclasses import replace
 from PIL import Image
 from serve_parts import SETTINGS, run
 
+from flashomni.lab.media import encode
 from flashomni.serve.desk import Desk, File
 from flashomni.serve.errors import Failure, overloaded
-from flashomni.serve.media import encode
 
 
 class Replicas:

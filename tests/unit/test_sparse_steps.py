@@ -308,7 +308,8 @@ def test_the_memory_of_carry_is_said_before(flux, caplog):
         engine.step(0, STEPS)
         call(model, inputs)
         (said,) = [r.getMessage() for r in caplog.records if "carry keeps" in r.getMessage()]
-        promised = float(said.split("at most ")[1].split(" MiB")[0]) * 2**20
+        number, unit = said.split("at most ")[1].split()[:2]
+        promised = float(number) * {"KiB": 2**10, "MiB": 2**20}[unit]
         for step in range(1, 6):
             engine.step(step, STEPS)
             call(model, inputs)

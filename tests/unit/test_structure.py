@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 MAY_IMPORT = {
     "registry": set(),
     "util": set(),
-    "page": set(),
+    "page": {"util"},
     "flatten": set(),
     "triton_host": set(),
     "dispatch": {"registry", "flatten"},

@@ -24,6 +24,7 @@ from flashomni.cli._common import (
     status,
 )
 from flashomni.util.files import check_file
+from flashomni.util.words import in_bytes
 
 
 def tune(
@@ -115,7 +116,7 @@ def tune(
         console.print(_table(found, model))
         say(
             f"{found.seconds:.0f} s, of which {found.resumed} findings were there already; a "
-            f"recording takes {found.bytes_each / 2**20:.1f} MiB"
+            f"recording takes {in_bytes(found.bytes_each)}"
         )
         for point in found.points:
             say(in_words(point))

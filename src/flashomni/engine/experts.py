@@ -14,6 +14,7 @@ from typing import Any
 from flashomni.engine.engine import Engine
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.trace import Summary, seconds_by_kind
+from flashomni.util.words import in_bytes
 
 
 class Experts(Engine):
@@ -96,7 +97,7 @@ def merged(reports: Mapping[str, Summary], finished: Mapping[str, bool]) -> Summ
     apart = all(finished[name] for name in list(reports)[:-1])
     together = max if apart else sum
     when = "never at the same time" if apart else "at the same time"
-    sizes = (f"{name} {r.cache_bytes / 2**20:.1f} MiB" for name, r in reports.items())
+    sizes = (f"{name} {in_bytes(r.cache_bytes)}" for name, r in reports.items())
     return replace(
         first,
         model=" and ".join(f"{name} {r.model}" for name, r in reports.items()),

@@ -21,6 +21,7 @@ from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.room import HOST_SHARE, free_bytes
 from flashomni.engine.state.storage import Storage
 from flashomni.symbols import Grid
+from flashomni.util.words import in_bytes
 
 AUTO_SHARE = 0.5  # of what is free before the first step: steps need the rest in passing
 SMALL = 2**20  # bytes that are not worth a word
@@ -224,7 +225,7 @@ class Budget:
         limit, said = self.limit, "memory"
         if limit is None:
             free = max(free_bytes(device) - self._coming(device), 0)
-            limit, said = int(AUTO_SHARE * free), f"memory auto, of {_text(free)} free"
+            limit, said = int(AUTO_SHARE * free), f"memory auto, of {in_bytes(free)} free"
 
         def size(recipe: Recipe) -> Bytes:
             return kept_bytes(recipe, self._known[key], device.type).times(branches)
@@ -237,12 +238,12 @@ class Budget:
             kept = size(recipe)
             if kept.device <= limit and kept.host <= host:
                 self._now, self._lowered = recipe, lowered
-                self._say(f"{said}: {_text(limit)}", kept, size(self.recipe), branches)
+                self._say(f"{said}: {in_bytes(limit)}", kept, size(self.recipe), branches)
                 return recipe
         raise ValueError(
-            f"{said} {_text(limit)} is less than any setting of recipe {self.recipe.name} keeps: "
-            f"{_text(kept.device)} with {', '.join(lowered)}; take another recipe, fewer pixels or "
-            "frames, or recipe 'lossless', which keeps nothing"
+            f"{said} {in_bytes(limit)} is less than any setting of recipe {self.recipe.name} "
+            f"keeps: {in_bytes(kept.device)} with {', '.join(lowered)}; take another recipe, fewer "
+            "pixels or frames, or recipe 'lossless', which keeps nothing"
         )
 
     def reset(self) -> None:
@@ -250,12 +251,12 @@ class Budget:
         self._now, self._lowered = self.recipe, NOTHING
 
     def _say(self, limit: str, kept: Bytes, given: Bytes, branches: int) -> None:
-        sizes = [f"about {_text(kept.device)} on the device"]
-        sizes += [f"{_text(kept.host)} in host memory"] if kept.host else []
+        sizes = [f"about {in_bytes(kept.device)} on the device"]
+        sizes += [f"{in_bytes(kept.host)} in host memory"] if kept.host else []
         note = f"{limit}; keeps {' and '.join(sizes)}"
         note += f" for {branches} branches" if branches > 1 else ""
         if self._lowered:
-            before = _text(given.device + given.host)
+            before = in_bytes(given.device + given.host)
             note += f", with {', '.join(self._lowered)} (as given: {before})"
         if note != self._note:
             self._note = note
@@ -277,8 +278,8 @@ def advise(error: BaseException | None, recipe: Recipe, device: int, host: int) 
     if not isinstance(error, torch.OutOfMemoryError):
         return
     steps = [lowered[-1] for lowered, _ in ladder(recipe) if lowered]
-    held = f"FlashOmni kept {_text(device)} on the device by then"
-    held += f" and {_text(host)} in host memory" if host else ""
+    held = f"FlashOmni kept {in_bytes(device)} on the device by then"
+    held += f" and {in_bytes(host)} in host memory" if host else ""
     if device < SMALL:
         text = "little of it is the engine's: offload weights (docs/memory.md), or fewer pixels"
     elif steps:
@@ -286,7 +287,3 @@ def advise(error: BaseException | None, recipe: Recipe, device: int, host: int) 
     else:
         text = "no setting keeps less: offload weights (docs/memory.md), or fewer pixels"
     error.add_note(f"{held}; {text}")
-
-
-def _text(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

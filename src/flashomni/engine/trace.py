@@ -19,6 +19,7 @@ from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.cache import Fraction
 from flashomni.util.files import write_text
 from flashomni.util.stopwatch import Stopwatch
+from flashomni.util.words import in_bytes
 
 BYPASS = StepKind.BYPASS.value
 OPS = ("qkv", "attention", "gemm_q", "gemm_o", "mlp")
@@ -181,10 +182,10 @@ class Summary:
         lines = [
             f"{self.model} (tier {self.tier}), recipe {self.recipe['name']}: "
             f"{self.flops_skipped:.1%} of the transformer blocks' FLOPs skipped, "
-            f"cache {self.cache_bytes / 2**20:.1f} MiB"
+            f"cache {in_bytes(self.cache_bytes)}"
         ]
         if self.cache_bytes_host:
-            lines[0] += f" and {self.cache_bytes_host / 2**20:.1f} MiB in pinned host memory"
+            lines[0] += f" and {in_bytes(self.cache_bytes_host)} in pinned host memory"
         for kind, figures in self.seconds_by_kind.items():
             lines.append(
                 f"  {kind:9}{figures['count']:4.0f} calls {figures['total']:8.2f} s, "

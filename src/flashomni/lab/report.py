@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 import tempfile
@@ -14,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from flashomni.engine import Summary
+from flashomni.engine.trace import finite
 from flashomni.lab import metrics, viz
+from flashomni.lab.media import FRAMES_PER_SECOND, encode
 from flashomni.lab.sheets import images, picked, sheets
 from flashomni.page import document, escaped, parts, warnings
 from flashomni.page.viewer import viewer
 from flashomni.util.files import published, write_bytes, write_text
-from flashomni.util.words import clean
+from flashomni.util.words import clean, in_bytes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.console import Console
 
 # What a report consists of; a new one replaces all of an earlier one's.
@@ -36,7 +36,6 @@ FILES = frozenset(
 )
 STRIP_FRAMES = 8
 TABLE_NOTES = 5  # a LoRA on every layer makes a note a layer: the terminal shows the first
-FRAMES_PER_SECOND = 12
 UNKNOWN = "not known"
 MEANINGS = {
     "PSNR": "of pixels; higher is closer",
@@ -91,7 +90,7 @@ class Comparison:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything but the pictures; JSON values only.
+    """Everything but the pictures; JSON values only, null for numbers that are not finite.
 
     ``psnr_db`` is null if the results are identical, or not comparable; then the first of the
     ``notes`` says why.
@@ -106,7 +105,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             "median": sorted(calls)[len(calls) // 2] if calls else 0.0,
         }
     }
-    return {
+    data = {
         "model": c.model,
         "recipe": s.recipe,
         "notes": [*distance.notes, *s.notes],
@@ -141,6 +140,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "command": c.command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    return finite(data)
 
 
 def _flip(comparison: Comparison) -> float | None:
@@ -168,10 +168,10 @@ def headline(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("largest difference", known("max_abs_diff", "{:.3g}")),
         ("FLOPs skipped (transformer blocks)", f"{data['flops_skipped']:.1%}"),
         ("attention spent, of dense", f"{data['attention_spent']:.3f}"),
-        ("cache, peak", f"{data['cache_bytes'] / 2**20:.1f} MiB"),
+        ("cache, peak", in_bytes(data["cache_bytes"])),
     ]
     if data["cache_bytes_host"]:
-        rows.append(("cache in host memory", f"{data['cache_bytes_host'] / 2**20:.1f} MiB"))
+        rows.append(("cache in host memory", in_bytes(data["cache_bytes_host"])))
     if data["seconds_warm_up"]:
         rows.append(("warm-up, not counted", f"{data['seconds_warm_up']:.2f} s"))
     return rows
@@ -274,29 +274,14 @@ def _save_frames(pixels: Tensor, stem: Path) -> Path:
 
     frames = images(pixels)
     if len(frames) == 1:
-        return _save(frames[0], stem.with_suffix(".png"), format="PNG")
+        return write_bytes(stem.with_suffix(".png"), encode(frames, "png"))
     shown = [frames[i] for i in picked(len(frames), STRIP_FRAMES)]
     width, height = frames[0].size
     strip = Image.new("RGB", (width * len(shown), height))
     for i, frame in enumerate(shown):
         strip.paste(frame, (i * width, 0))
-    _save(strip, stem.with_suffix(".png"), format="PNG")
-    return _save(
-        frames[0],
-        stem.with_suffix(".webp"),
-        format="WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=1000 // FRAMES_PER_SECOND,
-        loop=0,
-        quality=90,
-    )
-
-
-def _save(image: Image, path: Path, **options: Any) -> Path:
-    buffer = io.BytesIO()
-    image.save(buffer, **options)
-    return write_bytes(path, buffer.getvalue())
+    write_bytes(stem.with_suffix(".png"), encode([strip], "png"))
+    return write_bytes(stem.with_suffix(".webp"), encode(frames, "webp"))
 
 
 def _page(data: dict[str, Any], comparison: Comparison, gap: Tensor, factor: float) -> str:

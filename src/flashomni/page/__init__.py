@@ -102,15 +102,6 @@ def data_block(values: Mapping[str, Any], name: str) -> str:
     return f'<script type="application/json" class="{name}">{text}</script>'
 
 
-def in_bytes(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
 def in_seconds(seconds: float) -> str:
     """Seconds as people read them; milliseconds of what is short."""
     if seconds < 1:

@@ -10,7 +10,6 @@ from flashomni.page import (
     document,
     escaped,
     fold,
-    in_bytes,
     in_seconds,
     section,
     style,
@@ -18,6 +17,7 @@ from flashomni.page import (
     warnings,
 )
 from flashomni.page.timeline import timeline
+from flashomni.util.words import in_bytes
 
 OPS = {
     "qkv": "K and V projections",

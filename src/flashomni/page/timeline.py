@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flashomni.page import data_block, escaped, in_bytes, in_seconds
+from flashomni.page import data_block, escaped, in_seconds
+from flashomni.util.words import in_bytes
 
 KINDS = {
     "full": "Full: dense",

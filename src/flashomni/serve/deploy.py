@@ -13,10 +13,10 @@ from ray.serve.exceptions import BackPressureError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flashomni.lab.media import encode
 from flashomni.serve.batching import Batcher
 from flashomni.serve.desk import Desk, File
 from flashomni.serve.errors import SERVER, Failure, overloaded
-from flashomni.serve.media import encode
 from flashomni.serve.orders import Order, within_limit
 from flashomni.serve.settings import Settings
 

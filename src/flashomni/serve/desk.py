@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashomni.lab.media import TYPES
 from flashomni.serve.errors import Failed, Failure, Refused
-from flashomni.serve.media import TYPES
 from flashomni.serve.orders import Order, read_body, read_images, read_video
 from flashomni.serve.settings import Settings
 from flashomni.serve.videos import Jobs

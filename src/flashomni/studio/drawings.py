@@ -20,6 +20,7 @@ from PIL import Image
 from flashomni.lab.viz import KIND_COLOURS, MAP
 from flashomni.studio.events import Progress, Waiting
 from flashomni.studio.outcome import Outcome, Row
+from flashomni.util.words import in_bytes
 
 KINDS = {
     "full": "computed",
@@ -103,8 +104,8 @@ def figures(outcome: Outcome) -> str:
         cards.append((f"{outcome.flip:.3f}", "FLIP, mean", "0 is equal"))
     skipped = f"attention spent {summary.attention_spent:.0%}"
     cards.append((f"{summary.flops_skipped:.0%}", "FLOPs of blocks skipped", skipped))
-    host = f" + {_bytes(summary.cache_bytes_host)} host" if summary.cache_bytes_host else ""
-    cards.append((_bytes(summary.cache_bytes), "cache, peak", host))
+    host = f" + {in_bytes(summary.cache_bytes_host)} host" if summary.cache_bytes_host else ""
+    cards.append((in_bytes(summary.cache_bytes), "cache, peak", host))
     shown = "".join(
         f'<div class="fo-card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span>'
         f"<small>{html.escape(detail)}</small></div>"
@@ -123,11 +124,6 @@ def _notes(notes: Sequence[str]) -> str:
     if len(notes) > NOTES:
         lines.append(f"and {len(notes) - NOTES} more")
     return f'<ul class="fo-notes">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'
-
-
-def _bytes(count: int) -> str:
-    mebibytes = count / 2**20
-    return f"{mebibytes / 1024:.2f} GiB" if mebibytes >= 1024 else f"{mebibytes:.1f} MiB"
 
 
 def density(outcome: Outcome) -> str:

@@ -11,16 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from flashomni.lab import metrics, viz
+from flashomni.lab.media import encode
+from flashomni.lab.sheets import images
+from flashomni.util.files import write_bytes
 
-FRAMES_PER_SECOND = 12
 GAP = 4  # pixels between two videos
 MAP = "magma"  # of FLIP, as its authors show it
 
 
 def picture(frame: Tensor) -> Image.Image:
     """A frame ``[3, H, W]`` in [0, 1]; what is not finite is black."""
-    array = (frame.nan_to_num(0.0, 0.0, 0.0) * 255).round().byte()
-    return Image.fromarray(array.permute(1, 2, 0).numpy())
+    return images(frame[None])[0]
 
 
 def difference(dense: Tensor, accelerated: Tensor) -> tuple[Image.Image, float]:
@@ -48,14 +49,4 @@ def side_by_side(dense: Tensor | None, accelerated: Tensor, path: Path) -> Path:
         count, channels, height, _ = dense.shape
         bar = torch.ones(count, channels, height, GAP)
         frames = torch.cat([dense, bar, accelerated], dim=3)
-    first, *others = [picture(frame) for frame in frames]
-    first.save(
-        path,
-        format="WEBP",
-        save_all=True,
-        append_images=others,
-        duration=1000 // FRAMES_PER_SECOND,
-        loop=0,
-        quality=90,
-    )
-    return path
+    return write_bytes(path, encode(images(frames), "webp"))

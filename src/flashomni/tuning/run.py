@@ -13,6 +13,7 @@ from flashomni.engine import Recipe
 from flashomni.tuning.settings import Point, Settings
 from flashomni.tuning.tuner import OnProgress, Tuner
 from flashomni.util.files import write_text
+from flashomni.util.words import in_bytes
 
 log = logging.getLogger("flashomni")
 SPEEDUPS = (1.75, 2.25, 2.75, 3.25, 4.0)  # of the points of a Pareto front, about
@@ -139,8 +140,8 @@ def tune(
     )  # fmt: skip
     resumed = tuner.state.resumed
     on_note(
-        f"recording takes {tuner.bytes_each / 2**20:.1f} MiB a prompt for {len(own)} prompts, on "
-        f"the host (at most {tuner.settings.memory / 2**30:.2g} GiB at a time) and in "
+        f"recording takes {in_bytes(tuner.bytes_each)} a prompt for {len(own)} prompts, on "
+        f"the host (at most {in_bytes(tuner.settings.memory)} at a time) and in "
         f"{tuner.state.folder}"
     )
     if tuner.state.foreign:

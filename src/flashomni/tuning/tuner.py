@@ -32,6 +32,7 @@ from flashomni.tuning.validate import (
     ramp_steps,
     recipe_of,
 )
+from flashomni.util.words import in_bytes
 
 # Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of the 15
 # seconds of planning on one core, and fitted weights forecast better on any schedule.
@@ -80,8 +81,8 @@ class Tuner:
         self.bytes_each = needed_bytes(self.outline)
         if self.bytes_each > settings.memory:
             raise ValueError(
-                f"memory must be at least {self.bytes_each / 2**20:.0f} MiB, what one recording of "
-                f"{self.num_steps} outputs takes; got {settings.memory / 2**20:.0f} MiB"
+                f"memory must be at least {in_bytes(self.bytes_each)}, what one recording of "
+                f"{self.num_steps} outputs takes; got {in_bytes(settings.memory)}"
             )
         self.about = {
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Text of users, models and exceptions, fit to be shown: nothing in it commands a terminal."""
+"""Text fit to be shown: nothing that a user, a model or an error says commands a terminal."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def one_line(text: object, length: int | None = None) -> str:
     """:func:`clean` on one line, cut to ``length`` characters."""
     line = " ".join(clean(text).split())
     return line if length is None or len(line) <= length else line[: length - 1] + "\u2026"
+
+
+def in_bytes(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
 
 
 def _commands(mark: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashomni.engine.state.storage import Lane, Storage
+from flashomni.util.words import in_bytes
 
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.5  # of what is free: the rest is for what steps need in passing
 log = logging.getLogger("flashomni")
@@ -124,7 +125,7 @@ class Room:
             return
         self.places[branch] = None
         text = (
-            f"carry is off in branch {branch!r}: it would keep {nbytes / 2**20:,.1f} MiB, which "
+            f"carry is off in branch {branch!r}: it would keep {in_bytes(nbytes)}, which "
             "fit neither in device nor in host memory; sparse attention goes without"
         )
         self._said.append(text)
@@ -135,8 +136,7 @@ class Room:
         return nbytes + self._promised.get(device.type, 0) <= share * free_bytes(device)
 
     def _say(self, branch: str, nbytes: int, where: str) -> None:
-        size = f"{nbytes / 2**20:,.1f} MiB"
-        text = f"carry keeps at most {size} in {where} memory for branch {branch!r}"
+        text = f"carry keeps at most {in_bytes(nbytes)} in {where} memory for branch {branch!r}"
         self._said.append(text)
         log.info("%s: %s", self.model, text)
 

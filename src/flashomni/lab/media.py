@@ -6,9 +6,10 @@ import io
 from typing import Any
 
 TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+FRAMES_PER_SECOND = 12
 
 
-def encode(frames: list[Any], kind: str, fps: int = 12) -> bytes:
+def encode(frames: list[Any], kind: str, fps: int = FRAMES_PER_SECOND) -> bytes:
     """A file of a picture, or of a video: an animation.
 
     Args:
@@ -22,9 +23,7 @@ def encode(frames: list[Any], kind: str, fps: int = 12) -> bytes:
         times = {"duration": round(1000 / fps), "loop": 0}
         options = {"save_all": True, "append_images": frames[1:], "quality": 90, **times}
     elif kind == "png":
-        options = {
-            "compress_level": 1
-        }  # of 9: the default takes nearly twice as long for a few bytes less
+        options = {"compress_level": 1}  # of 9: the default's bytes are few less, its time is twice
     elif kind == "webp":
         options = {"lossless": True}
     else:
