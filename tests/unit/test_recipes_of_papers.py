@@ -1,6 +1,7 @@
 """Recipes of published methods: each names its paper, runs, and has its row in docs/methods.md."""
 
-import importlib.util
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,18 @@ from flashomni.engine import Recipe, presets
 from flashomni.engine.forecasts import forecasts
 from flashomni.engine.recipe import methods
 from flashomni.engine.schedules import schedules
-from flashomni.lab import zoo
+from flashomni.lab import results, zoo
+from flashomni.lab.fidelity.calibrate import calibrate
+from flashomni.lab.fidelity.comparison import Summed
 from flashomni.lab.generation import Generation
 from flashomni.models import adapters
 from flashomni.policies import policies
 from flashomni.policies._trained import TRAINED
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+from methods import by_importance
+from rows import page as page_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
@@ -35,15 +43,6 @@ SETTINGS = {
     "flashomni": {**FINE, "tau_q": 1.0, "power": 0.0},
 }
 SPARSE = sorted(set(SETTINGS) - {"dbcache", "flashomni"})
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """tools/methods.py, which fills the page."""
-    spec = importlib.util.spec_from_file_location("tool_methods", ROOT / "tools" / "methods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_methods_and_presets_are_told_apart_by_their_source():
@@ -94,19 +93,19 @@ def test_the_page_names_every_file():
         assert name.lower() in page.lower(), name
 
 
-def test_every_recipe_of_the_page_is_one(tool):
-    found = list(tool.recipes_of(PAGE.read_text("utf-8")))
+def test_every_recipe_of_the_page_is_one():
+    found = list(page_of.recipes_of(PAGE.read_text("utf-8")))
     assert len(found) == len(set(found)) >= 16
     for name in found:
-        Recipe.of(name.removesuffix(tool.CALIBRATED))
+        Recipe.of(name.removesuffix(page_of.CALIBRATED))
 
 
-def test_the_tool_fills_cells_and_nothing_else(tool):
+def test_the_tool_fills_cells_and_nothing_else():
     page = (
         "text\n\n| a | recipe | measured, picture |\n|---|---|---|\n"
         "| 1 | `fora` |  |\n| 2 | `x`, calibrated | y |\n| 3 | - | z |\n"
     )
-    assert list(tool.recipes_of(page)) == ["fora", "x, calibrated"]
+    assert list(page_of.recipes_of(page)) == ["fora", "x, calibrated"]
     line = {
         "model": "tiny-image", "method": "fora", "psnr_db": "35.02", "psnr_error": "1.25",
         "worst_psnr_db": "30.0", "computed": "7.5", "flops_skipped": "0.7", "seconds": "2",
@@ -114,20 +113,39 @@ def test_the_tool_fills_cells_and_nothing_else(tool):
     }  # fmt: skip
     odd = {**line, "method": "x, calibrated", "psnr_db": "not finite", "dense_seconds": "5"}
     last = {**line, "method": "last", "dense_seconds": "4"}
-    cells = tool.cells_of([line, odd, last, {**line, "model": "other", "dense_seconds": "1"}])
+    cells = page_of.cells_of([line, odd, last, {**line, "model": "other", "dense_seconds": "1"}])
     cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, attention 0.30, 2.50x"
-    assert tool.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
+    assert page_of.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
         "| y |", "| not finite |"
     )
 
 
-def test_the_calibration_is_of_the_run(tool):
+def test_what_has_no_row_comes_first(tmp_path):
+    """Each model has its own names; a file is known by its stem."""
+    path = tmp_path / "rows.csv"
+    line = {name: "1" for name in results.columns(Summed)}
+    known = [{**line, "model": "a", "method": name} for name in ("fora", "tuned")]
+    path.write_text(results.text(results.columns(Summed), known), "utf-8")
+    options = Namespace(
+        recipe=["fora", "pab", "a@x/tuned.json", "b@y/tuned.json"], peer=["steps=2", "b@steps=3"],
+        ours=["tuned"], csv=path, missing_first=False,
+    )  # fmt: skip
+    plain = ["x/tuned.json", "steps=2", "fora", "pab"]
+    assert [each.name for each in by_importance(options, "a")] == plain
+    options.missing_first = True
+    first = ["pab", "x/tuned.json", "steps=2", "fora"]
+    assert [each.name for each in by_importance(options, "a")] == first
+    other = ["fora", "pab", "y/tuned.json", "steps=2", "steps=3"]
+    assert [each.name for each in by_importance(options, "b")] == other
+
+
+def test_the_calibration_is_of_the_run():
     """A ratio a step, the first 1; a polynomial of degree 4; both are settings."""
     loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
     loaded.pipe.set_progress_bar_config(disable=True)
     job = Generation(loaded, "a ring", 0, 7)
     job.call = {**job.call, "height": 64, "width": 64}
-    found = tool.calibrate(job)
+    found = calibrate(job)
     assert len(found["magcache"]["ratios"]) == 7 and found["magcache"]["ratios"][0] == 1.0
     assert len(found["teacache"]["coefficients"]) == 5
     for name, settings in found.items():

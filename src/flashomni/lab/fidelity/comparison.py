@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flashomni.lab import results as files
-from flashomni.lab.versions import device_name
+from flashomni.lab.versions import commit, device_name
 
 CAP_DB = 120.0  # of identical pictures, so that means exist
 AT_MOST = 1.03  # times that differ by less than this are equal
@@ -79,6 +79,7 @@ class Summed:
     seeds: int
     measures: str
     attention_spent: float | str = ""
+    commit: str = ""
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,7 @@ def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) 
         prompts=len({p.prompt for p in pictures}),
         seeds=len({p.seed for p in pictures}),
         measures=" ".join(f"{name}={value:.4f}" for name, value in scores.items()),
+        commit=commit(),
     )
 
 

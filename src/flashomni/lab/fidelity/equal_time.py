@@ -61,6 +61,7 @@ class Equal:
     worst_psnr_db: float
     prompts: int
     seeds: int
+    commit: str = ""
 
     @classmethod
     def of(cls, found: Interpolated, model: str, comparison: Comparison) -> Equal:
@@ -69,7 +70,7 @@ class Equal:
         return cls(
             model, found.method, found.line, row.device, found.seconds, " ".join(found.rivals),
             found.gain_db, "" if found.error_db is None else found.error_db, found.worst_db,
-            found.worst_psnr_db, row.prompts, row.seeds,
+            found.worst_psnr_db, row.prompts, row.seeds, row.commit,
         )  # fmt: skip
 
 

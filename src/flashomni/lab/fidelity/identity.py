@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,18 @@ def foreign_code(things: Iterable[Any]) -> dict[str, str]:
 def package_versions(module: str) -> list[str]:
     """``name==version`` of the distributions that an importable module comes with."""
     found = []
-    for name in sorted(set(packages_distributions().get(module, []))):
+    for name in sorted(set(_distributions(tuple(sys.path)).get(module, []))):
         try:
             found.append(f"{name}=={version(name)}")
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Distributions by importable module; looking through all of them takes half a second."""
+    return packages_distributions()
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,71 @@
+"""The measured columns of docs/methods.md, of the rows of a CSV."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+
+RECIPE = "recipe"
+CALIBRATED = ", calibrated"
+MEASURED = {"tiny-image": "measured, picture", "tiny-video": "measured, video"}
+
+
+def in_words(row: dict[str, str], dense: float) -> str:
+    """A cell of a measured column, of a row of the CSV; the stock pipeline takes ``dense`` s."""
+    error = f" ± {float(row['psnr_error']):.1f}" if row["psnr_error"] else ""
+    parts = [f"{float(row['psnr_db']):.1f}{error} / {float(row['worst_psnr_db']):.1f} dB"]
+    if row["computed"]:
+        parts.append(f"{float(row['computed']):.3g} computed")
+    if row["flops_skipped"]:
+        parts.append(f"{float(row['flops_skipped']):.0%} skipped")
+    if row.get("attention_spent"):
+        parts.append(f"attention {float(row['attention_spent']):.2f}")
+    return ", ".join([*parts, f"{dense / float(row['seconds']):.2f}x"])
+
+
+def cells_of(rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Column -> recipe -> cell, of the rows of a CSV; one that is not finite says so."""
+    found: dict[str, dict[str, str]] = {column: {} for column in MEASURED.values()}
+    dense: dict[str, list[float]] = {}
+    for row in rows:
+        dense.setdefault(row["model"], []).append(float(row["dense_seconds"]))
+    for row in rows:
+        if row["model"] in MEASURED:
+            usual = statistics.median(dense[row["model"]])  # one alone may have been disturbed
+            words = row["psnr_db"] if row["psnr_db"] == "not finite" else in_words(row, usual)
+            found[MEASURED[row["model"]]][row["method"]] = words
+    return found
+
+
+def _rows(page: str) -> Iterator[tuple[int, list[str], list[str]]]:
+    """``(line, cells, head)`` of each row of a table with recipes and a measured column."""
+    head: list[str] = []
+    for number, line in enumerate(page.splitlines()):
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            head = []
+        elif not head:
+            head = cells
+        elif RECIPE in head and set(MEASURED.values()) & set(head) and set(line) - set("|-: "):
+            yield number, cells, head
+
+
+def recipes_of(page: str) -> Iterator[str]:
+    """What the page's tables name to measure, as :func:`Recipe.of` takes it."""
+    for _, cells, head in _rows(page):
+        found = re.fullmatch(rf"`([^`]+)`({re.escape(CALIBRATED)})?", cells[head.index(RECIPE)])
+        if found:
+            yield found[1] + (found[2] or "")
+
+
+def filled(page: str, figures: dict[str, dict[str, str]]) -> str:
+    """The page with these figures, column -> recipe -> cell, in the rows of their recipes."""
+    lines = page.splitlines()
+    for number, cells, head in _rows(page):
+        name = cells[head.index(RECIPE)].replace("`", "")
+        for column, known in figures.items():
+            if column in head and name in known:
+                cells[head.index(column)] = known[name]
+                lines[number] = "| " + " | ".join(cells) + " |"
+    return "\n".join(lines) + "\n"
