@@ -1,7 +1,7 @@
 """Methods compared on the same prompts and seeds: runs, their file, means with standard errors.
 
 A pair is a prompt and a seed. Pairs are the outer loop, so that whatever was measured when time is
-over is complete but for the last one, and differences between methods are of the same pictures.
+over is complete but for the last one. Differences between methods are of the pairs that both have.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from flashomni.lab.report import save_picture
 from flashomni.lab.versions import versions
 from flashomni.models import accelerate
 
+Pair = tuple[int, int]  # prompt and seed
+Values = dict[Pair, float]
+REPEATS = 3  # timed generations
 FLIP_FRAMES = 8  # of a video, FLIP looks at every eighth frame
 
 
@@ -43,7 +47,8 @@ class Measured:
         psnr_db: against the stock pipeline; infinite where the bits are the same.
         flip: against the stock pipeline; ``None`` where it cannot be measured.
         spent: attention computed over the whole generation, of dense, as the report counts it.
-        time: seconds of the generation, of the stock pipeline's; ``None`` where nobody timed it.
+        time: seconds of the generation without its decoder, of the stock pipeline's; ``None`` where
+            nobody timed it.
         skipped: FLOPs of all ops skipped.
         dtype: of the model.
         device: name of the device.
@@ -74,7 +79,7 @@ class Measured:
         return self.model, self.method, *place, self.time is not None
 
     @property
-    def pair(self) -> tuple[int, int]:
+    def pair(self) -> Pair:
         return self.prompt, self.seed
 
 
@@ -129,7 +134,7 @@ class Runner:
             prompt: number and text.
             seed: of the noise.
             steps: denoising steps; the model's own by default.
-            timed: time each, and the stock pipeline, once nothing compiles or is recorded.
+            timed: time each, and the stock pipeline.
             drawn: methods whose pictures are kept, the stock pipeline's with them.
 
         Returns:
@@ -147,12 +152,12 @@ class Runner:
             if self.over:
                 return False
             if reference is None:
-                reference, dense_seconds = _run(generation, timed)
+                dense_seconds = _denoising(generation) if timed else 0.0
+                reference, _ = generation.run(_nothing)
                 self._draw(model, "stock", reference, drawn)
             with accelerate(generation.pipe, Recipe.of(method)) as engine:
-                if timed and generation.compiles:
-                    generation.discard()  # the next one is recorded, the third is a replay
-                pixels, seconds = _run(generation, timed)
+                seconds = _denoising(generation) if timed else 0.0
+                pixels, _ = generation.run(_nothing)
                 report = engine.report()
             flip = None
             if metrics.why_no_flip() is None:
@@ -187,11 +192,26 @@ def file_name(model: str) -> str:
     return model.replace("/", "_")
 
 
-def _run(generation: Generation, timed: bool) -> tuple[Tensor, float]:
-    """Frames and seconds: of a later generation where they count."""
-    if timed:
-        generation.discard()
-    return generation.run(_nothing)
+def _denoising(generation: Generation) -> float:
+    """Seconds of a generation without its decoder: the median of those behind the first two.
+
+    The first compiles and the second is recorded.
+    """
+    call = {**generation.call, "output_type": "latent"}
+    seconds = []
+    for _ in range(REPEATS + 2 if generation.compiles else 1):
+        noise = torch.Generator("cpu").manual_seed(generation.seed)
+        _wait(generation.device)
+        start = time.perf_counter()
+        generation.pipe(generation.prompt, **call, generator=noise)
+        _wait(generation.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[-REPEATS:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _nothing(step: int, total: int) -> None:
@@ -200,25 +220,31 @@ def _nothing(step: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Mean:
-    """Of one method over pairs.
+    """Of values of pairs: seeds of a prompt belong together, so they are averaged first.
 
     Args:
-        value: mean.
-        error: its standard error; ``nan`` for a single pair.
+        value: mean over prompts of the means over their seeds.
+        error: its standard error, over prompts; ``nan`` for a single prompt.
         count: pairs.
+        prompts: of these pairs.
     """
 
     value: float
     error: float
     count: int
+    prompts: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of finite values; none of them is ``nan``."""
-        if not values:
-            return cls(math.nan, math.nan, 0)
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        return cls(statistics.fmean(values), spread / math.sqrt(len(values)), len(values))
+    def of(cls, values: Values) -> Mean:
+        """The mean of finite values by pair."""
+        by_prompt: dict[int, list[float]] = {}
+        for (prompt, _), value in values.items():
+            by_prompt.setdefault(prompt, []).append(value)
+        means = [statistics.fmean(some) for some in by_prompt.values()]
+        if not means:
+            return cls(math.nan, math.nan, 0, 0)
+        error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+        return cls(statistics.fmean(means), error, len(values), len(means))
 
     def __str__(self) -> str:
         if not self.count:
@@ -227,83 +253,87 @@ class Mean:
         return shown if math.isnan(self.error) else f"{shown} ± {self.error:.1f}"
 
 
+def minus(first: Values, second: Values) -> Values:
+    """Differences of the pairs that both hold."""
+    return {pair: value - second[pair] for pair, value in first.items() if pair in second}
+
+
 class Table:
     """Measurements of one model by method and pair.
 
     Args:
         found: of that model, device and number of steps.
-        methods: only pairs that hold all of these count.
         timed: whether a method costs its time, or the attention that it spends.
     """
 
-    def __init__(
-        self, found: Sequence[Measured], methods: Sequence[str], timed: bool = False
-    ) -> None:
-        self.timed, self._found = timed, found
-        by_pair: dict[tuple[int, int], dict[str, Measured]] = {}
+    def __init__(self, found: Sequence[Measured], timed: bool = False) -> None:
+        self.timed = timed
+        self._rows: dict[str, dict[Pair, Measured]] = {}
         for each in found:
-            known = by_pair.setdefault(each.pair, {})
-            if each.method not in known or each.time is not None:
-                known[each.method] = each
-        whole = {pair: some for pair, some in by_pair.items() if set(methods) <= set(some)}
-        self.pairs = sorted(whole)
-        self._rows = whole
+            known = self._rows.setdefault(each.method, {})
+            if each.pair not in known or each.time is not None:
+                known[each.pair] = each
+
+    @property
+    def methods(self) -> list[str]:
+        """All that were measured on a pair at least."""
+        return list(self._rows)
 
     @property
     def commits(self) -> list[str]:
-        """Of all measurements that count."""
+        """Of all measurements."""
         return sorted({each.commit for some in self._rows.values() for each in some.values()})
+
+    def pairs(self, method: str) -> list[Pair]:
+        """Those on which a method was measured."""
+        return sorted(self._rows.get(method, {}))
 
     def row(self, method: str) -> Measured:
         """The measurement of the first pair."""
-        return self._rows[self.pairs[0]][method]
+        return self._rows[method][self.pairs(method)[0]]
 
-    def column(self, method: str, value: Callable[[Measured], float | None]) -> list[float]:
-        """A value of a method in each pair; empty where it is not known."""
-        values = [value(self._rows[pair][method]) for pair in self.pairs]
-        return [x for x in values if x is not None] if None not in values else []
+    def column(self, method: str, value: Callable[[Measured], float | None]) -> Values:
+        """A value of a method by pair, where it is known."""
+        values = {pair: value(row) for pair, row in sorted(self._rows.get(method, {}).items())}
+        return {pair: x for pair, x in values.items() if x is not None}
 
-    def psnr(self, method: str) -> list[float]:
-        """Of each pair; 99 dB where the bits are the same."""
-        return [min(x, 99.0) for x in self.column(method, lambda m: m.psnr_db)]
+    def psnr(self, method: str) -> Values:
+        """By pair; 99 dB where the bits are the same."""
+        return self.column(method, lambda m: min(m.psnr_db, 99.0))
 
     def cost(self, method: str) -> float:
-        """What a method costs, of dense: the mean of attention spent, or of the times taken."""
-        if not self.timed:
-            return statistics.fmean(self.column(method, lambda m: m.spent))
-        times = [x.time for x in self._found if x.method == method and x.time is not None]
-        return statistics.fmean(times) if times else math.nan
+        """What a method costs, of dense: the mean of attention spent, or of the times taken.
+
+        Raises:
+            ValueError: nobody measured it, or timed it.
+        """
+        values = self.column(method, lambda m: m.time if self.timed else m.spent)
+        if not values:
+            raise ValueError(f"nobody {'timed' if self.timed else 'measured'} {method}")
+        return Mean.of(values).value
 
     def whole_cost(self, method: str) -> float:
         """What a generation costs, of dense: time, or the mean of the FLOPs of all ops computed."""
         if self.timed:
             return self.cost(method)
-        return 1 - statistics.fmean(self.column(method, lambda m: m.skipped))
+        return 1 - Mean.of(self.column(method, lambda m: m.skipped)).value
 
     def between(
         self,
         methods: Sequence[str],
         cost: float,
         cost_of: Callable[[str], float] | None = None,
-    ) -> list[float]:
-        """PSNR of each pair where a line through the methods costs so much."""
-        cost_of = cost_of or self.cost
-        order = sorted(methods, key=cost_of)
-        costs = [cost_of(method) for method in order]
-        values = [self.psnr(method) for method in order]
-        return [
-            _on_line(list(zip(costs, line, strict=True)), cost)
-            for line in zip(*values, strict=True)
-        ]
+    ) -> Values:
+        """PSNR by pair where a line through the methods costs so much: at an end, that of the end.
 
-
-def _on_line(line: Sequence[tuple[float, float]], x: float) -> float:
-    """Linear between two points, at an end its value."""
-    for (x0, y0), (x1, y1) in itertools.pairwise(line):
-        if x <= x1:
-            share = min(max((x - x0) / max(x1 - x0, 1e-9), 0.0), 1.0)
-            return y0 + share * (y1 - y0)
-    return line[-1][1]
+        Of pairs that hold both methods between which the cost lies.
+        """
+        line = sorted(((cost_of or self.cost)(method), method) for method in methods)
+        for (x0, low), (x1, high) in itertools.pairwise(line):
+            if x0 < cost < x1:
+                share, below, above = (cost - x0) / (x1 - x0), self.psnr(low), self.psnr(high)
+                return {p: y + share * (above[p] - y) for p, y in below.items() if p in above}
+        return self.psnr(min(line, key=lambda point: abs(point[0] - cost))[1])
 
 
 def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[tuple[int, str], int]]:

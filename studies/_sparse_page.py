@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from _paired import Mean, Table, file_name
+from _paired import Mean, Table, Values, file_name, minus
 from _study import COLOURS, Point, Study
 from _symbols import shown
 from matplotlib.figure import Figure
@@ -23,7 +22,8 @@ from flashomni.util.files import write_text
 
 LIMITS = {False: (0.55, 0.47, 0.40, 0.38), True: (0.9, 0.8, 0.7, 0.6, 0.5)}  # of time
 LINES = ("today", "+ order", "+ 4 summaries", "+ choice of 8 tokens", "+ chosen once",
-         "+ carry, refresh 8", "+ carry, refresh 4")  # fmt: skip
+         "+ carry, refresh 8", "+ carry, refresh 4",
+         "+ extrapolated in full, refresh 4")  # fmt: skip
 DRAWN = ("stock", "today", "+ order", "+ carry, refresh 4")
 RULES = {"spargeattn": "#111827", "window": "#6b7280", "radial": "#a16207"}
 STYLES = {"": "x:", "our order": "x--", "our order and carry": "x-"}
@@ -34,7 +34,7 @@ def write(
     study: Study, points: Sequence[Point], tables: Tables, work: Path, out: Path, command: str
 ) -> None:
     """Write everything; the page last."""
-    some = {model: table for model, table in tables.items() if table.pairs}
+    some = {model: table for model, table in tables.items() if table.methods}
     if not some:
         print("no pair is complete yet: nothing to write")
         return
@@ -60,15 +60,15 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
     for point in points:
         table = tables[point.model]
         first = table.row(point.method)
-        gain = _gain(points, table, point)
+        gain, mean = _gain(points, table, point), Mean.of(table.psnr(point.method))
         values = {
             "model": point.model, "series": point.series, "method": point.method,
-            "pairs": len(table.pairs), **_costs(table, point.method),
-            **_numbers("psnr_db", Mean.of(table.psnr(point.method))),
+            "pairs": mean.count, "prompts": mean.prompts, **_costs(table, point.method),
+            **_numbers("psnr_db", mean),
             **_numbers("gain_db", Mean.of(gain)),
             **_numbers("flip", Mean.of(table.column(point.method, lambda m: m.flip)), 5),
             "flops_skipped": round(
-                statistics.fmean(table.column(point.method, lambda m: m.skipped)), 4
+                Mean.of(table.column(point.method, lambda m: m.skipped)).value, 4
             ),
             "steps": first.steps, "dtype": first.dtype, "device": first.device,
             "commit": " ".join(sorted(set(table.commits))), "torch": first.torch,
@@ -82,7 +82,7 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
 
 
 def _costs(table: Table, method: str) -> dict[str, float | str]:
-    spent = statistics.fmean(table.column(method, lambda m: m.spent))
+    spent = Mean.of(table.column(method, lambda m: m.spent)).value
     time = round(table.cost(method), 4) if table.timed else ""
     return {"spent": round(spent, 4), "time": time}
 
@@ -92,11 +92,12 @@ def _numbers(name: str, mean: Mean, digits: int = 2) -> dict[str, float | str]:
     return {name: shown[0], f"{name}_se": shown[1]}
 
 
-def _gain(points: Sequence[Point], table: Table, point: Point) -> list[float]:
+def _gain(points: Sequence[Point], table: Table, point: Point) -> Values:
     """Over today's way where it costs as much, pair by pair."""
     today = _of(points, point.model, "today")
-    before = table.between(today, table.cost(point.method))
-    return [a - b for a, b in zip(table.psnr(point.method), before, strict=True)]
+    if not today:
+        return {}
+    return minus(table.psnr(point.method), table.between(today, table.cost(point.method)))
 
 
 def plot(study: Study, points: Sequence[Point], tables: Tables) -> Figure:
@@ -125,7 +126,7 @@ def plot(study: Study, points: Sequence[Point], tables: Tables) -> Figure:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         top, bottom = axes[:, column]
-        top.set(title=f"{model}, {len(table.pairs)} pairs", ylabel="PSNR against dense, dB")
+        top.set(title=model, ylabel="PSNR against dense, dB")
         bottom.set(ylabel="FLIP", xlabel=study.x_label, yscale="log")
         top.legend(frameon=False, fontsize=7, ncols=2)
     return figure
@@ -174,18 +175,17 @@ def page(
         "",
         f"Cost: {study.x_label}. Gain: over today's way where it costs as much.",
         "",
-        "| model | series | method | cost | PSNR, dB | gain, dB | FLIP |",
-        "|---|---|---|---|---|---|---|",
+        "| model | series | method | cost | pairs | PSNR, dB | gain, dB | FLIP |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         table = tables[point.model]
         flip = Mean.of(table.column(point.method, lambda m: m.flip))
         seen = f"{flip.value:.4f}" if flip.count else ""
-        gain = Mean.of(_gain(points, table, point))
+        gain, psnr = Mean.of(_gain(points, table, point)), Mean.of(table.psnr(point.method))
         lines.append(
             f"| {point.model} | {point.series} | `{point.method}` | "
-            f"{table.cost(point.method):.3f} | {Mean.of(table.psnr(point.method))} | {gain} | "
-            f"{seen} |"
+            f"{table.cost(point.method):.3f} | {_counted(psnr)} | {psnr} | {gain} | {seen} |"
         )
     kept = [line for model in tables for line in shown(model, work)]
     if kept:
@@ -200,18 +200,15 @@ def page(
             "|---|---|---|---|---|---|",
             *kept,
         ]
-    table = next(iter(tables.values()))
-    first = table.row(points[0].method)
-    commits = sorted({commit for each in tables.values() for commit in each.commits})
-    counts = ", ".join(
-        f"{len(table.pairs)} pairs of {len({p for p, _ in table.pairs})} prompts of {model}"
-        for model, table in tables.items()
-    )
+    first = tables[points[0].model].row(points[0].method)
+    commits = " and ".join(sorted({c for each in tables.values() for c in each.commits}))
     lines += [
         "",
         f"Made by `{command}` on {first.device}, torch {first.torch}, diffusers "
-        f"{first.diffusers}, commit {' and '.join(commits)}, {first.dtype} with TF32 products; "
-        f"{counts}; {first.steps} steps. `±` is the standard error of the mean over pairs.",
+        f"{first.diffusers}, commit {commits}, {first.dtype} with TF32 products; "
+        f"{first.steps} steps. Pairs of prompt and seed, of so many prompts; differences are of "
+        "the pairs that both sides have. `±` is the standard error of the mean over prompts, "
+        "seeds of a prompt averaged first.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -219,8 +216,9 @@ def page(
 def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
     """The best that costs no more than a limit, against today's way there."""
     lines = ["## Carry and the rest, against today's way", "",
-             "| model | cost at most | today | best of the ladder | method | gain, dB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+             "| model | cost at most | today | best of the ladder | method | pairs | "
+             "gain, dB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         today = _of(points, model, "today")
         ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
@@ -228,11 +226,12 @@ def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
             best = _best(table, ours, limit)
             if best is None:
                 continue
-            before = table.between(today, limit)
-            gain = [a - b for a, b in zip(table.psnr(best), before, strict=True)]
+            before, after = table.between(today, limit), table.psnr(best)
+            gain = Mean.of(minus(after, before))
+            before = {pair: before[pair] for pair in after if pair in before}
             lines.append(
-                f"| {model} | {limit:.2f} | {Mean.of(before)} | {Mean.of(table.psnr(best))} | "
-                f"`{best}` | {Mean.of(gain)} |"
+                f"| {model} | {limit:.2f} | {Mean.of(before)} | {Mean.of(after)} | "
+                f"`{best}` | {_counted(gain)} | {gain} |"
             )
     return _unless_empty(lines)
 
@@ -240,9 +239,10 @@ def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
 def _published(points: Sequence[Point], tables: Tables) -> list[str]:
     """Each rule at its best threshold, against our best, on the same pairs."""
     lines = ["## Published rules, each with its best threshold", "",
-             "The same dense steps. The rule's gain is that of ours over it, at equal limits.", "",
-             "| model | cost at most | rule | PSNR, dB | threshold | ours is better by, dB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+             "The same dense steps. The gain is ours over the rule, at equal limits.", "",
+             "| model | cost at most | rule | PSNR, dB | threshold | pairs | "
+             "ours is better by, dB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         ours = [p.method for p in points if p.model == model and p.series.startswith("+")]
         series = dict.fromkeys(
@@ -254,11 +254,11 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
                 rule = _best(table, _of(points, model, name), limit)
                 if rule is None or best is None:
                     continue
-                gain = [a - b for a, b in zip(table.psnr(best), table.psnr(rule), strict=True)]
+                gain = Mean.of(minus(table.psnr(best), table.psnr(rule)))
                 threshold = rule.partition(":")[2].partition(",")[0]
                 lines.append(
                     f"| {model} | {limit:.2f} | {name} | {Mean.of(table.psnr(rule))} | "
-                    f"{threshold} | {Mean.of(gain)} |"
+                    f"{threshold} | {_counted(gain)} | {gain} |"
                 )
     return _unless_empty(lines)
 
@@ -270,8 +270,9 @@ def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
              "on a ramp that costs as much (between two measured ones). Cost: FLOPs of all ops, of "
              "dense.",
              "",
-             "| model | series | computed steps | cost | PSNR, dB | caching alone | gain, dB |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| model | series | computed steps | cost | pairs | PSNR, dB | caching alone | "
+             "gain, dB |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         ramps = _of(points, model, "caching")
         if len(ramps) < 2:
@@ -284,14 +285,14 @@ def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
             alone, gain = "", ""
             if point.series != "caching" and low <= cost <= high:
                 line = table.between(ramps, cost, table.whole_cost)
-                alone = str(Mean.of(line))
-                gain = str(Mean.of([a - b for a, b in zip(psnr, line, strict=True)]))
+                alone = str(Mean.of({pair: line[pair] for pair in psnr if pair in line}))
+                gain = str(Mean.of(minus(psnr, line)))
             elif point.series != "caching":
                 alone = "no ramp so cheap" if cost < low else "no ramp so dear"
             steps = point.method.partition("computed=")[2].partition(",")[0]
             lines.append(
-                f"| {model} | {point.series} | {steps} | {cost:.3f} | {Mean.of(psnr)} | {alone} | "
-                f"{gain} |"
+                f"| {model} | {point.series} | {steps} | {cost:.3f} | {_counted(Mean.of(psnr))} | "
+                f"{Mean.of(psnr)} | {alone} | {gain} |"
             )
     return _unless_empty(lines)
 
@@ -301,7 +302,18 @@ def _unless_empty(section: list[str]) -> list[str]:
     return [] if section[-1].startswith("|---") else [*section, ""]
 
 
+def _counted(mean: Mean) -> str:
+    """Pairs, and of how many prompts."""
+    return f"{mean.count} of {mean.prompts}"
+
+
 def _best(table: Table, methods: Sequence[str], limit: float) -> str | None:
-    """The method with the best mean of those that cost no more than the limit."""
-    fits = [method for method in methods if table.cost(method) <= limit]
-    return max(fits, key=lambda method: Mean.of(table.psnr(method)).value, default=None)
+    """The method with the best mean, over pairs that all have, of those that cost no more."""
+    psnr = {method: table.psnr(method) for method in methods if table.cost(method) <= limit}
+    shared = set.intersection(*map(set, psnr.values())) if psnr else set()
+
+    def mean(method: str) -> float:
+        values = psnr[method]
+        return Mean.of({p: x for p, x in values.items() if p in shared} or values).value
+
+    return max(psnr, key=mean, default=None)

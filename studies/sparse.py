@@ -11,7 +11,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ EACH, ONCE, CARRIED = ",choose_at=computed", ",choose_at=[4]", ",choose_at=[3]"
 ORDER, SUMMARIES, FINE = ",token_order=hilbert", ",summaries=4", ",resolution=8"
 CARRY = ",carry=extrapolate,refresh={}"
 BEST = ORDER + SUMMARIES + FINE + CARRIED + CARRY
+FULLY = ",extrapolation=1"
 # Rungs of the ladder: each adds one thing to the one above.
 LADDER = {
     "today": EACH,
@@ -42,17 +43,22 @@ LADDER = {
     "+ chosen once": ORDER + SUMMARIES + FINE + ONCE,
     "+ carry, refresh 8": BEST.format(8),
     "+ carry, refresh 4": BEST.format(4),
+    **{f"+ extrapolated in full, refresh {r}": BEST.format(r) + FULLY for r in (4, 5, 9)},
 }
 AMOUNTS = {
     "today": DENSITIES,
     "+ carry, refresh 4": (*DENSITIES, 0.22, 0.09),
     "+ carry, refresh 8": (0.5, 0.25, 0.125, 0.09),
+    "+ extrapolated in full, refresh 4": (0.25, 0.22, 0.125, 0.09),
+    "+ extrapolated in full, refresh 5": (0.19,),
+    "+ extrapolated in full, refresh 9": (0.125, 0.09),
 }
 # At lengths where every generation takes its time: what is worth it there.
 LONG_AMOUNTS = {
     "today": (0.5, 0.25),
     "+ carry, refresh 4": (0.25, 0.125),
     "+ carry, refresh 8": (0.25, 0.125, 0.09),
+    "+ extrapolated in full, refresh 4": (0.25, 0.125),
 }
 # One thing changed, at density 0.25.
 ASIDE = {
@@ -62,7 +68,6 @@ ASIDE = {
     "choice of 32 tokens": ORDER + SUMMARIES + ",resolution=32" + EACH,
     "carried once": BEST.format(0),
     "carry, held, refresh 4": BEST.format(4).replace("extrapolate", "hold"),
-    "carry, extrapolated in full": BEST.format(4) + ",extrapolation=1",
     "carry without summaries": ORDER + FINE + CARRIED + CARRY.format(4),
     "carry alone, raster": CARRIED + CARRY.format(4),
     "control: chosen again at step 14": BEST.format(4).replace("[3]", "[3,14]"),
@@ -72,8 +77,8 @@ ASIDE = {
 # open: with it nearly every query block visits everything here, whatever the mass.
 RULES = {
     "spargeattn": ("spargeattn:mass={},similarity_gate=-1," + STEPS, (0.3, 0.5, 0.65, 0.8, 0.9)),
-    "window": ("window:reach={}," + STEPS, (0.02, 0.05, 0.1, 0.15, 0.25)),
     "radial": ("radial:width={}," + STEPS, (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "window": ("window:reach={}," + STEPS, (0.02, 0.05, 0.1, 0.15, 0.25)),
 }
 OURS = ORDER + EACH
 OURS_CARRIED = ORDER + CARRIED + CARRY.format(4)
@@ -82,9 +87,14 @@ CACHED = "topk:q_density=1,diagonal=true,text_rows=true,kv_density={},degrade_be
 CACHED += ",forecast=hermite,layer_order=2,in_computed=true,dense_steps=1,choose_at=[0]"
 CACHED += ORDER + SUMMARIES + FINE
 RAMPS = (7, 9, 11, 13, 17)
-ON_RAMPS = dict.fromkeys((11, 13, 17), ((0.25, 3), (0.125, 3), (0.25, 2)))  # density, refresh
+# Density, refresh, and what else: "in full" where D is extrapolated so.
+ON_RAMPS = dict.fromkeys((11, 13, 17), ((0.25, 3), (0.125, 3), (0.25, 2), (0.25, 3, FULLY)))
 LONG_RAMPS = (9, 11, 13, 17)
-ON_LONG_RAMPS = {11: ((0.25, 3),), 13: ((0.25, 3), (0.25, 2)), 17: ((0.25, 3), (0.125, 3))}
+ON_LONG_RAMPS = {
+    11: ((0.25, 3), (0.25, 3, FULLY)),
+    13: ((0.25, 3), (0.25, 2), (0.25, 3, FULLY)),
+    17: ((0.25, 3), (0.125, 3)),
+}
 
 
 def points(model: str) -> Iterator[Point]:
@@ -98,11 +108,25 @@ def points(model: str) -> Iterator[Point]:
         yield Point(series, None, TOP.format(0.25) + rest, model)
     for ramp in LONG_RAMPS if long else RAMPS:
         yield Point("caching", None, RAMP.format(ramp), model)
-        for density, refresh in (ON_LONG_RAMPS if long else ON_RAMPS).get(ramp, ()):
-            series = f"caching + sparse {density:g}, refresh {refresh}"
-            yield Point(series, None, CACHED.format(density, ramp) + CARRY.format(refresh), model)
+        for density, refresh, *rest in (ON_LONG_RAMPS if long else ON_RAMPS).get(ramp, ()):
+            series = f"caching + sparse {density:g}, refresh {refresh}" + ", in full" * len(rest)
+            method = CACHED.format(density, ramp) + CARRY.format(refresh) + "".join(rest)
+            yield Point(series, None, method, model)
     if long:
         yield from rules(model)
+
+
+def chosen(points: Iterable[Point], series: str, densities: str) -> list[Point]:
+    """Those of some series and densities, and today's way; all where neither is given."""
+    wanted = [f"kv_density={float(text):g}," for text in densities.split(",") if text]
+    return [
+        point for point in points
+        if point.series == "today" or (
+            (not series or point.series in series.split(";"))
+            and (not wanted or not point.series.startswith("+")
+                 or any(text in point.method for text in wanted))
+        )
+    ]  # fmt: skip
 
 
 FEW_TOP = TOP.replace("dense_steps=4", "dense_steps=2") + ORDER + SUMMARIES + FINE
@@ -117,6 +141,8 @@ def few(model: str) -> Iterator[Point]:
         for density in (0.5, 0.25, 0.125):
             method = FEW_TOP.format(density) + ",choose_at=[1]" + CARRY.format(refresh)
             yield Point(f"+ carry, refresh {refresh}", None, method, model)
+            full = f"+ extrapolated in full, refresh {refresh}"
+            yield Point(full, None, method + FULLY, model)
     yield Point("caching", None, RAMP.format(7), model)  # of 28 steps: 2 of 8
 
 
@@ -152,10 +178,9 @@ TIMED = {
     "title": "Sparse attention against time",
     "question": (
         "The methods of [the study of attention spent](sparse.md) against the measured time of a "
-        "whole generation: the third of each kind, of the stock pipeline's second, one after the "
-        "other in one process, on the first pair. Take them with care: of such a small model the "
-        "host, the autoencoder and their noise are most of a generation; the same work took up to "
-        "a third more or less."
+        "generation without its decoder: the median of three behind two that compile and record, "
+        "of the stock pipeline's, one after the other in one process. Take them with care: of such "
+        "a small model the host is a large part."
     ),
     "x_label": "time of a generation, of dense",
 }
@@ -184,7 +209,7 @@ class Options:
     seconds: float
     work: Path
     dtype: torch.dtype = torch.float32
-    timed: bool = False
+    timed: int = 0
     share: tuple[int, int] = (0, 1)
 
 
@@ -197,9 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
     parser.add_argument("--series", default="", help="only these, and today's way; apart by ;")
+    parser.add_argument("--densities", default="", help="of ours, only these; apart by commas")
     parser.add_argument("--few", action="store_true", help="8 steps, a page of its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--timed", action="store_true", help="cost is time, a page of its own")
+    parser.add_argument("--timed", type=int, default=0, metavar="PAIRS",
+                        help="cost is time, of so many pairs; a page of its own")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="the page of what is measured already")
     parser.add_argument("--share", default="0/1", help="I/N: every N-th pair, from I; no page")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -213,17 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         steps, 0.0 if args.write else args.seconds, work, getattr(torch, args.dtype),
         args.timed, _share(args.share),
     )  # fmt: skip
-    wanted = {"today", *args.series.split(";")}
     asked = {
-        model: [
-            p for p in (few if args.few else points)(model) if not args.series or p.series in wanted
-        ]
+        model: chosen((few if args.few else points)(model), args.series, args.densities)
         for model in options.models
     }
     run(options, asked)
     known = measured_of(options)
-    asked = {model: reached(some, known, options.timed) for model, some in asked.items()}
-    found = tables(known, asked, options.timed)
+    found = tables(known, asked, bool(options.timed))
+    asked = {model: reached(some, found[model]) for model, some in asked.items()}
     if options.share != (0, 1):
         return  # whoever started them writes the page when all are done
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
@@ -232,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
-    """Measure until the time is over; tables by model of what is complete."""
+    """Measure until the time is over; tables by model."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     deadline = time.monotonic() + options.seconds
     with Progress() as progress:
@@ -256,24 +280,20 @@ def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
                 continue
             methods = [point.method for point in asked[model]]
             drawn = drawings() if place == 0 else ()
-            timed = options.timed and place == 0  # more pairs tell nothing new about time
+            timed = place < options.timed
             runner.pair(model, some, methods, *todo[place], options.steps, timed=timed, drawn=drawn)
             if place == 0:
                 agreement(model, some, todo[0], options.work, options.steps, deadline)
-    return tables(measured_of(options), asked, options.timed)
+    return tables(measured_of(options), asked, bool(options.timed))
 
 
-def reached(points: Sequence[Point], found: Sequence[Measured], timed: bool) -> list[Point]:
-    """Points that there was time for: timed ones, or those on half of the pairs of the most."""
-    pairs_of: dict[str, set] = {point.method: set() for point in points}
-    for each in found:
-        mine = points and each.model == points[0].model and each.method in pairs_of
-        if mine and (each.time is not None or not timed):
-            pairs_of[each.method].add(each.pair)
-    least = max(map(len, pairs_of.values()), default=0) / 2
-    return [
-        point for point in points if pairs_of[point.method] and len(pairs_of[point.method]) >= least
-    ]
+def reached(points: Sequence[Point], table: Table) -> list[Point]:
+    """Points that there was time for: timed ones, or those on two pairs if any point is."""
+    if table.timed:
+        return [p for p in points if table.column(p.method, lambda m: m.time)]
+    counts = {p.method: len(table.pairs(p.method)) for p in points}
+    least = min(2, max(counts.values(), default=0)) or 1
+    return [p for p in points if counts[p.method] >= least]
 
 
 def measured_of(options: Options) -> list[Measured]:
@@ -307,12 +327,12 @@ def drawings() -> list[str]:
 def tables(
     found: Sequence[Measured], asked: dict[str, list[Point]], timed: bool
 ) -> dict[str, Table]:
-    """What is complete, of each model: of the device and the steps that were measured last."""
+    """Of each model: of the device and the steps that were measured last."""
     result = {}
-    for model, some in asked.items():
+    for model in asked:
         mine = [each for each in found if each.model == model]
         last = [e for e in mine if (e.device, e.steps) == (mine[-1].device, mine[-1].steps)]
-        result[model] = Table(last, [point.method for point in some], timed)
+        result[model] = Table(last, timed)
     return result
 
 

@@ -34,21 +34,33 @@ def measured(method, prompt, psnr, spent, **changes):
 def test_means_have_their_standard_error():
     from _paired import Mean
 
-    mean = Mean.of([1.0, 2.0, 6.0])
+    mean = Mean.of({(0, 0): 1.0, (1, 0): 2.0, (2, 0): 6.0})
     assert mean.value == 3.0 and mean.error == pytest.approx(math.sqrt(7.0 / 3)) and mean.count == 3
-    assert str(mean) == "3.0 ± 1.5" and str(Mean.of([4.0])) == "4.0" and str(Mean.of([])) == ""
+    assert str(mean) == "3.0 ± 1.5" and str(Mean.of({(0, 0): 4.0})) == "4.0"
+    assert str(Mean.of({})) == ""
 
 
-def test_only_whole_pairs_count():
-    """A pair that lacks a method says nothing of any; identical bits are 99 dB."""
-    from _paired import Table
+def test_seeds_of_a_prompt_are_no_independent_pairs():
+    """Errors are over prompts; a prompt of two seeds weighs as much as one of one."""
+    from _paired import Mean
+
+    mean = Mean.of({(0, 0): 10.0, (0, 1): 14.0, (1, 0): 20.0})
+    assert mean == Mean(16.0, 4.0, 3, 2)
+    alone = Mean.of({(0, 0): 10.0, (0, 1): 14.0})
+    assert alone.value == 12.0 and math.isnan(alone.error) and str(alone) == "12.0"
+
+
+def test_differences_are_of_pairs_that_both_have():
+    """Identical bits are 99 dB."""
+    from _paired import Table, minus
 
     rows = [
         measured("a", 0, 30.0, 0.5), measured("b", 0, math.inf, 0.3), measured("a", 1, 20.0, 0.5),
     ]  # fmt: skip
-    table = Table(rows, ["a", "b"])
-    assert table.pairs == [(0, 0)] and table.psnr("a") == [30.0] and table.psnr("b") == [99.0]
-    assert Table(rows, ["a"]).pairs == [(0, 0), (1, 0)]
+    table = Table(rows)
+    assert table.pairs("a") == [(0, 0), (1, 0)] and table.pairs("c") == []
+    assert table.psnr("a") == {(0, 0): 30.0, (1, 0): 20.0} and table.psnr("b") == {(0, 0): 99.0}
+    assert minus(table.psnr("b"), table.psnr("a")) == {(0, 0): 69.0}
 
 
 @pytest.mark.parametrize(
@@ -59,15 +71,47 @@ def test_between_two_methods(spent, expected):
     from _paired import Table
 
     rows = [measured(str(x), 0, y, x) for x, y in ((0.2, 20.0), (0.4, 30.0), (0.6, 40.0))]
-    assert Table(rows, ["0.2"]).between(["0.6", "0.2", "0.4"], spent) == [pytest.approx(expected)]
+    found = Table(rows).between(["0.6", "0.2", "0.4"], spent)
+    assert found == {(0, 0): pytest.approx(expected)}
+
+
+def test_between_needs_only_its_two_methods():
+    """A pair that lacks a third one counts; one that lacks either does not."""
+    from _paired import Table
+
+    rows = [
+        measured("low", 0, 20.0, 0.2), measured("mid", 0, 30.0, 0.4),
+        measured("high", 0, 40.0, 0.6), measured("low", 1, 22.0, 0.2),
+        measured("mid", 1, 34.0, 0.4), measured("mid", 2, 9.0, 0.4),
+    ]  # fmt: skip
+    table = Table(rows)
+    three = ["low", "mid", "high"]
+    assert table.between(three, 0.3) == pytest.approx({(0, 0): 25.0, (1, 0): 28.0})
+    assert table.between(three, 0.5) == pytest.approx({(0, 0): 35.0})
 
 
 def test_cost_is_time_where_it_is_asked_for():
     from _paired import Table
 
     rows = [measured("a", 0, 30.0, 0.5, time=0.7), measured("b", 0, 40.0, 0.6, time=0.9)]
-    assert Table(rows, ["a"]).cost("a") == 0.5 and Table(rows, ["a"], True).cost("a") == 0.7
-    assert Table(rows, ["a"], True).between(["a", "b"], 0.8) == [pytest.approx(35.0)]
+    assert Table(rows).cost("a") == 0.5 and Table(rows, True).cost("a") == 0.7
+    assert Table(rows, True).between(["a", "b"], 0.8) == {(0, 0): pytest.approx(35.0)}
+
+
+def test_what_nobody_timed_costs_no_number():
+    """Times of other methods, or none, are nobody's; a pair's last timing counts once."""
+    from _paired import Table
+
+    rows = [
+        measured("a", 0, 30.0, 0.5, time=0.9), measured("a", 0, 30.0, 0.5, time=0.7),
+        measured("a", 0, 30.0, 0.5), measured("a", 1, 31.0, 0.5), measured("b", 0, 40.0, 0.6),
+    ]  # fmt: skip
+    table = Table(rows, True)
+    assert table.cost("a") == 0.7 and len(table.psnr("a")) == 2
+    with pytest.raises(ValueError, match="nobody timed b"):
+        table.cost("b")
+    with pytest.raises(ValueError, match="nobody measured c"):
+        Table(rows).cost("c")
 
 
 def test_the_file_goes_on_where_it_was_cut(tmp_path):
@@ -106,15 +150,34 @@ def test_what_the_page_says(tmp_path):
             spent = 0.14 + 0.86 * density
             psnr = 20 + 10 * spent + prompt + 15 * ("carry" in point.series) + 0.01 * number
             rows.append(measured(point.method, prompt, psnr, spent))
-    tables = {"tiny-image": Table(rows, [point.method for point in asked])}
+    tables = {"tiny-image": Table(rows)}
+    assert sparse.reached(asked, tables["tiny-image"]) == asked
+    assert sparse.reached(asked, Table(rows[:-1]))[-1] == asked[-2]
+    assert sparse.reached(asked, Table(rows, True)) == []
     write(sparse.STUDY, asked, tables, tmp_path / "work", tmp_path, "python studies/sparse.py")
     text = (tmp_path / "sparse.md").read_text()
-    assert "| tiny-image | 0.40 |" in text and "2 pairs of 2 prompts of tiny-image" in text
+    assert "| tiny-image | 0.40 |" in text and "| 2 of 2 |" in text
     best = next(line for line in text.splitlines() if line.startswith("| tiny-image | 0.47 |"))
     gain = float(best.rpartition("|")[0].rpartition("|")[2].split()[0])
     assert 13 < gain < 16
     assert {p.suffix for p in tmp_path.iterdir()} == {".md", ".png", ".csv"}
     assert (tmp_path / "sparse.csv").read_text().count("\n") == len(asked) + 1
+
+
+def test_series_and_densities_are_chosen():
+    """Today's way is always among them: everything is compared with it."""
+    import sparse
+
+    points = list(sparse.points("tiny-video"))
+    some = sparse.chosen(points, "+ carry, refresh 4;caching", "0.22,0.125")
+    today = [p for p in points if p.series == "today"]
+    assert [p for p in some if p.series == "today"] == today and sparse.chosen(
+        points, "", ""
+    ) == points
+    ours = [p.method for p in some if p.series == "+ carry, refresh 4"]
+    assert ["kv_density=0.125" in ours[0], "kv_density=0.22" in ours[1], len(ours)] == [1, 1, 2]
+    assert sum(p.series == "caching" for p in some) == len(sparse.RAMPS)
+    assert len(some) == len(today) + 2 + len(sparse.RAMPS)
 
 
 @pytest.mark.slow
@@ -136,8 +199,13 @@ def test_it_measures_keeps_and_goes_on(monkeypatch, tmp_path):
     options = sparse.Options("cpu", ("tiny-image",), 1, (0,), 6, 600.0, tmp_path)
     before = sorted(policies())
     first = sparse.run(options, {"tiny-image": some})["tiny-image"]
-    assert first.pairs == [(0, 0)] and all(0 < first.cost(p.method) <= 1 for p in some)
+    assert all(first.pairs(p.method) == [(0, 0)] for p in some)
+    assert all(0 < first.cost(p.method) <= 1 for p in some)
     lines = (tmp_path / "measured.jsonl").read_text()
     again = sparse.run(options, {"tiny-image": some})["tiny-image"]
-    assert again.pairs == first.pairs and (tmp_path / "measured.jsonl").read_text() == lines
+    assert all(again.row(p.method) == first.row(p.method) for p in some)
+    assert (tmp_path / "measured.jsonl").read_text() == lines
+    timed = sparse.run(dataclasses.replace(options, timed=1), {"tiny-image": some[:1]})
+    assert timed["tiny-image"].cost(some[0].method) > 0
+    assert sparse.reached(some, timed["tiny-image"]) == some[:1]
     assert sorted(policies()) == before and (tmp_path / "tiny-image-agreement.json").exists()
