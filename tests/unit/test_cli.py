@@ -84,6 +84,11 @@ def test_generate_alone_writes_a_picture(model, tmp_path):
         (("bench", "op", "sorting"), "op must be one of attention, attention_cached"),
         (("bench", "op", "--shape", "round"), "shape must be one of cpu-4096"),
         (("bench", "op", "--density", "0"), "density must be above 0"),
+        (
+            ("bench", "e2e", "--ulysses", 2, "--baseline", "eager", "--baseline", "cudnn"),
+            "baseline must be one on several ranks, got eager, cudnn",
+        ),
+        (("tune", "--target-speedup", 2, "--computed", 4), "add --pareto"),
         (("show", "recipe", "ludicrous"), "recipe must be a preset"),
         (("show", "policies", "ludicrous"), "policy must be one of"),
         (("show", "backends", "ludicrous"), "op must be one of"),

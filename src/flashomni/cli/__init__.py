@@ -22,11 +22,11 @@ from flashomni.cli._common import (
     check_prompt,
     command_line,
     console,
+    load_model,
     pick_device,
     pick_dtype,
     plain_errors,
     progress_bars,
-    quiet,
     say,
     show_rows,
     status,
@@ -110,18 +110,17 @@ def evaluate(
             check_prompt(text)
         check_folder("out", out)
         check_csv(csv)
-        with status(f"loading {model}"):
-            quiet()
-            from flashomni.lab import fidelity as evaluation
-            from flashomni.lab import metrics, zoo
-            from flashomni.lab import split as splitting
-            from flashomni.lab.fidelity.methods import DEFAULTS
-            from flashomni.lab.fidelity.page import notes, write_page
-            from flashomni.lab.fidelity.scorers import load_scorer
 
-            methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
-            judge = None if scorer is None else load_scorer(scorer)
-            loaded = zoo.load(model, target, pick_dtype(dtype, target))
+        from flashomni.lab import fidelity as evaluation
+        from flashomni.lab import metrics
+        from flashomni.lab import split as splitting
+        from flashomni.lab.fidelity.methods import DEFAULTS
+        from flashomni.lab.fidelity.page import notes, write_page
+        from flashomni.lab.fidelity.scorers import load_scorer
+
+        methods = [evaluation.parse_method(name, backend) for name in method or DEFAULTS]
+        judge = None if scorer is None else load_scorer(scorer)
+        loaded = load_model(model, target, dtype)
         prompts = prompt or splitting.pick(model, loaded.prompts, split, count)
         with progress_bars() as progress:
             read = progress.add_task(bar_name("MiB of weights"), total=None)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from flashomni.lab.zoo import Loaded
+
 # Nothing that is printed is read as markup: most of it was typed by somebody.
 console = Console(markup=False, emoji=False, highlight=False)
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -163,6 +165,19 @@ def status(text: str) -> Any:
     if not console.is_terminal:
         return contextlib.nullcontext()
     return console.status(Text(one_line(text, 100)))
+
+
+def load_model(name: str, device: torch.device, dtype: str) -> Loaded:
+    """The pipeline of ``--model``, in the dtype of ``--dtype``.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot be loaded.
+    """
+    with status(f"loading {name}"):
+        quiet()
+        from flashomni.lab import zoo
+
+        return zoo.load(name, device, pick_dtype(dtype, device))
 
 
 def progress_bars() -> Any:

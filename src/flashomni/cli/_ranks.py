@@ -25,11 +25,14 @@ def bench_ranks(
     Args:
         build: model, device, dtype, seed and structure.
         names: of recipes; `lossless` and `balanced` if none.
-        baselines: one stock method, on one card; its attention is diffusers' on all cards.
+        baselines: one stock method at most, on one card; its attention is diffusers' on all cards.
         plan: how long to run.
         ulysses: ranks that share a sequence.
         cfg: branches that run at once.
         csv: the first rank's rows go there.
+
+    Raises:
+        ValueError: a name is not known, or there is more than one baseline.
     """
     from flashomni.cli.bench import built, timed
     from flashomni.lab.e2e.methods import parse_recipe
@@ -41,7 +44,9 @@ def bench_ranks(
 
     name, device, dtype, seed, structure = build
     recipes = dict(parse_recipe(each) for each in names or ["lossless", "balanced"])
-    stocks = make_stocks((baselines or ["eager"])[:1])
+    stocks = make_stocks(baselines or ["eager"])
+    if len(stocks) > 1:
+        raise ValueError(f"baseline must be one on several ranks, got {', '.join(stocks)}")
     with joined(ulysses * cfg, pick_device(device)) as place:
         console.quiet = place.rank > 0
         book = None if csv is None or place.rank else Book(csv, GenerationRow)

@@ -16,13 +16,11 @@ from flashomni.cli._common import (
     check_csv,
     check_prompt,
     console,
+    load_model,
     pick_device,
-    pick_dtype,
     plain_errors,
     progress_bars,
-    quiet,
     say,
-    status,
 )
 from flashomni.util.words import clean
 
@@ -80,12 +78,11 @@ def compare(
             check_prompt(text)
         check_csv(csv)
         measures = dict(_pair(text) for text in measure or ())
-        with status(f"loading {model}"):
-            quiet()
-            from flashomni.lab import split, zoo
-            from flashomni.lab.fidelity.compare import compare as run
+        loaded = load_model(model, target, dtype)
 
-            loaded = zoo.load(model, target, pick_dtype(dtype, target))
+        from flashomni.lab import split
+        from flashomni.lab.fidelity.compare import compare as run
+
         usual = usual_rivals(steps or int(loaded.call.get("num_inference_steps", 50)))
         rivals = [name for name in rival or usual if name not in methods]
         with progress_bars() as progress:

@@ -18,11 +18,10 @@ from flashomni.cli._common import (
     check_prompt,
     command_line,
     console,
+    load_model,
     pick_device,
-    pick_dtype,
     plain_errors,
     progress_bars,
-    quiet,
     say,
     status,
 )
@@ -101,14 +100,12 @@ class Work:
 def _run(work: Work, chosen: Recipe, place: Place, compare: bool, out: Path) -> None:
     """Generate on this rank; the first one writes."""
     target, model, backend = place.device, work.model, work.backend
-    with status(f"loading {model}"):
-        quiet()
-        from flashomni.lab import zoo
-        from flashomni.lab.generation import Generation, errors_by_step
-        from flashomni.lab.versions import versions
+    loaded = load_model(model, target, work.dtype)
 
-        loaded = zoo.load(model, target, pick_dtype(work.dtype, target))
-        generation = Generation(loaded, work.prompt, work.seed, work.steps, work.ranks)
+    from flashomni.lab.generation import Generation, errors_by_step
+    from flashomni.lab.versions import versions
+
+    generation = Generation(loaded, work.prompt, work.seed, work.steps, work.ranks)
     say((model, "bold"), f" on {_where(place)}: {generation.prompt!r}")
     if not loaded.trained:
         say("its weights are random: the picture is noise, speed is not affected")

@@ -15,13 +15,11 @@ from flashomni.cli._common import (
     check_prompt,
     command_line,
     console,
+    load_model,
     pick_device,
-    pick_dtype,
     plain_errors,
     progress_bars,
-    quiet,
     say,
-    status,
 )
 from flashomni.util.files import check_file
 from flashomni.util.words import in_bytes
@@ -71,16 +69,17 @@ def tune(
     with plain_errors():
         target = pick_device(device)
         check_file("out", out)
+        if computed and not pareto:
+            raise ValueError("--computed lists the points of a Pareto front: add --pareto")
         given = None if prompts is None else _read(prompts)
-        with status(f"loading {model}"):
-            quiet()
-            from flashomni.lab import split, zoo
-            from flashomni.tuning import NotBetterError, Settings
-            from flashomni.tuning.page import in_words, write_page
-            from flashomni.tuning.run import state_folder
-            from flashomni.tuning.run import tune as run
+        loaded = load_model(model, target, dtype)
 
-            loaded = zoo.load(model, target, pick_dtype(dtype, target))
+        from flashomni.lab import split
+        from flashomni.tuning import NotBetterError, Settings
+        from flashomni.tuning.page import in_words, write_page
+        from flashomni.tuning.run import state_folder
+        from flashomni.tuning.run import tune as run
+
         texts = given or split.pick(model, loaded.prompts, "tune")
         texts = texts[:count]
         folder = state_folder(out)
