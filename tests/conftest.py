@@ -310,8 +310,15 @@ def is_for_another(item):
     return model in RELATIVES and item.path.stem not in OF_ADAPTERS
 
 
+def is_refused(item):
+    """Whether it is a kernel's case that Triton's interpreter cannot run."""
+    parameters = item.callspec.params.values()
+    interpreted = INTERPRETED and item.get_closest_marker("triton") is not None
+    return interpreted and any(each is torch.bfloat16 for each in parameters)
+
+
 def pytest_collection_modifyitems(config, items):
-    items[:] = covered([item for item in items if not is_for_another(item)])
+    items[:] = covered([item for item in items if not is_for_another(item)], is_refused)
     if config.getoption("--quick"):
         kept = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])

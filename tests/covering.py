@@ -4,7 +4,8 @@
 which each two values that could meet still do (pairwise testing; Cohen et al., *The AETG system*,
 IEEE TSE 1997, for the greedy choice). ``covering(1)``: each value is tried once. What is ragged,
 and each backend, adapter and schedule, stays a value; only their combinations get fewer. Cases that
-need a GPU, or Triton, are chosen apart from the others, so that each sort covers.
+need a GPU, or Triton, are chosen apart from the others, so that each sort covers; a case that is
+refused where the tests run would cover nothing, and is left out.
 """
 
 from collections import Counter
@@ -35,13 +36,20 @@ def covering(cases, strength):
     return sorted(chosen)
 
 
-def covered(items):
-    """Of collected tests those that stay."""
+def covered(items, is_refused):
+    """Of collected tests those that stay.
+
+    Args:
+        items: what was collected.
+        is_refused: whether a case cannot run here, by its parameters and marks.
+    """
     groups, stay = {}, set()
     for item in items:
         marker = item.get_closest_marker("covering")
         if marker is None:
             stay.add(item)
+            continue
+        if is_refused(item):
             continue
         where = frozenset(mark.name for mark in item.iter_markers() if mark.name in APART)
         key = item.nodeid.partition("[")[0], marker.args, where
