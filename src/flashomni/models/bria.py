@@ -23,9 +23,8 @@ class Bria(Flux):
         refused="attention_kwargs",
         clip=True,
     )
-    reorders: ClassVar = (
-        False  # what is added to its single blocks begins past the length of the text
-    )
+    # What is added to its single blocks begins past the length of the text.
+    reorders: ClassVar = False
     sizes: ClassVar = {"tiny": TINY}
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:

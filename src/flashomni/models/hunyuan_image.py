@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flashomni.models import Geometry, adapter
-from flashomni.models.hunyuan_video import HunyuanVideo
+from flashomni.models.hunyuan_video import TINY, HunyuanVideo
 
 
 @adapter("HunyuanImageTransformer2DModel")
@@ -27,14 +27,9 @@ class HunyuanImage(HunyuanVideo):
     )
     sizes: ClassVar = {
         "tiny": {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
+            **TINY,
             "num_layers": 2,
             "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "text_embed_dim": 24,
             "rope_axes_dim": (8, 8),
         },
         "published": {"text_embed_2_dim": 1472},

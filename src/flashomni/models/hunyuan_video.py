@@ -16,6 +16,15 @@ from torch import nn
 from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import TEXT, VISION, MMDiT, MMDiTAdapter
 
+TINY = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 24,
+}  # what the small instances of the family have in common
+
 
 @adapter("HunyuanVideoTransformer3DModel")
 class HunyuanVideo(MMDiTAdapter):
@@ -32,17 +41,12 @@ class HunyuanVideo(MMDiTAdapter):
     reorders: ClassVar = True
     sizes: ClassVar = {
         "tiny": {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
+            **TINY,
             "num_layers": 2,
             "num_single_layers": 2,
-            "num_refiner_layers": 1,
             "patch_size": 2,
             "patch_size_t": 1,
             "guidance_embeds": True,
-            "text_embed_dim": 24,
             "pooled_projection_dim": 20,
             "rope_axes_dim": (4, 6, 6),
         },

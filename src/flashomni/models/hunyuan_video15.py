@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flashomni.models import adapter
-from flashomni.models.hunyuan_video import HunyuanVideo
+from flashomni.models.hunyuan_video import TINY, HunyuanVideo
 
 
 @adapter("HunyuanVideo15Transformer3DModel")
@@ -28,13 +28,8 @@ class HunyuanVideo15(HunyuanVideo):
     )
     sizes: ClassVar = {
         "tiny": {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
+            **TINY,
             "num_layers": 3,
-            "num_refiner_layers": 1,
-            "text_embed_dim": 24,
             "text_embed_2_dim": 20,
             "image_embed_dim": 12,
             "rope_axes_dim": (4, 6, 6),
