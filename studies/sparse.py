@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,11 +90,21 @@ CACHED += ORDER + SUMMARIES + FINE
 RAMPS = (7, 9, 11, 13, 17)
 # Density, refresh, and what else: "in full" where D is extrapolated so.
 ON_RAMPS = dict.fromkeys((11, 13, 17), ((0.25, 3), (0.125, 3), (0.25, 2), (0.25, 3, FULLY)))
-LONG_RAMPS = (9, 11, 13, 17)
+LONG_RAMPS = (7, 8, 9, 10, 11, 13, 17)
 ON_LONG_RAMPS = {
-    11: ((0.25, 3), (0.25, 3, FULLY)),
-    13: ((0.25, 3), (0.25, 2), (0.25, 3, FULLY)),
+    9: ((0.25, 3), (0.25, 3, FULLY)),
+    11: ((0.25, 3), (0.125, 3), (0.25, 3, FULLY), (0.25, 4, FULLY)),
+    13: ((0.25, 3), (0.25, 2), (0.25, 3, FULLY), (0.25, 4, FULLY)),
     17: ((0.25, 3), (0.125, 3)),
+}
+# What else a preset for long videos may do: of 11 steps, density 0.25, a refresh every third step.
+TRIED = {
+    "no summaries": (",summaries=4", ""),
+    "1 summary": (",summaries=4", ",summaries=1"),
+    "from the second step": ("dense_steps=1,choose_at=[0]", "dense_steps=2,choose_at=[1]"),
+    "from the third step": ("dense_steps=1,choose_at=[0]", "dense_steps=3,choose_at=[2]"),
+    "D held": ("extrapolate", "hold"),
+    "float8": ("extrapolate", "extrapolate,history_dtype=float8"),
 }
 
 
@@ -113,19 +124,20 @@ def points(model: str) -> Iterator[Point]:
             method = CACHED.format(density, ramp) + CARRY.format(refresh) + "".join(rest)
             yield Point(series, None, method, model)
     if long:
+        usual = CACHED.format(0.25, 11) + CARRY.format(3) + FULLY
+        for series, change in TRIED.items():
+            yield Point(f"tried: {series}", None, usual.replace(*change), model)
         yield from rules(model)
 
 
-def chosen(points: Iterable[Point], series: str, densities: str) -> list[Point]:
-    """Those of some series and densities, and today's way; all where neither is given."""
-    wanted = [f"kv_density={float(text):g}," for text in densities.split(",") if text]
+def chosen(points: Iterable[Point], series: str, only: str) -> list[Point]:
+    """Those of some series whose method matches; today's way with what is compared with it."""
+    wanted = series.split(";") if series else []
+    on_ramps = wanted and all(name.startswith(("caching", "tried")) for name in wanted)
     return [
         point for point in points
-        if point.series == "today" or (
-            (not series or point.series in series.split(";"))
-            and (not wanted or not point.series.startswith("+")
-                 or any(text in point.method for text in wanted))
-        )
+        if (point.series == "today" and not on_ramps)
+        or ((not wanted or point.series in wanted) and re.search(only, point.method))
     ]  # fmt: skip
 
 
@@ -222,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps")
     parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
     parser.add_argument("--series", default="", help="only these, and today's way; apart by ;")
-    parser.add_argument("--densities", default="", help="of ours, only these; apart by commas")
+    parser.add_argument("--only", default="", help="a pattern: methods, but today's, that match")
     parser.add_argument("--few", action="store_true", help="8 steps, a page of its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--timed", type=int, default=0, metavar="PAIRS",
@@ -241,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.timed, _share(args.share),
     )  # fmt: skip
     asked = {
-        model: chosen((few if args.few else points)(model), args.series, args.densities)
+        model: chosen((few if args.few else points)(model), args.series, args.only)
         for model in options.models
     }
     run(options, asked)

@@ -164,12 +164,12 @@ def test_what_the_page_says(tmp_path):
     assert (tmp_path / "sparse.csv").read_text().count("\n") == len(asked) + 1
 
 
-def test_series_and_densities_are_chosen():
-    """Today's way is always among them: everything is compared with it."""
+def test_series_and_methods_are_chosen():
+    """Today's way is among them where anything is compared with it."""
     import sparse
 
     points = list(sparse.points("tiny-video"))
-    some = sparse.chosen(points, "+ carry, refresh 4;caching", "0.22,0.125")
+    some = sparse.chosen(points, "+ carry, refresh 4;caching", "density=0.(22|125),|^taylor")
     today = [p for p in points if p.series == "today"]
     assert [p for p in some if p.series == "today"] == today and sparse.chosen(
         points, "", ""
@@ -178,6 +178,8 @@ def test_series_and_densities_are_chosen():
     assert ["kv_density=0.125" in ours[0], "kv_density=0.22" in ours[1], len(ours)] == [1, 1, 2]
     assert sum(p.series == "caching" for p in some) == len(sparse.RAMPS)
     assert len(some) == len(today) + 2 + len(sparse.RAMPS)
+    ramps = sparse.chosen(points, "caching;caching + sparse 0.25, refresh 3", r"computed=(7|11)\b")
+    assert [p.series for p in ramps] == ["caching", "caching", "caching + sparse 0.25, refresh 3"]
 
 
 @pytest.mark.slow
