@@ -155,7 +155,8 @@ def few(model: str) -> Iterator[Point]:
             yield Point(f"+ carry, refresh {refresh}", None, method, model)
             full = f"+ extrapolated in full, refresh {refresh}"
             yield Point(full, None, method + FULLY, model)
-    yield Point("caching", None, RAMP.format(7), model)  # of 28 steps: 2 of 8
+    for computed in (5, 6, 7):
+        yield Point("caching", None, RAMP.format(f"{computed},of=8"), model)
 
 
 def rules(model: str) -> Iterator[Point]:
