@@ -15,8 +15,11 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,6 +27,16 @@ import torch
 from matrix import jobs, models, page, small
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def one_of_each_first(sources: Iterable[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
+    """One of each class before more of any, where time may end."""
+    seen: Counter[str] = Counter()
+    found = []
+    for source in sources:
+        found.append((seen[source[0]], source))
+        seen[source[0]] += 1
+    return [source for _, source in sorted(found, key=lambda each: each[0])]
 
 
 def main() -> None:
@@ -42,17 +55,24 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="the page, of what is known; runs nothing"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cases that run side by side")
+    parser.add_argument("--rows", type=Path, help="a file for all rows, as they come")
+    parser.add_argument("--card", type=Path, help="such a file of a card, for the page")
     parser.add_argument("--readme", action="store_true", help="print README's row of models")
     options = parser.parse_args()
     if options.readme:
         print(page.support())
+        return
+    if options.card is not None:
+        page.keep_card(options.card)
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     cases = {}
     if "models" in options.part:
-        for cls, source, make in small.sources(options.tests):
+        found = small.sources(options.tests)
+        for cls, source, make in one_of_each_first(found):
             check = partial(models.check, make, options.device, DTYPES[options.dtype])
             cases[f"models/{cls}/{source}"] = jobs.Case(check)
     if "pipelines" in options.part and options.tests is not None:
@@ -74,7 +94,11 @@ def main() -> None:
             if any(word.lower() in name.lower() for word in options.only)
         }
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    for done, row in jobs.run_all(cases, options.out, options.timeout, options.again, until):
+    for done, row in jobs.run_all(
+        cases, options.out, options.timeout, options.again, until, options.jobs
+    ):
+        if options.rows is not None:
+            page.write_rows(options.rows, jobs.read_all(options.out), options.device)
         said = row.get("why") or row.get("tier", "")
         print(f"{done}/{len(cases)} {row['case']}: {row['status']}: {said}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Checks in processes of their own, one after the other: what hangs or dies ends alone.
+"""Checks in processes of their own, some at once: what hangs or dies ends alone.
 
 Each result is a JSON file as soon as it is known, and what has one is not run again.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def run_all(
     timeout: float,
     again: bool = False,
     until: float | None = None,
+    at_once: int = 1,
 ) -> Iterator[tuple[int, Row]]:
     """Run what has no result yet.
 
@@ -46,21 +49,35 @@ def run_all(
         timeout: seconds that a case may take.
         again: run what has a result too.
         until: ``time.time()`` after which no further case is begun.
+        at_once: cases that run side by side.
 
     Yields:
-        How many cases are done, and the row of each that ran.
+        The number of each case that ran, as it ends, and its row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for done, (name, case) in enumerate(cases.items(), 1):
-        path = path_of(folder, name)
-        if path.exists() and not again:
-            continue
-        if until is not None and time.time() > until:
-            return
-        case.warm()
-        row = {"case": name, **_alone(case.run, timeout)}
-        write_text(path, json.dumps(row, indent=1) + "\n")
-        yield done, row
+    waiting = deque(
+        (number, name, case)
+        for number, (name, case) in enumerate(cases.items(), 1)
+        if again or not path_of(folder, name).exists()
+    )
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            late = until is not None and time.time() > until
+            while waiting and len(running) < at_once and not late:
+                running.append(_Running(*waiting.popleft(), timeout))
+            if not running:
+                return
+            soonest = min(each.deadline for each in running)
+            wait([each.pipe for each in running], max(soonest - time.monotonic(), 0.0))
+            for each in [each for each in running if each.over()]:
+                running.remove(each)
+                row = {"case": each.name, **each.row()}
+                write_text(path_of(folder, each.name), json.dumps(row, indent=1) + "\n")
+                yield each.number, row
+    finally:
+        for each in running:
+            each.end()
 
 
 def read_all(folder: Path) -> list[Row]:
@@ -68,26 +85,42 @@ def read_all(folder: Path) -> list[Row]:
     return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def _alone(run: Callable[[], Row], timeout: float) -> Row:
-    """Run a case in a fork of this process, which has imported what takes long."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(run, theirs), daemon=True)
-    began = time.monotonic()
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(timeout):
-            return {"status": "not run", "why": f"took more than {timeout:g} s"}
-        row = ours.recv()
-    except EOFError:
-        process.join()
-        return {"status": "not run", "why": f"its process ended with {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    return {**row, "seconds": round(time.monotonic() - began, 1)}
+class _Running:
+    """A case in a fork of this process, which has imported what takes long."""
+
+    def __init__(self, number: int, name: str, case: Case, timeout: float) -> None:
+        case.warm()
+        context = multiprocessing.get_context("fork")
+        self.number, self.name, self.timeout = number, name, timeout
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_child, args=(case.run, theirs), daemon=True)
+        self._began = time.monotonic()
+        self.deadline = self._began + timeout
+        self._process.start()
+        theirs.close()
+
+    def over(self) -> bool:
+        """Whether it has ended, or has had its time."""
+        return self.pipe.poll() or time.monotonic() >= self.deadline
+
+    def row(self) -> Row:
+        """What it found, or that it did not; it is gone afterwards."""
+        try:
+            if not self.pipe.poll():
+                return {"status": "not run", "why": f"took more than {self.timeout:g} s"}
+            row = self.pipe.recv()
+        except EOFError:
+            self._process.join()
+            return {"status": "not run", "why": f"its process ended with {self._process.exitcode}"}
+        finally:
+            self.end()
+        return {**row, "seconds": round(time.monotonic() - self._began, 1)}
+
+    def end(self) -> None:
+        """Stop it, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
 
 
 def _child(run: Callable[[], Row], pipe: Any) -> None:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import flashomni
+from flashomni import dispatch
 from flashomni.engine import Recipe
 from flashomni.policies import make_policy
 from matrix.jobs import words
@@ -95,7 +97,10 @@ class _Run:
         ]
         stock = [[output(self.model, given) for given in steps] for steps in cases]
         worst = (0.0, 0.0)
-        with flashomni.accelerate(self.model, "lossless") as engine:
+        with (
+            kernels() as self.row["kernels"],
+            flashomni.accelerate(self.model, "lossless") as engine,
+        ):
             for steps, expected in zip(cases, stock, strict=True):
                 for step, given in enumerate(steps):
                     engine.step(step, len(steps))
@@ -185,6 +190,26 @@ def off(kept: Tensor) -> int:
     """1e-3 more than it was; where values are large, 1e-3 of their size."""
     kept.add_(OFF * max(1.0, float(kept.float().square().mean().sqrt())))
     return 1
+
+
+@contextmanager
+def kernels() -> Iterator[dict[str, int]]:
+    """Count which backends of attention run, in this process alone."""
+    counts: Counter[str] = Counter()
+    found: dict[str, int] = {}
+    select = dispatch.select
+
+    def counted(op: str, call: Any, name: str | None = None) -> Any:
+        chosen = select(op, call, name)
+        counts[chosen.name] += op == "attention"
+        return chosen
+
+    dispatch.select = counted  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        dispatch.select = select
+        found.update(+counts)
 
 
 def attention(report: Any) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from flashomni.util.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "results" / "compatibility.json"
+CARD = ROOT / "docs" / "results" / "compatibility-card.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 CACHED = ("fora", "balanced", "topk, tiles")
+REFERENCE = "reference"  # the backend that is written out in torch
 ORDER = ("adapter", "declared", "generic")
 Row = dict[str, Any]
 
@@ -43,7 +45,7 @@ varying timesteps / `fora` (whole layers) / `balanced` / cached tiles, the last 
 stay the same, where every cached value must be exact. **guard**: the same with cached values off by
 1e-3, those of whole layers / of tiles, in multiples of what the check allows: over 1 it is seen, so
 none gives a wrong picture in silence; "-" where nothing of the kind was taken. **removed**: the
-stock model's bits again, and nothing left on its modules.
+stock model's bits again, and nothing left on its modules.{card}
 
 """
 PIPELINES = """
@@ -74,15 +76,86 @@ def write(rows: Sequence[Row], classes: Mapping[str, type]) -> None:
     write_text(PAGE, page())
 
 
+def write_rows(path: Path, rows: Sequence[Row], device: str) -> None:
+    """Rows of a run in one file, with what they ran on."""
+    import diffusers
+    import torch
+
+    from flashomni.lab.versions import device_name
+
+    name = device_name(torch.device(device))
+    versions = f"{name}, diffusers {diffusers.__version__}, torch {torch.__version__}"
+    write_text(path, json.dumps({"versions": versions, "rows": list(rows)}) + "\n")
+
+
+def keep_card(path: Path) -> None:
+    """Take the rows of a card, and write the page anew."""
+    found = json.loads(path.read_text("utf-8"))
+    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in found["rows"]]
+    lines = ",\n".join(json.dumps(row) for row in sorted(kept, key=lambda row: row["case"]))
+    write_text(CARD, f'{{"versions": {json.dumps(found["versions"])},\n"rows": [\n{lines}\n]}}\n')
+    write_text(PAGE, page())
+
+
+def card() -> tuple[str, dict[str, list[Row]]]:
+    """What the card's rows ran on, and the rows by class; none before there was a run."""
+    if not CARD.exists():
+        return "", {}
+    found = json.loads(CARD.read_text("utf-8"))
+    models, _ = parts(found["rows"])
+    return found["versions"], by_name(models)
+
+
+def on_card(rows: Sequence[Row]) -> str:
+    """Blocks of a class whose largest self-attention is on a kernel of ours there, and which."""
+    if not rows:
+        return ""
+    right = works(rows)
+    bad = [row for row in rows if row["status"] == "wrong"]
+    if bad or not right:
+        return (
+            f"**{plain(bad[0]['why'])}**"
+            if bad
+            else f"{rows[0]['status']}: {plain(rows[0]['why'])}"
+        )
+    largest = max(right, key=lambda row: (by_kernels(row), sum(row["blocks"].values())))
+    kernels = [name for name in largest["kernels"] if name != REFERENCE]
+    count = f"{by_kernels(largest)} of {sum(largest['blocks'].values())}"
+    return f"{count}{', ' if kernels else ''}{', '.join(kernels)}"
+
+
+def by_kernels(row: Row) -> int:
+    """Blocks whose largest self-attention ran on kernels, not on the reference."""
+    return 0 if REFERENCE in row["kernels"] else row["ours"]
+
+
+def count_card(versions: str, named: Mapping[str, Sequence[Row]]) -> str:
+    """A sentence on the run of the card, if there was one."""
+    if not named:
+        return ""
+    right = [name for name, rows in named.items() if works(rows)]
+    ours = sum(any(by_kernels(row) for row in works(named[name])) for name in right)
+    off = sorted(name for name, rows in named.items() if any(r["status"] == "wrong" for r in rows))
+    return (
+        f"\n\n**card**: the same in bf16 ({versions}), each within twice stock's own error in bf16 "
+        f"and 1e-2: {len(named)} classes ran, {len(right)} work, {ours} with their largest "
+        "self-attention on our kernels; the cell says in how many blocks, and on which kernels. "
+        + (f"Wrong: {', '.join(off)}." if off else "None is wrong.")
+    )
+
+
 def page() -> str:
     """The page, of what is kept."""
     data = json.loads(DATA.read_text("utf-8"))
     models, pipelines = parts(data["rows"])
+    versions, cards = card()
     return "".join(
         [
             HEAD.format(versions=data["versions"]),
-            MODELS.format(counts=count_models(models, data["classes"])),
-            *model_table(models, data["classes"]),
+            MODELS.format(
+                counts=count_models(models, data["classes"]), card=count_card(versions, cards)
+            ),
+            *model_table(models, data["classes"], cards),
             PIPELINES.format(counts=count_pipelines(pipelines)),
             *pipeline_table(pipelines),
             *not_run(pipelines),
@@ -136,16 +209,19 @@ def count_models(rows: Sequence[Row], classes: Mapping[str, str]) -> str:
     )
 
 
-def model_table(rows: Sequence[Row], classes: Mapping[str, str]) -> Iterable[str]:
-    yield "| class | tier | blocks | attention | errors | guard | removed | not ours, and why |\n"
-    yield "|---|---|---|---|---|---|---|---|\n"
+def model_table(
+    rows: Sequence[Row], classes: Mapping[str, str], cards: Mapping[str, Sequence[Row]]
+) -> Iterable[str]:
+    yield "| class | tier | blocks | attention |"
+    yield " card |" if cards else ""
+    yield f" errors | guard | removed | not ours, and why |\n{'|---' * (9 if cards else 8)}|\n"
     named = by_name(rows)
     for name, tier in classes.items():
         found = named.get(name, [])
         right = works(found)
         if not right:
             why = found[0]["why"] if found else "no small model of it here, nor in diffusers' tests"
-            yield f"| {name} | {tier}, not run | | | | | | {plain(why)} |\n"
+            yield f"| {name} | {tier}, not run |{' |' * (6 if cards else 5)} {plain(why)} |\n"
             continue
         largest = max(right, key=lambda row: sum(row["blocks"].values()))
         errors = [worst(row["lossless"]["error"] for row in right)]
@@ -155,6 +231,7 @@ def model_table(rows: Sequence[Row], classes: Mapping[str, str]) -> Iterable[str
             right[0]["tier"],
             ", ".join(f"{path} {n}" for path, n in largest["blocks"].items()) or "none cached",
             f"{largest['ours']} of {sum(largest['blocks'].values())}",
+            *([on_card(cards.get(name, ()))] if cards else []),
             " / ".join(errors),
             guarded(right),
             "yes" if all(row["removed"] for row in right) else "**no**",

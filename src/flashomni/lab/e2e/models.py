@@ -143,7 +143,12 @@ class Model:
 
 
 def build(
-    name: str, device: torch.device, dtype: torch.dtype, seed: int = 0, structure: float = 0.0
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    structure: float = 0.0,
+    size: Size | None = None,
 ) -> Model:
     """Build a pipeline with random weights directly on its device, without a copy in fp32.
 
@@ -155,6 +160,7 @@ def build(
         dtype: of weights and inputs.
         seed: of weights, text and noise.
         structure: how far attention is from uniform, 0 or more; see :func:`_structure`.
+        size: instead of that of the name: other blocks, another picture.
 
     Raises:
         ValueError: unknown model, or a negative structure.
@@ -166,7 +172,7 @@ def build(
     from diffusers.utils import logging
 
     logging.set_verbosity_error()  # each attention backend that is set would be called experimental
-    size = MODELS[name]
+    size = MODELS[name] if size is None else size
     with _defaults(device, dtype, seed):
         pipe, call = _FAMILIES[size.family](size)
     for number, transformer in enumerate(transformers_of(pipe).values()):
