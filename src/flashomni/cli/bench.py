@@ -48,7 +48,10 @@ bench_app = typer.Typer(
 
 ModelName = Annotated[
     str,
-    typer.Option(help="hunyuan-33k, flux-1024, flux-2048; tiny-hunyuan, tiny-flux for a try."),
+    typer.Option(
+        help="hunyuan-33k, flux-1024, flux-2048, wan22, flux2-1024, z-image-1024, qwen-image-1328, "
+        "hunyuan15-720p, ltx2-768; tiny-hunyuan, tiny-flux, tiny-wan22, tiny-flux2, ... for a try."
+    ),
 ]
 Structure = Annotated[
     float, typer.Option(help="How far attention is from uniform in the last layer; 0 is as built.")

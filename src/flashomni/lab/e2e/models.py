@@ -9,7 +9,7 @@ nearly uniform, so densities of data-dependent policies are not those of a train
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashomni.lab.e2e.newer import FAMILIES, SEPARATE, SIZES
+from flashomni.lab.e2e.size import Size
 from flashomni.models import transformers_of
 from flashomni.models.flux import Flux
 from flashomni.models.hunyuan_video import HunyuanVideo
@@ -34,38 +36,6 @@ TINY = {
 }
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model and what it generates.
-
-    Args:
-        family: ``flux``, ``hunyuan`` or ``wan22``.
-        config: of the transformer; of each, where there are two.
-        text: tokens of the text.
-        valid: of these, tokens that are not padding (FLUX attends to its padding).
-        height: of the picture, in pixels.
-        width: of the picture, in pixels.
-        frames: of the video.
-        note: what is not as published.
-    """
-
-    family: str
-    config: Mapping[str, Any]
-    text: int
-    valid: int
-    height: int
-    width: int
-    frames: int = 1
-    note: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """Length of the sequence that attends to itself, padding included."""
-        latent_frames = (self.frames - 1) // 4 + 1
-        text = 0 if self.family == "wan22" else self.text
-        return latent_frames * (self.height // 16) * (self.width // 16) + text
-
-
 MODELS = {
     "hunyuan-33k": Size("hunyuan", HUNYUAN, 256, 200, 720, 1280, 33),
     "flux-1024": Size("flux", FLUX_DEV, 512, 512, 1024, 1024),
@@ -73,7 +43,7 @@ MODELS = {
     # Two transformers of 40 blocks would be 80 blocks of 0.2 s in half of the steps each.
     "wan22": Size(
         "wan22", {**WAN, "num_layers": 8}, 512, 512, 720, 1280, 81,
-        note="8 of the 40 blocks of each of the two transformers",
+        note="8 of the 40 blocks of each of the two transformers", joint=False,
     ),
     "tiny-hunyuan": Size(
         "hunyuan",
@@ -90,8 +60,9 @@ MODELS = {
         "wan22",
         {**WAN, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}
         | {"text_dim": 24, "freq_dim": 32, "ffn_dim": 96},
-        text=77, valid=77, height=160, width=128, frames=13,
+        text=77, valid=77, height=160, width=128, frames=13, joint=False,
     ),
+    **SIZES,
 }  # fmt: skip
 
 
@@ -163,7 +134,7 @@ def build(
         size: instead of that of the name: other blocks, another picture.
 
     Raises:
-        ValueError: unknown model, or a negative structure.
+        ValueError: unknown model, a negative structure, or one of a model that cannot have any.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
@@ -179,7 +150,7 @@ def build(
         transformer.eval().requires_grad_(False)
         _structure(transformer, structure, seed + number)
     pipe.set_progress_bar_config(disable=True)
-    calls = 2 if "negative_prompt_embeds" in call else 1
+    calls = 2 if size.family in ("wan22", *SEPARATE) else 1
     return Model(name, pipe, call, size.tokens, device, seed, calls, size.note)
 
 
@@ -260,6 +231,7 @@ _FAMILIES: dict[str, Callable[[Size], tuple[Any, dict[str, Any]]]] = {
     "hunyuan": _hunyuan,
     "flux": _flux,
     "wan22": _wan22,
+    **FAMILIES,
 }
 
 
@@ -289,10 +261,16 @@ def _structure(model: Any, structure: float, seed: int) -> None:
     lists = ("blocks", "transformer_blocks", "single_transformer_blocks")
     blocks: list[Any] = [block for name in lists for block in getattr(model, name, ())]
     generator = torch.Generator().manual_seed(seed)
-    for index, block in enumerate(blocks):
-        attn = block.attn1 if hasattr(block, "attn1") else block.attn
+    attentions = [block.attn1 if hasattr(block, "attn1") else block.attn for block in blocks]
+    if not all(getattr(getattr(x, "to_q", None), "bias", None) is not None for x in attentions):
+        raise ValueError(
+            f"structure must be 0 for {type(model).__name__}: its queries and keys have no bias"
+        )
+    if not attentions:
+        raise ValueError(f"structure must be 0 for {type(model).__name__}: no blocks are known")
+    for index, attn in enumerate(attentions):
         direction = torch.randn(attn.to_q.out_features, generator=generator)
-        direction *= structure * index / max(len(blocks) - 1, 1)
+        direction *= structure * index / max(len(attentions) - 1, 1)
         for name in ("to_q", "to_k", "add_q_proj", "add_k_proj"):
             linear: nn.Module | None = getattr(attn, name, None)
             bias = getattr(linear, "bias", None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,23 +58,29 @@ def generate(
     """
     count = steps if stop_after is None else min(stop_after, steps)
 
+    def done(step: int) -> None:
+        on_step(step, count)
+        if step == count:
+            model.pipe._interrupt = True
+
     def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1, count)
-        if step + 1 == count:
-            pipe._interrupt = True
+        done(step + 1)
         return kwargs
 
     gc.collect()
     _wait(model.device)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with clocked(*(model.transformers if by_call else ()), device=model.device) as watches:
+    told = "callback_on_step_end" in inspect.signature(type(model.pipe).__call__).parameters
+    given = {"callback_on_step_end": callback} if told else {}
+    counted = nullcontext() if told else _counted(model, done)
+    with counted, clocked(*(model.transformers if by_call else ()), device=model.device) as watches:
         start = time.perf_counter()
         latents = model.pipe(
             **model.call,
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(model.seed),
-            callback_on_step_end=callback,
+            **given,
         )[0]
         _wait(model.device)
         seconds = time.perf_counter() - start
@@ -81,6 +89,24 @@ def generate(
     if not bool(torch.isfinite(latents).all()):
         raise RuntimeError("the latents are not finite")
     return Clocked(seconds, calls, peak)
+
+
+@contextmanager
+def _counted(model: Model, done: Callable[[int], None]) -> Iterator[None]:
+    """Tell of the steps of a pipeline that takes no callback, behind the last call of each."""
+    calls = [0]
+
+    def called(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] % model.calls == 0:
+            done(calls[0] // model.calls)
+
+    handles = [each.register_forward_hook(called) for each in model.transformers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def free(device: torch.device) -> None:
