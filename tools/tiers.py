@@ -226,7 +226,7 @@ def clocked(device: torch.device, run: Callable[[], Tensor]) -> tuple[float, Ten
 
 
 def compared(
-    case: str, recipe: str, models: list[nn.Module], given: Inputs, steps: int, rounds: int
+    recipe: str, models: list[nn.Module], given: Inputs, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
     """The figures of both tiers with one recipe."""
     device = next(models[0].parameters()).device
@@ -283,7 +283,7 @@ def measure(case: str, args: argparse.Namespace, until: float) -> Iterator[list[
         if time.time() + took * (2 * args.rounds + 4) > until:
             print(f"{name}: {recipe} left out, no time", flush=True)
             continue
-        found = compared(case, recipe, models, given, args.steps, args.rounds)
+        found = compared(recipe, models, given, args.steps, args.rounds)
         again, _ = clocked(device, lambda: generation(models[0], given, args.steps))
         a, c = (each["out"].float() for each in found)
         base = stock.float()
@@ -312,25 +312,21 @@ def table(rows: list[dict[str, str]]) -> str:
     """The section of docs/models.md, of the rows of the CSV."""
     if not rows:
         return "Not measured yet.\n"
+    pairs = {(row["model"], row["recipe"]): {} for row in rows}
+    for row in rows:
+        pairs[row["model"], row["recipe"]][row["tier"]] = row
     lines = [
         "| model | recipe | stock | without: a step | with: a step | adapter's gain | "
         "dense step | cheapest step | the two differ | from stock |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for a, c in zip(rows[::2], rows[1::2], strict=True):
-        assert (a["model"], a["recipe"], a["tier"], c["tier"]) == (
-            c["model"],
-            c["recipe"],
-            "A",
-            "C",
-        )
+    for a, c in ((pair["A"], pair["C"]) for pair in pairs.values()):
         size = f"{a['model']} ({int(a['tokens']):,} tokens, {a['blocks']} blocks)"
         lines.append(
             f"| {size} | `{RECIPES[a['recipe']]}` | {ms(a['stock_ms'])} | {ms(a['ms'])} | "
             f"{ms(c['ms'])} | {float(a['ms']) / float(c['ms']):.2f}x | "
             f"{ms(a['full_ms'])}, {ms(c['full_ms'])} | {ms(a['least_ms'])}, {ms(c['least_ms'])} | "
-            f"{float(a['between']):.1e}, {float(a['psnr_db']):.0f} dB | "
-            f"{float(a['error']):.1e}, {float(c['error']):.1e} |"
+            f"{differ(a)} | {float(a['error']):.1e}, {float(c['error']):.1e} |"
         )
     first = rows[0]
     return "\n".join(
@@ -345,6 +341,11 @@ def table(rows: list[dict[str, str]]) -> str:
             "",
         ]
     )
+
+
+def differ(row: dict[str, str]) -> str:
+    share, decibels = float(row["between"]), float(row["psnr_db"])
+    return f"{share:.1e}, {decibels:.0f} dB" if share else "equal"
 
 
 def ms(text: str) -> str:

@@ -1,6 +1,7 @@
 """The compatibility matrix: its page says what its rows and the code say; its checks can fail."""
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -67,6 +68,7 @@ def test_a_class_is_checked():
     assert row["ours"] == sum(row["blocks"].values()) == 3 and row["removed"]
     assert row["guard"] > 1 and row["tile guard"] > 1
     assert row["fora"]["kinds"] == ["bypass", "full", "update"]
+    assert sum(row["kernels"].values()) >= 3
 
 
 def test_the_check_sees_what_is_wrong(monkeypatch):
@@ -117,6 +119,54 @@ def test_cases_run_alone_and_once(tmp_path):
     assert rows[3]["why"] == "ImportError: no module of that name"
     assert [row["case"] for row in jobs.read_all(tmp_path)] == list(cases)
     assert list(jobs.run_all(cases, tmp_path, timeout=2)) == [] and ran == ["warm"]
+
+
+@pytest.mark.slow
+def test_cases_run_side_by_side(tmp_path):
+    """As many at once as asked for, no more; a later one may end first; what hangs ends alone."""
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+
+    def meets():
+        barrier.wait(20)
+        return {"status": "works"}
+
+    cases = {f"models/A/{n}": jobs.Case(meets) for n in range(4)}
+    cases["models/B/hangs"] = jobs.Case(lambda: threading.Event().wait())
+    rows = dict(jobs.run_all(cases, tmp_path, timeout=3, at_once=2))
+    assert sorted(rows) == [1, 2, 3, 4, 5]
+    assert [rows[n]["status"] for n in range(1, 5)] == ["works"] * 4
+    assert "more than 3 s" in rows[5]["why"]
+
+
+def test_the_rows_of_a_card_are_a_column(tmp_path, monkeypatch):
+    """Counted where a kernel ran, not the reference; what is wrong there is said."""
+    for name in ("CARD", "PAGE"):
+        monkeypatch.setattr(page, name, tmp_path / name)
+    assert "card" not in page.page().split("## Transformer classes")[1].split("|")[:12]
+    kept = {
+        name: page.works(rows)[0] for name, rows in page.by_name(MODELS).items() if page.works(rows)
+    }
+    names = sorted(kept)[:4]
+    rows = [{**kept[name], "kernels": {"sm90": 9}} for name in names]
+    rows[1]["kernels"] = {"portable": 3, "reference": 1}
+    rows[2] |= {"status": "wrong", "why": "fora is off by 3.0e-01 of the output's size"}
+    rows[3] = {"case": rows[3]["case"], "status": "not built", "why": "RuntimeError: no"}
+    page.write_rows(tmp_path / "rows.json", rows, "cpu")
+    page.keep_card(tmp_path / "rows.json")
+    text = (tmp_path / "PAGE").read_text("utf-8")
+    assert "4 classes ran, 2 work, 1 with their largest self-attention on our kernels" in text
+    assert f"Wrong: {names[2]}." in text and "| attention | card | errors |" in text
+    lines = {
+        name: next(x for x in text.splitlines() if x.startswith(f"| {name} |")) for name in names
+    }
+    shown = [line.split(" | ")[4] for line in lines.values()]
+    count = sum(rows[0]["blocks"].values())
+    assert shown[0] == f"{rows[0]['ours']} of {count}, sm90" and shown[1].startswith("0 of ")
+    assert shown[2] == "**fora is off by 3.0e-01 of the output's size**"
+    assert shown[3] == "not built: RuntimeError: no"
+    starts = ("| class", *(f"| {name} |" for name in names))
+    columns = {line.count(" | ") for line in text.splitlines() if line.startswith(starts)}
+    assert len(columns) == 1
 
 
 PIPELINE = """

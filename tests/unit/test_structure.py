@@ -55,6 +55,7 @@ DIFFUSERS_FILES = {
         "zoo.py",
         "small.py",
         "e2e/models.py",
+        "e2e/newer.py",
         "e2e/ranks.py",
         "e2e/stock.py",
         "fidelity/peers.py",

@@ -42,7 +42,7 @@ def _known() -> dict[str, Size]:
             "ltx2", _config(ltx2), 256, 200, 512, 768, 121, patch=32, chunk=8, joint=False
         ),
         "tiny-flux2": Size("flux2", _config(flux2, "tiny"), 77, 77, 288, 304),
-        "tiny-z-image": Size("z-image", _config(z_image, "tiny"), 64, 64, 288, 304),
+        "tiny-z-image": Size("z-image", _config(z_image, "tiny"), 64, 64, 288, 256),
         "tiny-qwen-image": Size("qwen-image", _config(qwen, "tiny"), 77, 77, 288, 304),
         "tiny-hunyuan15": Size(
             "hunyuan15", _config(hunyuan, "tiny", in_channels=65, out_channels=32, **few),
