@@ -192,6 +192,14 @@ def tiny(request):
     return make_tiny(request.param)
 
 
+@pytest.fixture
+def flux():
+    """``(model, inputs)`` of a small FLUX."""
+    torch.manual_seed(0)
+    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+    return model.eval(), dict(inputs)
+
+
 def make_tiny(name):
     """The same each time, bit by bit."""
     torch.manual_seed(0)

@@ -24,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from attention_cases import REPEATS, compile_faults, draw, graph_faults, verdict
+from attention_cases import draw
+from attention_faults import REPEATS, compile_faults, graph_faults, verdict
 
 LOOKED_AT = 3000  # cases, for the kernels that they need
 STOP = 20  # failures

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention_cases import PLAIN, attend, draw, graph_faults, make, token_masks, verdict
+from attention_cases import PLAIN, attend, draw, make, token_masks
+from attention_faults import graph_faults, verdict
 from conftest import refusal_skips, with_gpu_marks
 from flashomni.kernels import Summary, backends, sparse_attention, summarise
 from flashomni.symbols import Symbols

@@ -2,55 +2,16 @@
 
 import logging
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
+from loops import CACHING, Loop, euler, kinds
 
 import flashomni
-from conftest import ADAPTERS, SPARSE, STEPS, call, generation, run
+from conftest import SPARSE, STEPS, call, generation, run
 from flashomni.lab import zoo
-from flashomni.models import adapters
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-CACHING = "taylorseer:interval=3,warmup=0.2"
-
-
-class Loop:
-    """A pipeline of one's own: a scheduler, a transformer, a loop over the timesteps."""
-
-    def __init__(self, transformer, scheduler, inputs):
-        self.transformer, self.scheduler, self.inputs = transformer, scheduler, inputs
-
-    def __call__(self, steps=8, calls=1):
-        self.scheduler.set_timesteps(steps)
-        outputs, latents = [], self.inputs["hidden_states"]
-        for timestep in self.scheduler.timesteps:
-            for _ in range(calls):
-                output = call(self.transformer, {**self.inputs, "hidden_states": latents})
-            outputs.append(output)
-            self.scheduler.step(output[..., :1], timestep, latents[..., :1])
-            latents = latents - 0.05 * torch.nn.functional.pad(
-                output, (0, latents.shape[-1] - output.shape[-1])
-            )
-        return torch.stack(outputs)
-
-
-@pytest.fixture
-def flux():
-    torch.manual_seed(0)
-    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-    return model.eval(), dict(inputs)
-
-
-def euler():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler()
-
-
-def kinds(engine):
-    return "".join(step["kind"][0] for step in engine.report().steps)
 
 
 @pytest.fixture(scope="module")
@@ -82,46 +43,6 @@ def test_a_second_pipeline_has_a_count_of_its_own(small, before):
         picture(small, steps=before)
         assert torch.equal(picture(other, steps=10, image=image, strength=0.6), alone)
         assert kinds(engine) == expected and "d" in expected and expected[-1] == "f"
-
-
-def test_a_pipeline_with_another_scheduler_is_followed(flux):
-    """The scheduler that is asked is that of the pipeline which calls."""
-    model, inputs = flux
-    first, second = Loop(model, euler(), inputs), Loop(model, euler(), inputs)
-    with flashomni.accelerate(second, CACHING) as engine:
-        alone, expected = second(12), kinds(engine)
-    with flashomni.accelerate(first, CACHING) as engine:
-        first(8)
-        assert torch.equal(second(12), alone) and kinds(engine) == expected
-        assert {step["branch"] for step in engine.report().steps} == {"call"}
-
-
-def test_a_bare_transformer_follows_the_pipeline_that_calls_it(flux):
-    """No engine.step needed where a pipeline is on the stack."""
-    model, inputs = flux
-    with flashomni.accelerate(model, CACHING) as engine:
-        Loop(model, euler(), inputs)(8)
-        assert len(engine.report().steps) == 8 and "d" in kinds(engine)
-
-
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "CogVideoXDDIMScheduler"])
-def test_schedulers_without_step_index_are_counted(flux, name):
-    """Their calls of ``step`` are; nothing stays on the scheduler, a copy has its own method."""
-    import copy
-
-    import diffusers
-
-    model, inputs = flux
-    scheduler = getattr(diffusers, name)()
-    assert not hasattr(scheduler, "step_index")
-    loop = Loop(model, scheduler, inputs)
-    with flashomni.accelerate(loop, CACHING) as engine:
-        for _ in range(2):
-            loop(8)
-            assert [step["step"] for step in engine.report().steps] == list(range(8))
-        other = copy.deepcopy(scheduler)
-        assert other.step.__self__ is other
-    assert "step" not in scheduler.__dict__
 
 
 @pytest.mark.covering(1)
@@ -263,24 +184,6 @@ def test_generations_that_never_end_are_capped(flux, caplog):
     assert any("generations are under way" in record.message for record in caplog.records)
 
 
-def test_a_scheduler_that_never_advances_is_named(flux):
-    """Pipelines that step copies of their scheduler: an error instead of endless branches."""
-    model, inputs = flux
-
-    class Stuck(Loop):
-        def __call__(self):
-            self.scheduler.set_timesteps(20)
-            for _ in range(20):
-                call(self.transformer, self.inputs)
-
-    loop = Stuck(model, euler(), inputs)
-    with (
-        flashomni.accelerate(loop, CACHING),
-        pytest.raises(ValueError, match=r"scheduler does not advance.*engine\.step"),
-    ):
-        loop()
-
-
 def test_a_warm_up_call_does_not_leak_into_the_run_behind_it(tiny):
     """A step 0 that is announced again starts a generation."""
     model, inputs = tiny
@@ -318,23 +221,6 @@ def test_a_branch_that_paused_is_updated(flux):
     assert late[0] == "update" and "dispatch" in late
 
 
-def test_cache_contexts_that_tell_the_step_are_believed(flux):
-    """diffusers' CacheContext.step_index and num_inference_steps, without any scheduler."""
-    hooks = pytest.importorskip("diffusers.hooks.hooks")
-    if not hasattr(hooks, "CacheContext"):
-        pytest.skip("this diffusers has no CacheContext")
-    model, inputs = flux
-    alone, _ = run(model, inputs, CACHING)
-    with flashomni.accelerate(model, CACHING) as engine:
-        latents = inputs["hidden_states"]
-        for step in range(STEPS):
-            with model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
-                out = call(model, {**inputs, "hidden_states": latents})
-            assert torch.equal(out, alone[step])
-            latents = latents - 0.05 * out
-        assert {s["branch"] for s in engine.report().steps} == {"cond"}
-
-
 def test_a_stream_that_changes_behind_the_same_arguments_is_an_update(flux):
     """A block gets other streams although the model was called alike: no old cache meets them."""
     model, inputs = flux
@@ -364,20 +250,6 @@ def test_a_stream_that_changes_behind_the_same_arguments_is_an_update(flux):
     assert planned[4] == "d" and found[4] == "u" and found[5:] == planned[5:]
 
 
-def test_announcements_are_checked():
-    """Numbers out of range or of another type are named."""
-    model, _ = adapters()[ADAPTERS[0]].tiny()
-    with flashomni.accelerate(model.eval()) as engine:
-        for step, of in ((9, 9), (-1, 4), (0, 0)):
-            with pytest.raises(ValueError, match="step must be from 0"):
-                engine.step(step, of)
-        for step, of in ((1.0, 4), (True, 4), (0, "4")):
-            with pytest.raises(ValueError, match="must be an integer"):
-                engine.step(step, of)
-        with pytest.raises(ValueError, match="branch must be a string"):
-            engine.step(0, 4, branch=3)
-
-
 def test_a_pipeline_object_that_is_gone_keeps_nothing_alive(flux):
     """The engine holds pipelines weakly."""
     import gc
@@ -391,14 +263,3 @@ def test_a_pipeline_object_that_is_gone_keeps_nothing_alive(flux):
         del loop
         gc.collect()
         assert seen() is None and engine.attached
-
-
-def test_something_with_a_transformer_that_is_no_pipeline(flux):
-    """No scheduler, no timesteps: the bare transformer's error."""
-    model, inputs = flux
-    holder = SimpleNamespace(transformer=model)
-    with (
-        flashomni.accelerate(model, CACHING),
-        pytest.raises(ValueError, match="nothing tells the engine which step this is"),
-    ):
-        call(holder.transformer, inputs)

@@ -82,13 +82,6 @@ def test_bad_settings_are_named(name, settings, setting):
         make_schedule(name, speed=3)
 
 
-@pytest.fixture
-def flux():
-    torch.manual_seed(0)
-    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-    return model.eval(), dict(inputs)
-
-
 # As above, for the small movements of the model below.
 GENTLE = {
     "adaptive": {"tolerance": 0.02, "first": 2},

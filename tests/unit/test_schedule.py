@@ -25,7 +25,6 @@ from flashomni.engine.schedules import (
 )
 from flashomni.engine.schedules.interval import Interval
 from flashomni.engine.schedules.steps import Steps
-from flashomni.models import adapters
 
 FULL, UPDATE, DISPATCH = StepKind.FULL, StepKind.UPDATE, StepKind.DISPATCH
 RAMP = (0, 1, 2, 4, 6, 9, 13, 18, 22, 25, 27)
@@ -292,14 +291,6 @@ def test_a_schedule_that_decides_inside_a_step(registered):
     assert Recipe.of("fora", schedule=made).schedule is made
     with pytest.raises(ValueError, match=r"'look' decides inside a step.*level must be 'layers'"):
         Recipe.of("fora", schedule=made, level="output")
-
-
-@pytest.fixture
-def flux():
-    """A tiny model and a call of it."""
-    torch.manual_seed(0)
-    model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-    return model.eval(), dict(inputs)
 
 
 def moving(flux, recipe, moves):
