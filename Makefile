@@ -12,10 +12,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 # Tests of portable kernels: to import the others takes longer than many a kernel.
 INTERPRETED = $(shell grep -lE 'with_gpu_marks|mark\.triton' tests/unit/test_*.py)
 
+# What `make contracts` tries: newest, a version, or anything else that pip installs.
+DIFFUSERS ?= newest
+
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo demo-video quick test unit studio-test serve serve-test lint compile interpret docs bench wheels clean
+.PHONY: demo demo-video quick test unit studio-test serve serve-test lint compile interpret docs \
+	docs-version bench contracts dist clean
 
 # Ray is heavy, and its dependencies are many: the server has an environment of its own.
 SERVE_VENV ?= build/serve-venv
@@ -45,6 +49,9 @@ compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton,
 	PYTHONPATH=$(VENV)/newest $(PYTEST) tests/unit/test_compile_portable.py \
 		tests/unit/test_compile_sm90.py tests/unit/test_compile_sm90_gemm.py
 
+contracts: $(STAMP)  ## which adapters hold on the newest diffusers, or on DIFFUSERS=0.41.0
+	$(BIN)/python tools/contracts.py --diffusers "$(DIFFUSERS)" --workers $(WORKERS)
+
 studio-test: $(STAMP)  ## the page of `flashomni studio` in a headless Chromium, if there is one
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/studio/browser.py
 
@@ -56,6 +63,12 @@ lint: $(STAMP)  ## format, lint and types
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
+
+docs-version: docs  ## the site, as its version (or SITE_VERSION=dev), on the branch gh-pages; PUSH=--push publishes it
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) mike
+	version=$$($(BIN)/python -c 'import flashomni; print(flashomni.__version__.rpartition(".")[0])'); \
+	$(BIN)/mike deploy $(PUSH) --update-aliases $(if $(SITE_VERSION),$(SITE_VERSION),$$version latest) && \
+	$(if $(SITE_VERSION),true,$(BIN)/mike set-default $(PUSH) latest)
 
 bench: $(STAMP)  ## speed of the ops here, against torch's dense ones
 	$(BIN)/flashomni bench op attention
@@ -82,9 +95,11 @@ $(STAMP): pyproject.toml packages/flashomni-assets/pyproject.toml $(CONSTRAINTS)
 		-e packages/flashomni-assets -e '.[dev]'
 	touch $@
 
-wheels: $(STAMP)  ## both distributions, into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
-		. packages/flashomni-assets
+dist: $(STAMP)  ## wheel and sdist of both distributions, checked, in dist/; TAG=v1.2.3 has to fit
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory $(abspath dist)
+	cd packages/flashomni-assets && $(abspath $(BIN))/python -m hatchling build -d $(abspath dist)
+	$(BIN)/python tools/check_dist.py dist $(if $(TAG),--tag $(TAG))
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,5 +1,6 @@
 """What a user gets: both wheels are built, the core one is installed and run without the lab."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -34,8 +35,10 @@ def build(project, target, kind="wheel"):
         "import sys, hatchling.build as backend; "
         f"print(backend.build_{kind}(sys.argv[1]), file=sys.stderr)"
     )
+    target.mkdir(exist_ok=True)
+    before = set(target.iterdir())
     python("-c", code, target, cwd=project)
-    (built,) = target.iterdir()
+    (built,) = set(target.iterdir()) - before
     return built
 
 
@@ -117,29 +120,66 @@ def test_metadata_of_the_wheel(wheel):
     assert {"gpu", "lab", "demo", "dev"} <= set(metadata.get_all("Provides-Extra"))
 
 
+def check_dist():
+    """The tool that `make dist` and a release run."""
+    spec = importlib.util.spec_from_file_location("check_dist", ROOT / "tools/check_dist.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
-def test_assets_are_a_distribution_of_their_own(tmp_path):
-    """Both pipelines, complete, and what their loading reads."""
-    built = build(ROOT / "packages" / "flashomni-assets", tmp_path)
-    names = set(zipfile.ZipFile(built).namelist())
-    for name in ("tiny-image", "tiny-video"):
-        folder = ROOT / "packages" / "flashomni-assets" / "src" / "flashomni_assets" / name
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        assert files
-        assert {f"flashomni_assets/{name}/{p.relative_to(folder)}" for p in files} <= names
-    assert built.stat().st_size < 50e6
+def test_what_is_published_is_sound(tmp_path):
+    """Wheels and sdists of both distributions; the assets' hold both pipelines, complete."""
+    assets = ROOT / "packages" / "flashomni-assets"
+    for kind in ("sdist", "wheel"):
+        for project in (ROOT, assets):
+            build(project, tmp_path, kind)
+    tool = check_dist()
+    assert tool.folder_faults(tmp_path, f"v{flashomni.__version__}") == []
+    assert "the tag is v9.9" in " ".join(tool.folder_faults(tmp_path, "v9.9"))
+    package = assets / "src" / "flashomni_assets"
+    files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    files = {path.as_posix() for path in files if path.suffix != ".pyc"}
+    for name, inside in (("*.whl", ""), ("*.tar.gz", "src/")):
+        (built,) = tmp_path.glob(f"flashomni_assets-{name}")
+        names = set(tool.contents(built, only="nothing"))
+        assert {f"{inside}flashomni_assets/{file}" for file in files} <= names
+        assert built.stat().st_size < 50e6
 
 
-def test_sdist_builds_and_is_small(tmp_path):
-    """The source distribution holds what a wheel is built from."""
-    built = build(ROOT, tmp_path, "sdist")
+def test_what_has_strayed_is_named(wheel, tmp_path):
+    """A file of another kind, a test, metadata that PyPI would refuse, a version that differs."""
+    tool = check_dist()
+    assert list(tool.faults(wheel)) == []
+    bad = tmp_path / wheel.name.replace(flashomni.__version__, "9.9")
+    info = f"flashomni-{flashomni.__version__}.dist-info"
+    with zipfile.ZipFile(bad, "w") as archive:
+        for name, content in tool.contents(wheel).items():
+            content = content.replace(b"\nSummary: ", b"\nSummary: a\n  b ", 1)
+            archive.writestr(name.replace(info, "flashomni-9.9.dist-info"), content)
+        archive.writestr("flashomni/notes.orig", b"")
+        archive.writestr("tests/test_x.py", b"")
+    told = list(tool.faults(bad))
+    assert "flashomni/notes.orig is no file of the package" in told
+    assert "tests/test_x.py does not belong there" in told
+    assert any("summary" in fault for fault in told)
+    assert any("must be a wheel and an sdist" in fault for fault in tool.folder_faults(tmp_path))
+    with zipfile.ZipFile(bad, "w") as archive:
+        for name, content in tool.contents(wheel).items():
+            archive.writestr(name.replace(info, "flashomni-9.9.dist-info"), content)
+    (told,) = tool.faults(bad)
+    assert "metadata are of flashomni 0." in told and "the file of flashomni 9.9" in told
+
+
+def test_a_wheel_can_be_built_of_the_sdist(wheel, tmp_path):
+    """It is small, holds what a wheel is built from and no more, and gives the same wheel."""
+    built = build(ROOT, tmp_path / "sdist", "sdist")
+    assert list(check_dist().faults(built)) == [] and built.stat().st_size < 2**20
     with tarfile.open(built) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "src/flashomni/py.typed"} <= names
-    assert {name.partition("/")[0] for name in names} <= {
-        "src", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "PKG-INFO", ".gitignore",
-    }  # fmt: skip
-    assert built.stat().st_size < 2**20
+        archive.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    assert build(source, tmp_path / "wheel").read_bytes() == wheel.read_bytes()
 
 
 @pytest.mark.slow
