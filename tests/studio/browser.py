@@ -4,6 +4,9 @@ import importlib.util
 import json
 import re
 import shutil
+import threading
+import uuid
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -37,11 +40,16 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MIS
 
 
 @pytest.fixture(scope="module")
-def url():
+def shelf():
+    return Shelf("cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def url(shelf):
     """A studio of its own, on a free port."""
     from flashomni.studio.app import serve
 
-    blocks, url = serve(Shelf("cpu", torch.float32), MODEL)
+    blocks, url = serve(shelf, MODEL)
     yield url
     blocks.close()
 
@@ -242,6 +250,73 @@ def test_the_command_refuses_a_bad_model():
     """Before any page is there, in one sentence."""
     done = CliRunner().invoke(cli, ["studio", "--model", "/nowhere"])
     assert done.exit_code == 2 and "error: model must be tiny-image" in done.output
+
+
+def test_what_strangers_reach_loads_only_what_it_was_started_with(browser):
+    """Not asked for, it is refused before any page is there; else the page offers nothing more."""
+    from flashomni.studio.app import serve
+
+    with pytest.raises(ValueError, match="share needs a shelf with only"):
+        serve(Shelf("cpu", torch.float32), MODEL, share=True)
+    blocks, url = serve(Shelf("cpu", torch.float32, only=[MODEL]), MODEL)
+    page = browser.new_page()
+    page.goto(url)
+    expect(page.locator("#model")).to_contain_text("those that this page was started with")
+    page.locator("#model input").click()
+    expect(page.get_by_role("option")).to_have_count(1)
+    page.close()
+    blocks.close()
+
+
+class Client:
+    """An open page without a browser: it opens, and asks for a comparison."""
+
+    def __init__(self, url):
+        self.url, self.name = url, uuid.uuid4().hex
+        config = self._json("config")
+        self.ids = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
+        self.handlers = config["dependencies"]
+        self._join(next(h for h in self.handlers if h["targets"][0][1] == "load"), [])
+        self.messages = urlopen(f"{url}gradio_api/queue/data?session_hash={self.name}")
+        self._until_done()
+
+    def compare(self):
+        """Ask, and wait until the page has said something."""
+        target = [self.ids["compare"], "click"]
+        asked = [None, "a red circle", 0, STEPS, True, SIZE, SIZE, None]
+        self._join(next(h for h in self.handlers if target in h["targets"]), asked)
+
+    def _until_done(self):
+        while b"process_completed" not in self.messages.readline():
+            pass
+
+    def _join(self, handler, data):
+        body = {"data": data, "fn_index": handler["id"], "session_hash": self.name}
+        self._json("gradio_api/queue/join", json.dumps(body).encode())
+
+    def _json(self, path, body=None):
+        kind = {"Content-Type": "application/json"}
+        with urlopen(Request(self.url + path, body, kind), timeout=PATIENCE / 1000) as reply:
+            return json.load(reply)
+
+
+def test_pages_that_wait_leave_the_others_alone(visit, url, shelf):
+    """More of them than the server has threads for clicks: the next page opens, and can cancel."""
+    gone = threading.Event()
+    with shelf.turns.mine(gone, lambda place: None):
+        waiting = [Client(url) for _ in range(45)]
+        for client in waiting:
+            client.compare()
+        page = visit()
+        make_small(page)
+        page.locator("#compare").click()
+        expect(page.locator("#stage")).to_contain_text("46 runs come first")
+        page.locator("#cancel").click()
+        expect(page.locator("#stage")).to_have_text("cancelled")
+        for client in waiting:
+            client.messages.close()
+    while len(shelf.turns):
+        page.wait_for_timeout(100)
 
 
 def test_two_browsers_at_once(visit):

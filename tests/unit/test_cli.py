@@ -58,9 +58,11 @@ def test_compare_prints_equal_time_and_keeps_rows(model, tmp_path):
     """Two tables and a CSV with a row for each."""
     csv = tmp_path / "rows.csv"
     done = run("compare", "fora:interval=2", "--model", model, "--rival", "steps=1", "--seed", 0,
-               "--csv", csv)  # fmt: skip
+               "--csv", csv, "--out", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "at equal time" in done.output and "best rival" in done.output
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "fora:interval=2" in page and page.count("data:image/webp") == 3 * 3
     assert [line.split(",")[1] for line in csv.read_text().splitlines()][1:] == [
         "fora:interval=2", "steps=1",
     ]  # fmt: skip

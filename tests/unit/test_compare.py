@@ -7,11 +7,13 @@ import statistics
 import pytest
 import safetensors.torch
 import torch
+from pages import Page
 
 import flashomni
 from flashomni.cli.compare import usual_rivals
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
+from flashomni.lab.fidelity.compare_page import Shown, write_page
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed, mean_and_error
 from flashomni.lab.fidelity.equal_time import at_equal_time
 from flashomni.lab.fidelity.measures import _AlexNet, load_measures
@@ -56,6 +58,48 @@ def test_a_pipeline_object_is_compared(pipe):
         both = [[p.psnr_db for p in each.pictures if p.method == name] for each in (found, alone)]
         assert both[0] == pytest.approx(both[1], abs=0.05), name
     assert flashomni.engine_of(pipe) is None and not pipe.transformer.is_cache_enabled
+
+
+def test_the_page_of_a_comparison(tmp_path):
+    """A slider with each method, of the first prompts; the tables; what was typed is no markup."""
+    prompts = ["<b>a cat</b>", "a dog", "a bird", "a fish", "a fly"]
+    methods = ["<i>mine</i>", "steps=3", "broken"]
+    shown, pictures = Shown(len(methods)), []
+    draw = torch.Generator().manual_seed(0)
+    for number, method in enumerate(methods):
+        for prompt in range(len(prompts)):
+            for seed in (7, 8):
+                dense, made = torch.rand(2, 1, 3, 16, 24, generator=draw)
+                shown(method, prompt, seed, dense, made)
+                db = None if method == "broken" else 40.0 - number
+                pictures.append(Picture(method, prompt, seed, db, 0.9, None, 5, 0.5))
+    times = [Timed(method, "recipes", 1.0, 2.0) for method in methods]
+    found = Comparison.of(pictures, times, CPU, left_out=["late"], seconds=12.0)
+    path = write_page(
+        found, shown, tmp_path / "deep", model="tiny", prompts=prompts, rivals=["steps=3"],
+        methods=methods[:1], command="flashomni compare ...", versions={"torch": "2"},
+    )  # fmt: skip
+    page = Page.of(path.read_text())
+    page.check_self_contained()
+    assert path.name == "compare.html" and page.tags["img"] == 3 * (1 + len(methods))
+    assert page.text("h3") == prompts[:3] and page.text("option") == methods * 3
+    assert page.text("h2") == ["Notes", "Pictures", "Methods", "At equal time", "To do it again"]
+    assert page.text("th")[9:13] == ["stock pipeline", *methods]
+    notes = page.text("li")
+    assert "broken has no fidelity" in notes[0] and "no time for late" in notes[1]
+    assert "+1.0" in path.read_text() and "not finite" in path.read_text()
+
+
+def test_a_page_without_results_says_so(tmp_path):
+    """And is written."""
+    empty = Comparison.of([], [], CPU, left_out=["fora"])
+    path = write_page(
+        empty, Shown(1, prompts=0), tmp_path, model="tiny", prompts=["x"], rivals=[],
+        methods=["fora"], command="flashomni compare fora", versions={},
+    )  # fmt: skip
+    page = Page.of(path.read_text())
+    assert page.text("h2") == ["Notes", "At equal time", "To do it again"]
+    assert "No rival is as fast as a method." in page.text("p")
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(pipe):

@@ -73,7 +73,7 @@ CLI = {
     },
     "compare": {
         "METHODS", "--model", "--rival", "--prompt", "--count", "--seed", "--measure", "--batch",
-        "--csv", "--steps", "--device", "--dtype", "--backend",
+        "--csv", "--out", "--steps", "--device", "--dtype", "--backend",
     },
     "show": {"TOPIC", "NAME"},
     "tune": {

@@ -49,6 +49,35 @@ def test_a_preview_of_flow_matching_is_where_it_is_heading():
     assert seen.size == whole.size and gap.abs().max() <= 1
 
 
+def wan():
+    """A pipeline of videos with Wan's own solver; each of its two parts has random weights."""
+    import diffusers
+
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    parts = {"tokenizer": None, "text_encoder": None, "transformer": None}
+    return diffusers.WanPipeline(vae=vae, scheduler=scheduler, **parts)
+
+
+def test_a_preview_of_wan_is_where_it_is_heading():
+    """Its solver looks back at several steps; the middle frame is shown while others are noise."""
+    pipe = wan()
+    pipe.scheduler.set_timesteps(6)
+    draw = torch.Generator().manual_seed(0)
+    end, x = (torch.randn(1, 16, 3, 8, 6, generator=draw) for _ in range(2))
+    preview, whole = Preview(pipe, {}), Preview(pipe, {})(0, end)
+    noise = x
+    for step, timestep in enumerate(pipe.scheduler.timesteps):
+        x = pipe.scheduler.step(noise - end, timestep, x, return_dict=False)[0]
+        seen = preview(step, x)
+        if step:
+            gap = torch.tensor(list(seen.tobytes())) - torch.tensor(list(whole.tobytes()))
+            assert seen.size == whole.size == (48, 64) and gap.abs().max() <= 2
+    assert preview.why_not == ""
+
+
 def test_a_preview_that_cannot_be_made_says_why_once():
     """And the run goes on."""
     preview = Preview(small().pipe, {})

@@ -252,6 +252,23 @@ def test_a_pipeline_is_loaded_once_and_forgotten_when_nobody_has_it():
     assert loads == ["a", "a"]
 
 
+def test_a_shelf_for_strangers_loads_what_it_was_started_with(shelf):
+    """Whatever they name: a Hub id would have the machine fetch it."""
+    loads = []
+
+    def load(name, device, dtype):
+        loads.append(name)
+        return small()
+
+    few = Shelf("cpu", torch.float32, load, only=["a", " b"])
+    session = Session(few, "a")
+    for name in ("c", "org/name", "../a", "A"):
+        with pytest.raises(ValueError, match="model must be a, b, which this page was started"):
+            session.load(name)
+    assert session.load(" b ").name == "b" and loads == ["a", "b"]
+    session.close()
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [({"steps": 0}, "steps"), ({"seed": -1}, "seed"), ({"size": {"height": 0}}, "height")],

@@ -15,6 +15,7 @@ from flashomni.cli._common import (
     bar_name,
     check_csv,
     check_prompt,
+    command_line,
     console,
     load_model,
     pick_device,
@@ -22,6 +23,7 @@ from flashomni.cli._common import (
     progress_bars,
     say,
 )
+from flashomni.util.files import check_folder
 from flashomni.util.words import clean
 
 
@@ -63,6 +65,9 @@ def compare(
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts in one call that is not timed.", min=1)] = 1,
     csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a page with pictures; none if left out.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
@@ -77,14 +82,20 @@ def compare(
         for text in prompt or ():
             check_prompt(text)
         check_csv(csv)
+        if out is not None:
+            check_folder("out", out)
         measures = dict(_pair(text) for text in measure or ())
         loaded = load_model(model, target, dtype)
 
         from flashomni.lab import split
         from flashomni.lab.fidelity.compare import compare as run
+        from flashomni.lab.fidelity.compare_page import PROMPTS, Shown, write_page
+        from flashomni.lab.versions import versions
 
         usual = usual_rivals(steps or int(loaded.call.get("num_inference_steps", 50)))
         rivals = [name for name in rival or usual if name not in methods]
+        prompts = list(prompt or split.pick(model, loaded.prompts, "report", count))
+        shown = Shown(len(methods) + len(rivals), 0 if out is None else PROMPTS)
         with progress_bars() as progress:
             task = progress.add_task("methods", total=len(methods) + len(rivals))
 
@@ -94,7 +105,7 @@ def compare(
             found = run(
                 loaded.pipe,
                 [*methods, *rivals],
-                prompt or split.pick(model, loaded.prompts, "report", count),
+                prompts,
                 seeds=seed or (0, 1),
                 call=loaded.call,
                 steps=steps,
@@ -102,10 +113,17 @@ def compare(
                 measures=measures,
                 backend=backend,
                 on_method=on_method,
+                on_picture=shown,
             )
         if csv is not None:
             found.save(csv, model)
         _print(found, methods, rivals)
+        if out is not None:
+            page = write_page(
+                found, shown, out, model=model, prompts=prompts, rivals=rivals, methods=methods,
+                command=command_line(), versions=versions(target),
+            )  # fmt: skip
+            say(f"page: {page}")
 
 
 def _pair(text: str) -> tuple[str, str]:

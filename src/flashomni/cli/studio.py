@@ -22,8 +22,13 @@ from flashomni.cli._common import (
 
 def studio(
     model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
-    ] = "tiny-image",
+        list[str] | None,
+        typer.Option(
+            help="tiny-image, tiny-video, a diffusers folder, or a Hub id; of several, pages begin "
+            "with the first and can load the others alone.",
+            show_default="tiny-image",
+        ),
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="A preset, a policy's name, or a recipe's .json.")
     ] = "balanced",
@@ -34,7 +39,12 @@ def studio(
         int | None, typer.Option(help="A free one from 7860 on if left out.", min=1, max=65535)
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also through Gradio's tunnel, open to the internet.")
+        bool,
+        typer.Option(
+            "--share",
+            help="Also through Gradio's tunnel, open to the internet; only models that are named "
+            "here can be loaded then.",
+        ),
     ] = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
@@ -49,15 +59,19 @@ def studio(
         from flashomni.engine import Recipe
 
         chosen, target = Recipe.of(recipe), pick_device(device)
-        with status(f"loading {model}"):
+        models = model or ["tiny-image"]
+        only = models if share or len(models) > 1 else None
+        with status(f"loading {models[0]}"):
             quiet()
             from flashomni.studio.app import serve
             from flashomni.studio.shelf import Shelf
 
-            shelf = Shelf(target, pick_dtype(dtype, target))
-            blocks, url = serve(shelf, model, host=host, port=port, share=share, recipe=chosen)
-        say((model, "bold"), f" on {target}: {url}")
+            shelf = Shelf(target, pick_dtype(dtype, target), only=only)
+            blocks, url = serve(shelf, models[0], host=host, port=port, share=share, recipe=chosen)
+        say((models[0], "bold"), f" on {target}: {url}")
         if blocks.share_url:
             say(f"for anybody who has the link: {blocks.share_url}")
+        if only:
+            say(f"pages can load {', '.join(models)}, and nothing else")
         say("Ctrl+C ends it")
         blocks.block_thread()

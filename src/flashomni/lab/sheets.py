@@ -31,13 +31,14 @@ def picked(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
-def sheets(results: Mapping[str, Tensor]) -> dict[str, Sheet]:
+def sheets(results: Mapping[str, Tensor], most: int = BYTES) -> dict[str, Sheet]:
     """Each as a sheet of one grid: all frames, or 64 of them.
 
     A picture is kept exactly where that fits; what is too large is compressed, then scaled.
 
     Args:
         results: ``[F, 3, H, W]`` in [0, 1], all of one shape.
+        most: bytes of a sheet.
     """
     first = next(iter(results.values()))
     total, _, height, width = first.shape
@@ -58,21 +59,22 @@ def sheets(results: Mapping[str, Tensor]) -> dict[str, Sheet]:
         for place, image in enumerate(images(pixels[frames])):
             image = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
             sheet.paste(image, (place % columns * size[0], place // columns * size[1]))
-        uri = f"data:image/webp;base64,{base64.b64encode(_encoded(sheet)).decode()}"
+        uri = f"data:image/webp;base64,{base64.b64encode(_encoded(sheet, most)).decode()}"
         found[name] = Sheet(uri, *size, len(frames), columns, rows)
     return found
 
 
-def _encoded(sheet: Image.Image) -> bytes:
+def _encoded(sheet: Image.Image, most: int) -> bytes:
     if sheet.width * sheet.height <= PIXELS / 4:
         exact = _webp(sheet, lossless=True)
-        if len(exact) <= BYTES:
+        if len(exact) <= most:
             return exact
     for quality in QUALITIES:
         content = _webp(sheet, quality=quality)
-        if len(content) <= BYTES:
+        if len(content) <= most:
             break
-    while len(content) > BYTES:  # noise does not compress; the frames keep their places
+    # Noise does not compress; the frames keep their places.
+    while len(content) > most and max(sheet.size) > 1:
         sheet = sheet.resize((max(1, sheet.width // 2), max(1, sheet.height // 2)))
         content = _webp(sheet, quality=QUALITIES[-1])
     return content

@@ -13,6 +13,10 @@ for (const viewer of document.querySelectorAll(".fo-viewer")) {
   for (const button of buttons) button.addEventListener("click", () => show(button.dataset.mode));
   show("0");
 
+  const pick = viewer.querySelector(".fo-pick"), choices = [...viewer.querySelectorAll(".fo-fast")];
+  const choose = () => choices.forEach((each, place) => { each.hidden = place !== pick.selectedIndex; });
+  if (pick) { pick.addEventListener("change", choose); choose(); }
+
   const slider = viewer.querySelector(".fo-slider");
   const split = () => viewer.style.setProperty("--at", slider.value + "%");
   slider.addEventListener("input", split);

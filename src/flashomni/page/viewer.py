@@ -6,7 +6,7 @@ busy with: a frame is a place in the sheet, not a file to decode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flashomni.page import escaped
@@ -33,7 +33,7 @@ class Sheet:
 
 def viewer(
     dense: Sheet,
-    accelerated: Sheet,
+    accelerated: Sheet | Mapping[str, Sheet],
     apart: Mapping[str, Sheet],
     notes: Mapping[str, str],
     frames_per_second: float,
@@ -42,7 +42,7 @@ def viewer(
 
     Args:
         dense: of the stock pipeline.
-        accelerated: the same, accelerated.
+        accelerated: the same, accelerated; or several to choose from, by their names.
         apart: other views by the name of their button: sheets of the same grid.
         notes: a sentence below each of those.
         frames_per_second: of a video.
@@ -52,6 +52,12 @@ def viewer(
         f'<button type=button data-mode="{i}" aria-pressed="{"true" if i == 0 else "false"}">'
         f"{escaped(name)}</button>"
         for i, name in enumerate(modes)
+    )
+    several = {"Accelerated": accelerated} if isinstance(accelerated, Sheet) else accelerated
+    fast = "".join(
+        f'<figure class="fo-fast">{_frame(sheet, f"{name.lower()} result")}'
+        f"<figcaption>{escaped(name)}</figcaption></figure>"
+        for name, sheet in several.items()
     )
     views = "".join(
         f'<figure class="fo-apart" data-view="{i}">{_frame(sheet, name)}'
@@ -65,12 +71,11 @@ def viewer(
     return (
         f'<div class="fo-viewer" style="{about}" data-frames="{dense.frames}" '
         f'data-columns="{dense.columns}" data-rate="{frames_per_second:g}">'
-        f'<div class="fo-modes" role=group aria-label="View">{buttons}</div>'
+        f'<div class="fo-modes" role=group aria-label="View">{buttons}</div>{_choice(several)}'
         '<div class="fo-stage"><div class="fo-pair">'
         f'<figure class="fo-dense">{_frame(dense, "dense result")}'
         "<figcaption>Dense</figcaption></figure>"
-        f'<figure class="fo-fast">{_frame(accelerated, "accelerated result")}'
-        "<figcaption>Accelerated</figcaption></figure>"
+        f"{fast}"
         '<i class="fo-handle" aria-hidden=true></i>'
         '<input class="fo-slider" type=range min=0 max=100 step=1 value=50 '
         'aria-label="Where dense ends and accelerated begins">'
@@ -80,6 +85,14 @@ def viewer(
 
 def _frame(sheet: Sheet, what: str) -> str:
     return f'<div class="fo-frame"><img src="{escaped(sheet.uri)}" alt="{escaped(what)}"></div>'
+
+
+def _choice(names: Iterable[str]) -> str:
+    """Which of several is seen; a script shows it, without one all are."""
+    options = "".join(f"<option>{escaped(name)}</option>" for name in names)
+    if options.count("<option>") < 2:
+        return ""
+    return f'<select class="fo-pick" aria-label="Method">{options}</select>'
 
 
 def _player(frames: int) -> str:

@@ -27,6 +27,7 @@ CSS = Path(__file__).with_name("style.css")
 FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]  # of the machine: nothing is fetched
 CODE_FONTS = ["ui-monospace", "monospace"]
 KEEP_FILES = (3600, 86400)  # seconds: how often old pictures are looked for, and how old they are
+MANY = 1024  # pages that wait or run: each takes a thread and a place of Gradio's queue, both cheap
 REDRAW = 0.08  # seconds: a page need not hear more often
 Update = dict[Any, Any]
 
@@ -59,7 +60,7 @@ class Page:
             # Seen when its session is there: nobody moves a control that has no recipe yet.
             with gr.Column(elem_id="fo-page", visible=False) as self.whole:
                 with gr.Column(elem_id="fo-ask"):
-                    self.ask = AskPanel.make()
+                    self.ask = AskPanel.make(shelf.only)
                 with gr.Column(elem_id="fo-recipe"):
                     self.parts = RecipePanel.make(Recipe.of(recipe), self.kept.num_steps)
                 with gr.Column(elem_id="fo-result"):
@@ -359,16 +360,19 @@ def serve(
         model: that pages begin with.
         host: address to listen on.
         port: a free one from 7860 on if left out.
-        share: also through Gradio's tunnel, for anybody who has the link.
+        share: also through Gradio's tunnel, for anybody who has the link; the shelf then must say
+            which models may be loaded.
         recipe: that pages begin with.
 
     Returns:
         The app and its address.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: the model cannot be loaded, or strangers could name any other.
         OSError: the port is taken.
     """
+    if share and shelf.only is None:
+        raise ValueError("share needs a shelf with only=[...]: anybody could load any model else")
     blocks = Page(shelf, model, recipe).blocks
     blocks.queue(default_concurrency_limit=None)
     theme = gr.themes.Base(
@@ -378,7 +382,7 @@ def serve(
     _, url, shared = blocks.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
         theme=theme, css=CSS.read_text(encoding="utf-8"), footer_links=[], ssr_mode=False,
-        enable_monitoring=False, max_threads=40, show_error=False, run_history=False,
+        enable_monitoring=False, max_threads=MANY, show_error=False, run_history=False,
     )  # fmt: skip
     log.info("studio: %s %s", url, shared or "")
     return blocks, url

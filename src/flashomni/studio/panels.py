@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,14 @@ class AskPanel:
     cancel: gr.Button
 
     @classmethod
-    def make(cls) -> AskPanel:
+    def make(cls, only: Sequence[str] | None = None) -> AskPanel:
+        """With any model, or with ``only`` those."""
+        info = "a name, a diffusers folder, or a Hub id"
         with gr.Row(elem_classes="fo-bottom"):
             model = gr.Dropdown(
-                list(BUNDLED), label="Model", info="a name, a diffusers folder, or a Hub id",
-                allow_custom_value=True, scale=4, min_width=160, elem_id="model",
+                list(BUNDLED if only is None else only), label="Model",
+                info=info if only is None else "those that this page was started with",
+                allow_custom_value=only is None, scale=4, min_width=160, elem_id="model",
             )  # fmt: skip
             load = gr.Button("Load", size="sm", scale=0, min_width=76, elem_id="load")
         line = gr.HTML(elem_id="model-line")

@@ -57,9 +57,13 @@ class Preview:
             return None
 
     def _heading(self, step: int, before: Tensor | None, latents: Tensor) -> Tensor:
-        """Latents at noise 0, on the line through the last two steps."""
+        """Latents at noise 0, on the line through the last two steps.
+
+        Of a multistep solver of flow matching, such as Wan's, the line is the mean of what it took.
+        """
         scheduler = self._pipe.scheduler
-        if before is None or not type(scheduler).__name__.startswith("FlowMatchEuler"):
+        straight = type(scheduler).__name__.startswith("FlowMatchEuler")
+        if before is None or not (straight or scheduler.config.get("use_flow_sigmas", False)):
             return latents
         now, then = float(scheduler.sigmas[step + 1]), float(scheduler.sigmas[step])
         velocity = (latents.float() - before.float()) / (now - then)
@@ -88,7 +92,8 @@ class Preview:
         """``[3, H, W]`` in [0, 1]."""
         vae = self._pipe.vae
         config = vae.config
-        scale = getattr(self._pipe, "vae_scale_factor", None) or 8
+        names = ("vae_scale_factor", "vae_scale_factor_spatial")
+        scale = next(filter(None, (getattr(self._pipe, name, None) for name in names)), 8)
         pool = -(-max(latents.shape[-2:]) * scale // LONGEST)
         if pool > 1:
             size = [max(edge // pool, 1) for edge in latents.shape[-2:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,11 +57,18 @@ class Shelf:
         device: that they are put on.
         dtype: of their weights.
         load: :func:`flashomni.lab.zoo.load`, or the like.
+        only: names that may be taken; any if left out. A page that strangers reach needs them: it
+            would have the machine load whatever they name.
     """
 
     def __init__(
-        self, device: torch.device | str, dtype: torch.dtype, load: Load = zoo.load
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        load: Load = zoo.load,
+        only: Sequence[str] | None = None,
     ) -> None:
+        self.only = None if only is None else tuple(name.strip() for name in only)
         self.device, self.dtype = torch.device(device), dtype
         self.turns = Turns()
         self._load = load
@@ -72,7 +79,8 @@ class Shelf:
         """The pipeline of that name, folder or Hub id. Keep it: it stays while somebody does.
 
         Raises:
-            ValueError: there is none, it cannot be loaded, or it has no transformer.
+            ValueError: there is none, it cannot be loaded, it has no transformer, or it is not one
+                of those that may be taken.
             OSError, RuntimeError, MemoryError: the device, or the machine, has no room for it.
         """
         name = name.strip()
@@ -80,8 +88,16 @@ class Shelf:
             raise ValueError(
                 f"model must be {', '.join(zoo.BUNDLED)}, a folder or a Hub id, got ''"
             )
+        if self.only is not None and name not in self.only:
+            raise ValueError(
+                f"model must be {', '.join(self.only)}, which this page was started with, got "
+                f"{name!r}"
+            )
         if name not in zoo.BUNDLED and name.startswith("~"):
             name = str(Path(name).expanduser())
+        found = self._there.get(name)
+        if found is not None:
+            return found  # while another one is loaded, which may take minutes
         with self._lock:
             found = self._there.get(name)
             if found is None:

@@ -24,6 +24,8 @@ from flashomni.lab.fidelity.measures import Measure, load_measures
 from flashomni.lab.fidelity.methods import DENSE, Attached, Method, of_recipe, parse_method
 
 OnMethod = Callable[[str, int, int], None]
+# (method, number of the prompt, seed, the pipeline's own pixels, the method's)
+OnPicture = Callable[[str, int, int, Tensor, Tensor], None]
 References = dict[int, dict[tuple[int, int], Tensor]]  # batch size -> (prompt, seed) -> pixels
 WARM = 2  # generations that nobody times: kernels compile, graphs are recorded
 
@@ -46,6 +48,7 @@ def compare(
     backend: str | None = None,
     references: References | None = None,
     on_method: OnMethod = lambda name, done, total: None,
+    on_picture: OnPicture = lambda method, prompt, seed, reference, pixels: None,
 ) -> Comparison:
     """Fidelity and time of methods on a pipeline, paired over prompts and seeds.
 
@@ -73,6 +76,8 @@ def compare(
         references: what the pipeline makes as it is: taken from here, and kept here for a further
             comparison of the same pipeline, prompts, seeds and call. Dropped if left out.
         on_method: told the name of each method, how many are done, and of how many.
+        on_picture: given each picture as it is made: method, number of the prompt, seed, what the
+            pipeline makes as it is, and what the method made; fp32 ``[F, 3, H, W]`` in [0, 1].
 
     Raises:
         ValueError: there is no method, prompt or seed; a method is named twice; a path of weights
@@ -93,7 +98,9 @@ def compare(
         each.set_progress_bar_config(disable=True)
     given = dict(call or {}) if steps is None else {**(call or {}), "num_inference_steps": steps}
     kept = {} if references is None else references
-    work = _Work(pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores, kept)
+    work = _Work(
+        pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores, kept, on_picture
+    )
     return work.run(chosen, pictures, seconds, on_method)
 
 
@@ -119,6 +126,7 @@ class _Work:
     enough: float
     scores: Mapping[str, Measure]
     references: References
+    on_picture: OnPicture
 
     def run(
         self, methods: list[Method], looks: bool, seconds: float | None, tell: OnMethod
@@ -175,6 +183,7 @@ class _Work:
             spent = attached.attention_spent()
             for place, pixels in enumerate(batch):
                 reference, prompt = references[start + place, seed], start + place
+                self.on_picture(method.name, prompt, seed, reference, pixels)
                 distance = metrics.compare(reference, pixels, (DENSE, method.name))
                 decibel = CAP_DB if distance.identical else distance.psnr_db
                 failed, temporal = decibel is None, None
