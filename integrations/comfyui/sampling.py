@@ -79,9 +79,7 @@ class Accelerated:
                 f"model: {name} has no transformer blocks that ComfyUI lets a node replace (U-Nets "
                 "such as SD 1.5 and SDXL have none); connect a diffusion transformer"
             )
-        Hosted(
-            model, list(found.values()), self.recipe, self.backend
-        )  # finds out what is wrong now
+        Hosted(model, list(found.values()), self.recipe, self.backend)  # what is wrong is said now
         clone = patcher.clone()
         take_off(clone)
         clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, self.sample)
@@ -158,12 +156,15 @@ class Sampling:
         self.hosted = Hosted(model, list(self.keys.values()), recipe, backend)
         self._model, self._text_at = model, TEXT.get(type(model).__name__)
         self._steps = Steps(sigmas)
-        self._told = False
+        self._told: set[str] = set()
         self._num_text = 0
         self._absent, self._left = absent, {i: frozenset(x) for i, x in absent.items()}
 
     def call(self, executor: Any, args: tuple, kwargs: dict) -> Any:
-        options = next(x for x in (*args, *kwargs.values()) if _is_options(x))
+        options = next(filter(_is_options, (*args, *kwargs.values())), None)
+        if options is None:
+            self._tell("a call of the model says no step or conditioning: it runs dense")
+            return executor(*args, **kwargs)
         replaced = options.get("patches_replace", {})
         foreign = [key for key in self.keys if key in replaced.get("dit", {})]
         if foreign or OVERRIDE in options:
@@ -174,9 +175,7 @@ class Sampling:
             )
         place = self._steps.place(options)
         if place is None:
-            if not self._told:
-                log.warning("more than %d conditionings a step: the rest run dense", MAX_BRANCHES)
-            self._told = True
+            self._tell(f"more than {MAX_BRANCHES} conditionings a step: the rest run dense")
             return executor(*args, **kwargs)
         patches = {key: partial(self.block, i) for i, key in enumerate(self.keys)}
         ours = {
@@ -198,6 +197,12 @@ class Sampling:
                 "this release of ComfyUI, so nothing of it can be cached; bypass the node"
             )
         return output
+
+    def _tell(self, text: str) -> None:
+        """Once a sampling."""
+        if text not in self._told:
+            log.warning("FlashOmni Accelerate: %s", text)
+        self._told.add(text)
 
     def block(self, index: int, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         """ComfyUI's replacement of a block."""

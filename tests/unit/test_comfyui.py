@@ -195,6 +195,45 @@ def test_samplers_that_call_twice_a_step_and_backwards():
     assert [s["step"] for s in ours.report.steps] == list(range(10))
 
 
+@pytest.mark.parametrize("cls", [fake.Flux, fake.WanModel])
+@pytest.mark.parametrize("recipe", ["fbcache:threshold=9", "easycache:threshold=9"])
+def test_recipes_that_decide_as_they_go(cls, recipe):
+    """In front of a step, or behind its first block; the next sampling decides anew."""
+    model = patcher(cls)
+    clone, ours = on(model, recipe)
+    sample(clone)  # the first one learns what blocks return: its last bits may be others
+    stock, got = sample(model), sample(clone)
+    left_out = [step for step in ours.report.steps if step["kind"] == "dispatch"]
+    assert ours.report.flops_skipped > 0.3 and len(left_out) > 2
+    first = 1.0 if recipe.startswith("fbcache") else 0.0
+    assert all([k > 0 for k in s["executed"]] == [first > 0, *[False] * (len(s["executed"]) - 1)]
+               for s in left_out)  # fmt: skip
+    assert got.isfinite().all() and not torch.equal(got, stock)
+    assert torch.equal(sample(clone), got) and torch.equal(sample(model), stock)
+
+
+def test_a_call_without_options_runs_dense(caplog):
+    """Of a node that calls the model itself; said once."""
+    model = patcher()
+    clone, ours = on(model)
+    stock, call = sample(model), ours.call
+
+    def without(executor, *args, **kwargs):
+        hidden = [x for x in (*args, *kwargs.values()) if sampling._is_options(x)]
+        for options in hidden:
+            kinds = options.pop("cond_or_uncond")
+        try:
+            return call(executor, *args, **kwargs)
+        finally:
+            for options in hidden:
+                options["cond_or_uncond"] = kinds
+
+    clone.remove_wrappers_with_key(sampling.DIFFUSION_MODEL, sampling.KEY)
+    clone.add_wrapper_with_key(sampling.DIFFUSION_MODEL, sampling.KEY, without)
+    assert torch.equal(sample(clone), stock)
+    assert caplog.text.count("says no step or conditioning: it runs dense") == 1
+
+
 def test_an_interrupted_sampling_leaves_nothing():
     model = patcher()
     clone, ours = on(model)
