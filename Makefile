@@ -52,8 +52,8 @@ compile: $(STAMP)  ## the GPU kernels for sm_80 to sm_90 with the newest Triton,
 contracts: $(STAMP)  ## which adapters hold on the newest diffusers, or on DIFFUSERS=0.41.0
 	$(BIN)/python tools/contracts.py --diffusers "$(DIFFUSERS)" --workers $(WORKERS)
 
-studio-test: $(STAMP)  ## the page of `flashomni studio` in a headless Chromium, if there is one
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/studio/browser.py
+studio-test: $(STAMP)  ## the studio and the pages of reports in a headless Chromium, if there is one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/studio/browser.py tests/studio/reports.py
 
 lint: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shutil
 import threading
 import uuid
 from urllib.request import Request, urlopen
@@ -17,26 +16,16 @@ from flashomni.engine import Recipe
 from flashomni.studio.shelf import Shelf
 
 try:
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 except ModuleNotFoundError:
-    expect = sync_playwright = None
+    expect = None  # then nothing of it runs
 
 MODEL = "tiny-image"
 SIZE, STEPS = 64, 4
 PATIENCE = 60_000  # ms until a page is taken to be stuck
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="not here: gradio (extra 'studio')"
 )
-MISSING = [
-    what
-    for what, is_there in (
-        ("gradio (extra 'studio')", importlib.util.find_spec("gradio")),
-        ("playwright", expect),
-        ("a Chromium", CHROMIUM),
-    )
-    if not is_there
-]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +41,6 @@ def url(shelf):
     blocks, url = serve(shelf, MODEL)
     yield url
     blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

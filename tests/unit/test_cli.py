@@ -62,7 +62,7 @@ def test_compare_prints_equal_time_and_keeps_rows(model, tmp_path):
     assert done.exit_code == 0, done.output
     assert "at equal time" in done.output and "best rival" in done.output
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "fora:interval=2" in page and page.count("data:image/webp") == 3 * 3
+    assert "fora:interval=2" in page and page.count("data:image/webp") == 3
     assert [line.split(",")[1] for line in csv.read_text().splitlines()][1:] == [
         "fora:interval=2", "steps=1",
     ]  # fmt: skip
