@@ -152,16 +152,17 @@ def test_strides_and_shared_symbols(backend):
     torch.testing.assert_close(*out, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_symbols_it_is_dense(backend):
-    """None computes everything; kv_len still counts."""
+def test_without_symbols_it_is_dense(backend, scale):
+    """None computes everything; kv_len and the scale still count."""
     device = device_for(backend)
     q, k, v = tensors((2, 130, 200, 4, 2, 64), torch.float32, device)
     kv_len = torch.tensor([200, 77], dtype=torch.int32, device=device)
     with refusal_skips():
-        got = sparse_attention(q, k, v, kv_len=kv_len, backend=backend)
+        got = sparse_attention(q, k, v, kv_len=kv_len, softmax_scale=scale, backend=backend)
     valid = torch.arange(200, device=device) < kv_len[:, None, None, None]
-    expected = torch_attention(q, k, v, valid.expand(2, 4, 130, 200))
+    expected = torch_attention(q, k, v, valid.expand(2, 4, 130, 200), scale)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -163,9 +163,9 @@ def test_kernels_make_the_map(name, size, monkeypatch):
         monkeypatch.setattr(_fine_launch, "MAX_BYTES", 1)
     q, k = tokens(grid, device=device)
     scratch = {"q_similarity": None, "k_similarity": None}
-    found = _fine_launch.FineMap(q, k, grid, size, False, scratch).chunks(4)
+    found = _fine_launch.FineMap(q, k, grid, size, 0.3, False, scratch).chunks(4)
     got = torch.cat([masses.clone() for _, _, masses in found], 2)
-    torch.testing.assert_close(got, fine_map(q, k, grid, size), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(got, fine_map(q, k, grid, size, 0.3), atol=1e-5, rtol=1e-3)
 
 
 @marked

@@ -62,10 +62,10 @@ def tokens(grid, heads=4, kv_heads=2, head_dim=16, batch=2, dtype=torch.float32)
     return made
 
 
-def both(policy, q, k, grid, t=0.9):
+def both(policy, q, k, grid, t=0.9, **known):
     """What the kernels and the definition choose."""
     return (
-        policy(AttentionSite.alone(q, k, grid, scalar(t), backend=backend))
+        policy(AttentionSite.alone(q, k, grid, scalar(t), backend=backend, **known))
         for backend in ("portable", "reference")
     )
 
@@ -110,6 +110,19 @@ def test_policies_choose_the_same(name, settings, grid):
     check_invariants(got)
     for start, stop in grid.text_kv_ranges:
         assert got.kv_mask()[..., start:stop].all() or not settings.get("protect_text", True)
+
+
+@pytest.mark.parametrize("resolution", [0, 16])
+def test_scales_choose_the_same(resolution):
+    """Of scores, as attention has it."""
+    grid = on_device(GRIDS["text last"])
+    q, k = tokens(grid)
+    policy = make_policy("flashomni", tau_q=0.6, tau_kv=0.3, resolution=resolution)
+    got, expected = both(policy, q, k, grid, softmax_scale=0.6)
+    usual, _ = both(policy, q, k, grid)
+    assert torch.equal(got.q_bits, expected.q_bits)
+    assert torch.equal(got.kv_bits, expected.kv_bits)
+    assert not torch.equal(got.kv_bits, usual.kv_bits)
 
 
 def near(rule, q, k, grid):

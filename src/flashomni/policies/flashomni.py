@@ -101,4 +101,7 @@ class FlashOmni(Policy):
             text_columns=self.protect_text,
             resolution=self.resolution,
         )
-        return choose(site.q, site.k, grid, rule, site.progress, guide=guide, backend=site.backend)
+        return choose(
+            site.q, site.k, grid, rule, site.progress, guide=guide,
+            softmax_scale=site.softmax_scale, backend=site.backend,
+        )  # fmt: skip

@@ -50,7 +50,8 @@ class Jenga(Policy):
 
     def __call__(self, site: AttentionSite) -> Symbols:
         grid, device = site.grid, site.q.device
-        among = pooled_map(site.q, site.k, grid).masked_fill(grid.given_kv_mask(device), 0.0)
+        masses = pooled_map(site.q, site.k, grid, softmax_scale=site.softmax_scale)
+        among = masses.masked_fill(grid.given_kv_mask(device), 0.0)
         ordered, order = among.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1, dtype=torch.float64) - ordered
         rank = torch.arange(grid.num_kv_blocks, device=device)

@@ -58,4 +58,5 @@ class SpargeAttn(Policy):
             text_columns=self.protect_text,
             resolution=self.resolution,
         )
-        return choose(site.q, site.k, site.grid, rule, backend=site.backend)
+        scale = site.softmax_scale
+        return choose(site.q, site.k, site.grid, rule, softmax_scale=scale, backend=site.backend)

@@ -63,7 +63,8 @@ class TopK(Policy):
             diagonal=self.diagonal,
             text_rows=self.text_rows,
         )
-        return choose(site.q, site.k, grid, rule, backend=site.backend)
+        scale = site.softmax_scale
+        return choose(site.q, site.k, grid, rule, softmax_scale=scale, backend=site.backend)
 
     def known_fraction(self, grid: Grid) -> float:
         computed = _count(self.q_density, grid.num_q_blocks, least=0) / grid.num_q_blocks

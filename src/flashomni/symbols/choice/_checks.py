@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def check_choose(q: Any, k: Any, grid: Any, progress: Any) -> None:
     if not isinstance(progress, Tensor) or progress.dtype != torch.float32 or progress.ndim:
         raise ValueError(f"progress must be an fp32 scalar tensor, got {progress!r}")
     _check_device("progress", progress, q.device)
+
+
+def check_scale(softmax_scale: Any) -> None:
+    number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+    if softmax_scale is not None and not (number and math.isfinite(softmax_scale)):
+        raise ValueError(f"softmax_scale must be a finite number or None, got {softmax_scale!r}")
 
 
 def check_symbols(symbols: Any) -> None:

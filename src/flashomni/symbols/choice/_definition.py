@@ -25,7 +25,9 @@ def self_similarity(x: Tensor, block: int, length: Tensor | None) -> Tensor:
     return pool(unit, block, length).square().sum(-1)
 
 
-def pooled_map(q: Tensor, k: Tensor, grid: Grid, center_k: bool = False) -> Tensor:
+def pooled_map(
+    q: Tensor, k: Tensor, grid: Grid, center_k: bool = False, softmax_scale: float | None = None
+) -> Tensor:
     """Softmax of the scores of block means (SpargeAttn, arXiv 2502.18137; arXiv 2509.25401, 3.5).
 
     Args:
@@ -33,6 +35,7 @@ def pooled_map(q: Tensor, k: Tensor, grid: Grid, center_k: bool = False) -> Tens
         k: ``[B, N, Hkv, D]``; key heads are repeated for GQA.
         grid: padding behind ``kv_len`` takes part in no mean, blocks of padding alone get 0.
         center_k: subtract the mean key first (it does not change a softmax over single tokens).
+        softmax_scale: of the scores; ``D ** -0.5`` by default.
 
     Returns:
         fp32 ``[B, H, Mb, Nb]``, rows sum to 1.
@@ -42,7 +45,8 @@ def pooled_map(q: Tensor, k: Tensor, grid: Grid, center_k: bool = False) -> Tens
     if center_k:
         k_pool = k_pool - k_pool.mean(2, keepdim=True)
     k_pool = k_pool.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-    score = (q_pool * q.shape[-1] ** -0.5) @ k_pool.mT
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    score = (q_pool * scale) @ k_pool.mT
     if grid.kv_len is not None:
         first = torch.arange(grid.num_kv_blocks, device=q.device) * grid.block_n
         padding = first >= grid.kv_len[:, None]  # [B, Nb]
@@ -86,9 +90,9 @@ def choose(call: ChooseCall) -> list[Tensor]:
         assert call.progress is not None, "power needs progress"
         growth = call.progress**rule.power
     if rule.resolution:
-        attention = fine_map(q, k, grid, rule.resolution)  # [B, H, Mb, Nb]
+        attention = fine_map(q, k, grid, rule.resolution, call.scale)  # [B, H, Mb, Nb]
     else:
-        attention = pooled_map(q, k, grid, rule.center_k)
+        attention = pooled_map(q, k, grid, rule.center_k, call.scale)
     if rule.visit == "count":  # text counts towards the density, above every vision block
         for start, stop in grid.text_kv_ranges:
             attention[..., start:stop] = 2.0

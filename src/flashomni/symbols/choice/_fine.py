@@ -12,11 +12,13 @@ LARGEST = 65504.0  # of fp16
 ENTRIES = 2**26  # of the map of means that are made at a time
 
 
-def fine_map(q: Tensor, k: Tensor, grid: Grid, resolution: int) -> Tensor:
+def fine_map(
+    q: Tensor, k: Tensor, grid: Grid, resolution: int, softmax_scale: float | None = None
+) -> Tensor:
     """What each query block gives to each key block, of the means of ``resolution`` tokens.
 
     Softmax of the scores of means; the mean over the query parts of a block that hold a token that
-    exists, the sum over the parts of a key block. Means, and those of q times ``D ** -0.5``, are
+    exists, the sum over the parts of a key block. Means, and those of q times the scale, are
     rounded to fp16: it is a choice that follows, and tensor cores take them.
 
     Args:
@@ -24,6 +26,7 @@ def fine_map(q: Tensor, k: Tensor, grid: Grid, resolution: int) -> Tensor:
         k: ``[B, N, Hkv, D]``; key heads are repeated for GQA.
         grid: padding behind ``kv_len`` takes part in no mean, parts of padding alone get 0.
         resolution: tokens of a mean; divides the blocks.
+        softmax_scale: of the scores; ``D ** -0.5`` by default.
 
     Returns:
         fp32 ``[B, H, Mb, Nb]``; rows sum to 1, those of padding alone to 0.
@@ -32,7 +35,8 @@ def fine_map(q: Tensor, k: Tensor, grid: Grid, resolution: int) -> Tensor:
     length = kv_len if is_text_last(grid) else None
     rows, columns = grid.num_q_blocks, grid.num_kv_blocks
     q_parts, k_parts = grid.block_m // resolution, grid.block_n // resolution
-    q_mean = _half(pool(q, resolution, length) * head_dim**-0.5)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    q_mean = _half(pool(q, resolution, length) * scale)
     k_mean = _half(pool(k, resolution, kv_len)).repeat_interleave(num_heads // k.shape[2], dim=1)
     end_q = torch.full((1,), seqlen_q, device=device) if length is None else length
     end_k = torch.full((1,), grid.seqlen_kv, device=device) if kv_len is None else kv_len

@@ -27,6 +27,7 @@ class FineMap:
         k: ``[B, N, Hkv, D]`` likewise.
         grid: of both.
         resolution: tokens of a mean.
+        scale: of the scores.
         gated: whether similarities of blocks are stored too.
         scratch: where: ``q_similarity`` and ``k_similarity``.
     """
@@ -37,6 +38,7 @@ class FineMap:
         k: Tensor,
         grid: Grid,
         resolution: int,
+        scale: float,
         gated: bool,
         scratch: dict[str, Tensor | None],
     ) -> None:
@@ -55,7 +57,7 @@ class FineMap:
         }  # fmt: skip
         means_kernel[(rows + columns, self._num_heads, batch)](
             q, k, grid.kv_len, self._q_means, self._k_means, scratch["q_similarity"],
-            scratch["k_similarity"], *q.stride()[:3], *k.stride()[:3], head_dim**-0.5, seqlen_q,
+            scratch["k_similarity"], *q.stride()[:3], *k.stride()[:3], scale, seqlen_q,
             grid.seqlen_kv, rows, columns, *counts, kv_heads, BLOCK_M=grid.block_m,
             BLOCK_N=grid.block_n, TILE_M=min(triton.next_power_of_2(grid.block_m), MAX_TILE),
             TILE_N=min(triton.next_power_of_2(grid.block_n), MAX_TILE), GATED=gated, num_warps=8,

@@ -14,7 +14,7 @@ def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
     Args:
         x: ``[B, S, H, D]``.
         block: tokens per block.
-        length: optional int32 ``[B]``: tokens from there on are padding and are left out.
+        length: optional int32 ``[B]``: tokens from there on are padding, whatever they hold.
 
     Returns:
         fp32 ``[B, H, ceil(S / block), D]``; a block of padding alone is zero.
@@ -26,7 +26,7 @@ def pool(x: Tensor, block: int, length: Tensor | None = None) -> Tensor:
     valid = position < limit  # [1 | B, blocks, block]
     count = valid.sum(-1).clamp(min=1)[..., None, None]  # [1 | B, blocks, 1, 1]
     if length is not None:
-        x = x * valid.flatten(1)[:, :seqlen, None, None].to(x.dtype)
+        x = x.masked_fill(~valid.flatten(1)[:, :seqlen, None, None], 0.0)
     tail = num_blocks * block - seqlen
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x
     total = x.unflatten(1, (num_blocks, block)).sum(2, dtype=torch.float32)

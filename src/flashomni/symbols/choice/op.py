@@ -20,6 +20,7 @@ from flashomni.symbols.choice._checks import (
     check_choose,
     check_min_skip,
     check_rows,
+    check_scale,
     check_symbols,
 )
 from flashomni.symbols.choice._definition import heaviest, low_mass, pool, pooled_map
@@ -109,6 +110,13 @@ class ChooseCall:
     rule: Rule
     progress: Tensor | None
     guide: Tensor | None = None
+    softmax_scale: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Of the scores."""
+        usual = self.q.shape[-1] ** -0.5
+        return usual if self.softmax_scale is None else self.softmax_scale
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ def choose(
     progress: Tensor | None = None,
     *,
     guide: Tensor | None = None,
+    softmax_scale: float | None = None,
     backend: str | None = None,
 ) -> Symbols:
     """Symbols that ``rule`` chooses on the pooled map of q and k.
@@ -159,6 +168,7 @@ def choose(
         progress: fp32 scalar on the device, (step + 1) / num_steps; for a rule with ``power``.
         guide: fp32 ``[B, H, Mb, T]``, what query blocks give to T text tokens that are not in the
             sequence; rows sum to 1.
+        softmax_scale: of the scores, as attention has it; ``D ** -0.5`` by default.
         backend: which one chooses; by default the best that accepts.
 
     Raises:
@@ -167,6 +177,7 @@ def choose(
             its resolution does not divide the blocks.
     """
     check_choose(q, k, grid, progress)
+    check_scale(softmax_scale)
     if rule.compute in ("and", "mean", "g") and not grid.text_spans and guide is None:
         raise ValueError(f"compute {rule.compute} needs text tokens or a guide, got a {grid}")
     if guide is not None:
@@ -178,7 +189,8 @@ def choose(
             f"resolution must divide blocks of {grid.block_m} x {grid.block_n}, "
             f"got {rule.resolution}"
         )
-    q_bits, kv_bits = execute("choose", ChooseCall(q, k, grid, rule, progress, guide), backend)
+    call = ChooseCall(q, k, grid, rule, progress, guide, softmax_scale)
+    q_bits, kv_bits = execute("choose", call, backend)
     return Symbols(q_bits, kv_bits, grid)
 
 

@@ -49,7 +49,7 @@ def choose(call: ChooseCall) -> list[Tensor]:
     scratch = dict(zip(sizes, _split(sizes.values(), device), strict=True))
     with torch.cuda.device_of(q):
         if fine:
-            masses = FineMap(q, k, grid, fine, rule.gate is not None, scratch)
+            masses = FineMap(q, k, grid, fine, call.scale, rule.gate is not None, scratch)
             kv_bits = _visit(call, kv_heads, scratch, parts, texts, masses)
         else:
             _pool(q, k, grid, rule.gate is not None, scratch)
@@ -134,7 +134,7 @@ def _visit(
             scratch["q_means"], scratch["k_means"], scratch["q_similarity"],
             scratch["k_similarity"], grid.kv_len, grid.text_q_bits(device) if has_text else None,
             grid.text_kv_bits(device) if has_text else None, call.progress, words,
-            scratch["given"], guide, masses, head_dim**-0.5, rule.tau_kv, rule.power,
+            scratch["given"], guide, masses, call.scale, rule.tau_kv, rule.power,
             rule.gate or 0.0, rule.count_kv, rows, columns, num_words, num_heads // kv_heads,
             texts, parts[0], parts[1] - parts[0], start // tile, count, BLOCK_M=grid.block_m,
             BLOCK_N=grid.block_n, HEAD_DIM=head_dim, DIMS=16 if width <= LONG else 1, ROWS=tile,
