@@ -67,8 +67,9 @@ docs: $(STAMP)  ## the documentation as a site, in build/site; a warning is an e
 docs-version: docs  ## the site, as its version (or SITE_VERSION=dev), on the branch gh-pages; PUSH=--push publishes it
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) mike
 	version=$$($(BIN)/python -c 'import flashomni; print(flashomni.__version__.rpartition(".")[0])'); \
-	$(BIN)/mike deploy $(PUSH) --update-aliases $(if $(SITE_VERSION),$(SITE_VERSION),$$version latest) && \
-	$(if $(SITE_VERSION),true,$(BIN)/mike set-default $(PUSH) latest)
+	export NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH"; \
+	mike deploy $(PUSH) --update-aliases $(if $(SITE_VERSION),$(SITE_VERSION),$$version latest) && \
+	$(if $(SITE_VERSION),true,mike set-default $(PUSH) latest)
 
 bench: $(STAMP)  ## speed of the ops here, against torch's dense ones
 	$(BIN)/flashomni bench op attention

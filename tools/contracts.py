@@ -110,7 +110,8 @@ def reason(wrong: ElementTree.Element) -> str:
     """What was raised, in a line; of tensors that differ, by how much."""
     text = wrong.get("message") or wrong.text or "failed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = re.sub(r'^failed on \w+ with "(.*?)"?$', r"\1", lines[0])
+    first = re.sub(r'^failed on \w+ with "(.*?)"?$', r"\1", lines[0])
+    found = f"{first} {lines[-1].removesuffix(chr(34))}" if first.endswith(":") else first
     if text.startswith("collection failure"):
         last = [line.strip() for line in (wrong.text or "").splitlines() if line.startswith("E ")]
         return last[-1].removeprefix("E").strip() if last else found

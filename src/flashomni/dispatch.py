@@ -15,6 +15,7 @@ The call object is the argument all the way: :func:`execute` hands it to the bac
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -108,6 +109,10 @@ class Backend:
             return [f"cannot tell whether it runs here: {_told(error)}"]
 
 
+TRITON_FOR = {
+    "Linux": "which is not installed: pip install 'flashomni[gpu]'",
+    "Windows": "which is not installed: triton-windows is one, and was not tried",
+}
 NOT_PREFERRED = "is slower here, or was not measured; runs if it is named"
 
 _ops: dict[str, Op] = {}
@@ -234,6 +239,11 @@ def _load(point: EntryPoint) -> None:
 
 
 def _told(error: Exception) -> str:
+    """What an error says, and of a Triton that is not there what to do."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "triton":
+        system = platform.system()
+        cure = TRITON_FOR.get(system, f"which there is none of for {system}")
+        return f"needs Triton, {cure}"
     return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
 
 
@@ -258,6 +268,17 @@ def refusals(op: str) -> dict[str, str]:
         backend.name: "; ".join(why) for backend in registered(op) if (why := backend.missing())
     }
     return reasons | {name: why for (of, name), why in _broken.items() if of == op}
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether more than the definition of ``op`` runs on this machine without being named.
+
+    Args:
+        op: one of ``OPS``.
+        device: type of the device that tensors are on.
+    """
+    usable = _usable.get((op, None)) or _candidates(op, None)
+    return any(backend.device == device and backend.prefers is None for backend in usable)
 
 
 def find(op: str, name: str) -> Backend:

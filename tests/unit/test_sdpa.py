@@ -113,9 +113,9 @@ def test_calls_that_need_more_go_to_another(cache, on_cpu):
 
 
 def test_tensors_elsewhere_are_refused():
-    """The backend as it is registered is for CUDA devices."""
+    """The backend as it is registered is for GPUs."""
     why = sdpa._refuses(call_of(20, 20))
-    assert why == ["tensors are on cpu, this backend is for cuda"]
+    assert why == ["tensors are on cpu, this backend is for GPUs"]
 
 
 def test_versions_need_no_installed_package(monkeypatch):

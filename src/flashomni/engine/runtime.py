@@ -45,6 +45,7 @@ from flashomni.engine.state.span import Streams
 from flashomni.engine.state.turns import Turns
 from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.engine.trace import LayerRecord, Trace
+from flashomni.engine.unserved import Unserved
 from flashomni.parallel import Ranks
 
 log = logging.getLogger("flashomni")
@@ -94,6 +95,7 @@ class Runtime:
         self.layers, self._check, self._latents = layers, check, latents
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
         self.redone, self.grids = Redone(len(layers)), Grids()
+        self.unserved = Unserved(type(model).__name__, backend)
         self.generations = Generations()
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -169,6 +171,7 @@ class Runtime:
             self._check()
             if self.budget is not None:
                 self._keep_to(self.budget, context, device, by_name(self.model, args, kwargs))
+            self.unserved.look(device)
             generation = self._start(position)
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None

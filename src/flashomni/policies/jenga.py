@@ -13,6 +13,7 @@ from flashomni.policies._places import places, shape_of
 from flashomni.policies._static import visits_given
 from flashomni.symbols import Grid, Symbols
 from flashomni.symbols.choice.op import pooled_map
+from flashomni.symbols.wide import wide
 
 
 @policy("jenga")
@@ -53,10 +54,10 @@ class Jenga(Policy):
         masses = pooled_map(site.q, site.k, grid, softmax_scale=site.softmax_scale)
         among = masses.masked_fill(grid.given_kv_mask(device), 0.0)
         ordered, order = among.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        before = ordered.cumsum(-1, dtype=wide(device)) - ordered
         rank = torch.arange(grid.num_kv_blocks, device=device)
         blocks = (~grid.given_kv_mask(device)).sum()
-        kept = (before <= self.mass * ordered.sum(-1, keepdim=True, dtype=torch.float64)) | (
+        kept = (before <= self.mass * ordered.sum(-1, keepdim=True, dtype=wide(device))) | (
             rank < (self.density * blocks).ceil()
         )
         kv_mask = torch.zeros_like(kept).scatter(-1, order, kept)

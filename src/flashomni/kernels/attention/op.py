@@ -29,6 +29,7 @@ from flashomni.kernels.common.rows import check_rows, check_symbols, tile_mask
 from flashomni.kernels.elementwise.op import sum_of_terms
 from flashomni.kernels.summarise.op import Summary, check_summary
 from flashomni.symbols import Symbols
+from flashomni.symbols.wide import wide
 
 REDONE = 4  # words of the memory of what was done again
 
@@ -308,8 +309,8 @@ def _reference(call: AttentionCall) -> None:
         bias = summary_bias(call.summary, call.symbols, call.kv_len)
         bias = bias.repeat_interleave(grid.block_m, -2)[..., :seqlen_q, :]
         keep = torch.cat([keep, bias > -torch.inf], -1)
-    wide = torch.float32 if k.device.type == "mps" else torch.float64
-    score = torch.einsum("bmhd,bnhd->bhmn", call.q.to(wide), k.to(wide)) * call.softmax_scale
+    dtype = wide(k.device)
+    score = torch.einsum("bmhd,bnhd->bhmn", call.q.to(dtype), k.to(dtype)) * call.softmax_scale
     if bias is not None:
         score[..., seqlen_kv:] += bias
     score = score.masked_fill(~keep, -torch.inf)

@@ -1,14 +1,15 @@
 """torch's own attention, for dense calls of shapes at which it was measured to be faster.
 
 Nothing is measured on the way: ``flashomni tune-kernels`` does, once for a card. Asked for by name
-it takes every dense call; otherwise only those of which the table says so (:mod:`._measured`).
+it takes every dense call; otherwise only those of which the table says so (:mod:`._measured`), and
+on a device that no kernel is for all of them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from flashomni.dispatch import register
+from flashomni.dispatch import has_kernel, register
 from flashomni.kernels.attention._measured import sdpa_is_faster
 from flashomni.kernels.attention.op import AttentionCall
 
@@ -29,17 +30,19 @@ def refuse_features(call: AttentionCall) -> list[str]:
 
 def _refuses(call: AttentionCall) -> list[str]:
     device = call.q.device.type
-    here = [] if device == "cuda" else [f"tensors are on {device}, this backend is for cuda"]
+    here = [f"tensors are on {device}, this backend is for GPUs"] if device == "cpu" else []
     return here + refuse_features(call)
 
 
 def _prefers(call: AttentionCall) -> bool:
     q, k = call.q, call.k
+    if q.device.type != "cpu" and not has_kernel("attention", q.device.type):
+        return True  # only the definition is left: Apple's and Intel's GPUs, or without Triton
     return sdpa_is_faster(q.device, q.dtype, q.shape[3], q.shape[1], k.shape[1])
 
 
 def _available() -> list[str]:
-    return [] if torch.cuda.is_available() else ["needs a CUDA device"]
+    return [] if torch.accelerator.is_available() else ["needs a GPU"]
 
 
 @register(

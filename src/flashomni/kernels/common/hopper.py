@@ -57,6 +57,8 @@ def hopper_refusals() -> list[str]:
         return [f"needs Triton 3.6 or newer, found {triton.__version__}"]
     if not torch.cuda.is_available():
         return ["needs a CUDA device"]
+    if torch.version.hip is not None:  # an MI200 calls itself 9.0 as well
+        return [f"is for NVIDIA's cards, and this torch is for AMD's (ROCm {torch.version.hip})"]
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if (9, 0) not in found:
         return [f"needs compute capability 9.0, found {sorted(found)}"]
@@ -65,7 +67,7 @@ def hopper_refusals() -> list[str]:
 
 @functools.cache
 def is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) == (9, 0)
 
 
 @functools.cache

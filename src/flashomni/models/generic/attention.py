@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashomni.dispatch import select
+from flashomni.dispatch import has_kernel, select
 from flashomni.kernels.attention.op import AttentionCall
 
 SDPA = functional.scaled_dot_product_attention
@@ -95,7 +95,8 @@ def _why_no_kernel(call: Attention, backend: str | None) -> str | None:
         found = select("attention", asked, backend)
     except NotImplementedError as refusal:
         return str(refusal).splitlines()[-1].strip()
-    if found.name == "reference" and backend is None:
+    served = found.name != "reference" and has_kernel("attention", q.device.type)
+    if backend is None and not served:
         return f"no kernel of ours takes {str(q.dtype).removeprefix('torch.')} on {q.device.type}"
     return None
 

@@ -12,6 +12,7 @@ from flashomni.symbols.choice._fine import fine_map
 from flashomni.symbols.choice._pool import is_text_last, pool
 from flashomni.symbols.grid import Grid
 from flashomni.symbols.symbols import Symbols
+from flashomni.symbols.wide import wide
 
 if TYPE_CHECKING:
     from flashomni.symbols.choice.op import ChooseCall, LiveCall, MeasureCall, Rule
@@ -61,7 +62,7 @@ def low_mass(mass: Tensor, tau: Tensor | float) -> Tensor:
     bool, shape of ``mass``, which must not be negative.
     """
     ordered, order = mass.sort(dim=-1, stable=True)
-    prefix = ordered.cumsum(-1, dtype=torch.float64)
+    prefix = ordered.cumsum(-1, dtype=wide(mass.device))
     low = prefix <= _scalar(tau, mass) * prefix[..., -1:]
     return torch.zeros_like(low).scatter(-1, order, low)
 

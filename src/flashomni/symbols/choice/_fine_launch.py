@@ -96,5 +96,8 @@ class FineMap:
 
 def _row_tile(device: torch.device) -> int:
     """Query parts of a program; half as many where products need more registers."""
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    return TILE if hopper else TILE // 2
+    if device.type != "cuda":
+        return TILE
+    nvidia = torch.version.hip is None
+    roomy = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return TILE if roomy else TILE // 2

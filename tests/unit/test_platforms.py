@@ -1,0 +1,177 @@
+"""Machines that are not here: without Triton, of AMD, Apple or Intel, with Windows.
+
+What they answer is faked where the library asks: `platform.system`, `torch.version.hip`,
+`torch.cuda`. What is not there is a sentence with its cure, and everything else runs.
+"""
+
+import logging
+import platform
+import textwrap
+
+import pytest
+import torch
+from guide import run
+
+import flashomni
+from conftest import SPARSE, generation, make_tiny
+from flashomni import dispatch
+from flashomni.engine.unserved import Unserved, told
+from flashomni.kernels.attention import sdpa
+from flashomni.kernels.attention.op import AttentionCall
+from flashomni.models.generic.attention import Attention
+from flashomni.symbols.wide import wide
+
+BAR_TRITON = """
+import platform, sys
+
+class Bar:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Bar())
+"""
+
+
+@pytest.mark.parametrize(
+    ("system", "cure"),
+    [
+        ("Linux", "pip install 'flashomni[gpu]'"),
+        ("Windows", "triton-windows is one, and was not tried"),
+        ("Darwin", "which there is none of for Darwin"),
+    ],
+)
+def test_a_missing_triton_is_a_sentence_with_its_cure(system, cure, monkeypatch):
+    """Not a module's name; an import that fails for another reason is told as it is."""
+    monkeypatch.setattr(platform, "system", lambda: system)
+    for name in ("triton", "triton.language"):
+        text = dispatch._told(ModuleNotFoundError(f"No module named {name!r}", name=name))
+        assert text.startswith("needs Triton, which ") and cure in text
+    assert dispatch._told(ImportError("no gluon in it")) == "no gluon in it"
+
+
+@pytest.mark.slow
+def test_without_triton_everything_but_its_kernels_runs():
+    """A generation on the CPU, what doctor says, and the refusal of a backend by name."""
+    code = BAR_TRITON + textwrap.dedent("""
+        import torch, flashomni
+        from flashomni.kernels import refusals, sparse_attention
+        from flashomni.lab import doctor
+        from flashomni.models import adapters
+
+        model, inputs = adapters()["FluxTransformer2DModel"].tiny()
+        with torch.no_grad(), flashomni.accelerate(model.eval(), "balanced") as engine:
+            for step in range(12):
+                engine.step(step, 12)
+                assert model(**inputs, return_dict=False)[0].isfinite().all()
+            report = engine.report()
+        assert report.flops_skipped > 0 and "no attention kernel" not in str(report), report
+        assert set(refusals("attention")) == {"portable", "sm90", "sdpa"}
+        assert "needs Triton, which is not installed" in doctor.text()
+        q = torch.randn(1, 130, 2, 32)
+        try:
+            sparse_attention(q, q, q, backend="portable")
+        except NotImplementedError as error:
+            assert "portable: cannot be imported: needs Triton, which" in str(error), error
+        else:
+            raise AssertionError("it ran without Triton")
+        assert "triton" not in sys.modules
+    """)
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A card of AMD that calls itself 9.0, as an MI200 does."""
+    hopper = pytest.importorskip("flashomni.kernels.common.hopper", reason="needs Triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for asked in (hopper.hopper_refusals, hopper.is_hopper):
+        asked.cache_clear()
+    dispatch.forget_choices()
+    yield hopper
+    monkeypatch.undo()
+    for asked in (hopper.hopper_refusals, hopper.is_hopper):
+        asked.cache_clear()
+    dispatch.forget_choices()
+
+
+def test_a_card_of_amd_is_no_hopper(amd):
+    """Its number is the same, its instructions are not; the portable kernels are tried."""
+    from flashomni import triton_host
+    from flashomni.symbols.choice import _fine_launch
+
+    why = "is for NVIDIA's cards, and this torch is for AMD's (ROCm 6.4)"
+    assert amd.hopper_refusals() == [why] and not amd.is_hopper(0)
+    for op in ("attention", "gemm_q", "gemm_o", "refresh"):
+        assert dispatch.refusals(op)["sm90"] == why
+    assert triton_host.available() == []
+    assert "portable" in dispatch.backends("attention")
+    assert _fine_launch._row_tile(torch.device("cuda")) == _fine_launch.TILE // 2
+    if not triton_host.INTERPRETED:
+        assert dispatch.has_kernel("attention", "cuda")
+
+
+@pytest.fixture
+def only_definitions(monkeypatch):
+    """No kernel is for the device that the tests have."""
+    kept = dict(dispatch._registry)
+    for name, state in (("_registry", kept), ("_sorted", {}), ("_usable", {})):
+        monkeypatch.setattr(dispatch, name, state)
+    dispatch.registered("attention")
+    for key in [key for key, backend in kept.items() if backend.device == "cpu"]:
+        del kept[key]
+    yield
+    monkeypatch.undo()
+    dispatch.forget_choices()
+
+
+def test_a_device_without_a_kernel_is_said_once(only_definitions, no_grad, caplog):
+    """In the log and in each report; the generation is what the definitions make of it."""
+    model, inputs = make_tiny("FluxTransformer2DModel")
+    with flashomni.accelerate(model, SPARSE, backend="reference") as engine:
+        exact = generation(engine, model, inputs, steps=4)
+        assert not [note for note in engine.report().notes if "no attention kernel" in note]
+    with caplog.at_level(logging.WARNING, "flashomni"):
+        with flashomni.accelerate(model, SPARSE) as engine:
+            for _ in range(2):
+                assert torch.equal(generation(engine, model, inputs, steps=4), exact)
+            (note,) = (n for n in engine.report().notes if "no attention kernel runs on cpu" in n)
+    assert "layers that are cached whole are skipped all the same" in note
+    ours = [r.getMessage() for r in caplog.records if r.name == "flashomni"]
+    assert ours == [f"FluxTransformer2DModel: {note}"]
+
+
+def test_apple_and_intel_have_torchs_own_attention():
+    """Dense calls; the sentence says what becomes of the others. No choice needs the device."""
+    for kind in ("mps", "xpu"):
+        assert not dispatch.has_kernel("attention", kind)
+        assert f"no attention kernel runs on {kind} here" in told(kind)
+        seen = Unserved("Flux", None)
+        seen.look(torch.device(kind))
+        assert seen.notes() == [told(kind)]
+        named = Unserved("Flux", "reference")
+        named.look(torch.device(kind))
+        assert named.notes() == []
+    assert wide(torch.device("mps")) == torch.float32 and wide(torch.device("cpu")) == torch.float64
+
+
+def test_dense_calls_of_a_device_without_a_kernel_take_torchs_attention():
+    """Tensors of the device type meta stand for it: only metadata are looked at."""
+    q = torch.empty(1, 300, 2, 32, device="meta")
+    call = AttentionCall(q, q, q, torch.empty_like(q), None, None, None, 32**-0.5)
+    assert sdpa._refuses(call) == [] and sdpa._prefers(call)
+    on_cpu = torch.empty(1, 300, 2, 32)
+    other = AttentionCall(on_cpu, on_cpu, on_cpu, on_cpu, None, None, None, 32**-0.5)
+    assert sdpa._refuses(other) == ["tensors are on cpu, this backend is for GPUs"]
+    assert not sdpa._prefers(other)
+
+
+def test_a_learned_model_keeps_its_own_attention_there():
+    """Nothing of ours would be faster than what it has."""
+    q = torch.empty(1, 2, 300, 32, device="meta")
+    why = Attention(q, q, q, None, None, None).why_not(None)
+    assert why == "no kernel of ours takes float32 on meta"
