@@ -1,4 +1,4 @@
-"""The widest floats of a device: definitions sum in them, so that their own rounding is not felt."""
+"""The widest floats of a device: definitions sum in them, so that their rounding is not felt."""
 
 from __future__ import annotations
 
