@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_tune_writes_a_recipe_that_remembers(loaded, tmp_path, caplog):
         on_progress=lambda stage, done, total: seen.append((stage, done, total)),
         on_note=said.append,
     )  # fmt: skip
-    assert "MiB a prompt" in said[0]
+    assert "KiB a prompt" in said[0]
     recipe = Recipe.load(out)
     assert recipe == found.recipe and recipe.tuned.num_steps == STEPS
     assert recipe.tuned.ramp == f"ramp:computed={found.chosen.computed},of={STEPS}"
@@ -256,6 +257,18 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
     assert Recipe.load(tmp_path / "mine.json") == found.recipe
 
 
+def test_sparse_attention_that_did_not_pay_is_not_tried_with_more_steps():
+    """With fewer there was more to win; with more nothing has been said yet."""
+    spent = Spent((), None, 1.0)
+    fake = SimpleNamespace(settings=FEW, _spent={4: spent}, driver=SimpleNamespace(model=None))
+    fake.settings = replace(FEW, sparse=1)
+    assert tuner.Tuner._spend(fake, None, 5) is None
+    fake._stage = ""
+    fake.driver = None
+    with pytest.raises(AttributeError, match="model"):
+        tuner.Tuner._spend(fake, None, 4)
+
+
 def test_recording_that_does_not_fit_is_refused(loaded, tmp_path):
     """Before anything runs."""
     with pytest.raises(ValueError, match="memory must be at least"):
@@ -295,7 +308,7 @@ def test_a_fidelity_is_reached_by_the_fewest_steps(monkeypatch):
 
         def point(self, count):
             verdict = Verdict(20.0 + count, 0, 0, 0, 1.0, 0, None, None, None, 1.0)
-            return running.Point(count, None, "", 0.0, 0.0, 0.0, verdict)
+            return running.Point(count, None, "", 0.0, 0.0, verdict)
 
     points = running._reach(Fake(), 30.0)
     assert min(p.computed for p in points if p.verdict.psnr_db >= 30) == 10

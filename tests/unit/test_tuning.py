@@ -15,7 +15,7 @@ from flashomni.tuning import sparse
 from flashomni.tuning.cost import Costs, anchors_of, as_fitted, choose_fit, decibels
 from flashomni.tuning.gains import Gain, gain_curve, probe_steps
 from flashomni.tuning.plan import best_schedules, descend, neighbours, segment_costs
-from flashomni.tuning.polish import Candidate, search, signal_to_noise
+from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise
 
 STEPS = 9
 
@@ -217,13 +217,38 @@ def test_search_measures_what_looks_best_first():
 
     asked = []
 
-    def measure(candidate):
+    def measure(candidate, best):
         asked.append(candidate.steps)
-        return {(0, 1, 2): 1.0, (0, 1, 5): 3.0}.get(candidate.steps, 0.0)
+        return [{(0, 1, 2): 1.0, (0, 1, 5): 3.0}.get(candidate.steps, 0.0)]
 
     best, value = search([make((0, 1, 2)), make((0, 2, 4))], make, measure, tries=2)
     assert asked == [(0, 1, 2), (0, 2, 4), (0, 1, 5), (0, 4, 5)]
     assert value == 3.0 and best.steps == (0, 1, 5)
+
+
+def test_search_gives_up_what_the_first_prompts_show_to_be_behind():
+    """Such a candidate has fewer values, and never wins however good these are."""
+    values = {(0, 1, 2): [5.0, 5.0], (0, 2, 4): [4.0, 8.0], (0, 1, 5): [3.4, 7.0]}
+
+    def measure(candidate, best):
+        found = []
+        for value in values[candidate.steps]:
+            found.append(value)
+            if behind(found, best):
+                break
+        counts.append(len(found))
+        return found
+
+    counts = []
+    starts = [Candidate(steps, np.eye(6), 1, "fitted", "", 0.0) for steps in values]
+    best, value = search(starts, None, measure, tries=0)
+    assert best.steps == (0, 2, 4) and value == 6.0 and counts == [2, 2, 2]
+    best, value = search([starts[1], starts[0], starts[2]], None, measure, tries=0)
+    assert best.steps == (0, 2, 4) and counts[3:] == [2, 2, 2]
+    values[0, 1, 5] = [2.4, 99.0]
+    best, value = search(starts, None, measure, tries=0)
+    assert best.steps == (0, 2, 4) and value == 6.0 and counts[6:] == [2, 2, 1]
+    assert not behind([0.0], []) and not behind([1.0, 1.0], [2.0, 2.0, 9.0])
 
 
 def test_signal_to_noise():

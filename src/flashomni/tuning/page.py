@@ -57,7 +57,7 @@ def in_words(point: Point) -> str:
     """What became of sparse attention, a sentence."""
     start = f"{point.computed} computed steps: sparse attention"
     if point.spent is None:
-        return f"{start} was not tried"
+        return f"{start} was not tried, or did not pay with fewer steps"
     if point.recipe.groups:
         return f"{start} pays, {point.spent.chosen.words if point.spent.chosen else ''}"
     best = max(point.spent.tried, key=lambda tried: tried.surplus, default=None)

@@ -14,6 +14,8 @@ from flashomni.tuning.drive import Compute, Driver
 from flashomni.tuning.plan import Steps, neighbours
 from flashomni.tuning.record import Recording
 
+BEHIND = 1.5  # dB on the prompts so far
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -75,7 +77,7 @@ def signal_to_noise(latents: Tensor, reference: Tensor) -> float:
 def search(
     starts: Iterable[Candidate],
     make: Callable[[Steps], Candidate],
-    measure: Callable[[Candidate], float],
+    measure: Callable[[Candidate, Sequence[float]], list[float]],
     tries: int,
 ) -> tuple[Candidate, float]:
     """The best of what is measured: all starts, then neighbours of the best, likeliest first.
@@ -83,31 +85,46 @@ def search(
     Args:
         starts: measured all.
         make: the candidate of a schedule.
-        measure: dB on the real output, mean over prompts.
+        measure: dB on the real output by prompt, given those of the best so far; fewer numbers
+            where it is :func:`behind`.
         tries: neighbours to measure.
+
+    Returns:
+        The best, and its mean over prompts.
     """
-    seen: dict[tuple[Steps, str], float] = {}
-    best, value = None, -np.inf
+    best, values = None, list[float]()
+    tried: set[Steps] = set()
+
+    def better(candidate: Candidate) -> bool:
+        nonlocal best, values
+        tried.add(candidate.steps)
+        found = measure(candidate, values)
+        if best is not None and (len(found) < len(values) or np.mean(found) <= np.mean(values)):
+            return False
+        best, values = candidate, found
+        return True
+
     for start in starts:
-        found = seen[start.steps, start.label] = measure(start)
-        if found > value:
-            best, value = start, found
+        better(start)
     assert best is not None, "there must be something to start from"
-    tried: set[Steps] = {steps for steps, _ in seen}
     while tries > 0:
         options = [s for s in neighbours(best.steps, len(best.weights)) if s not in tried]
         ranked = sorted((make(steps) for steps in options), key=lambda c: -c.predicted)
-        improved = False
         for candidate in ranked[:tries]:
-            tried.add(candidate.steps)
             tries -= 1
-            found = measure(candidate)
-            if found > value:
-                best, value, improved = candidate, found, True
+            if better(candidate):
                 break
-        if not improved:
+        else:
             break
-    return best, value
+    return best, float(np.mean(values))
+
+
+def behind(values: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether some prompts say that a candidate will not catch up on the others.
+
+    Candidates on one prompt are a few tenths of a dB apart, or many: half of the tries end here.
+    """
+    return bool(best) and np.mean(values) < np.mean(best[: len(values)]) - BEHIND
 
 
 def spread(values: Sequence[float]) -> float:

@@ -57,7 +57,6 @@ class Tuned:
                     "source": point.source,
                     "predicted_db": round(point.predicted_db, 2),
                     "measured_db": round(point.measured_db, 2),
-                    "ramp_measured_db": round(point.ramp_measured_db, 2),
                     "sparse": None if point.spent is None else point.spent.to_dict(),
                     "groups": [group.to_dict() for group in point.recipe.groups],
                     **asdict(point.verdict),
@@ -161,7 +160,7 @@ def tune(
     else:
         counts = _counts(tuner, target_speedup, pareto)
         tuner.expect(counts)
-        points = [tuner.point(count) for count in counts]
+        points = [tuner.point(count) for count in sorted(counts)]
         chosen = max(points, key=lambda point: point.verdict.gain_db)
     points = sorted(points, key=lambda point: -point.computed)
     found = Tuned(tuple(points), chosen, tuner.seconds, tuner.bytes_each, resumed)
@@ -199,7 +198,7 @@ def _divided(
 def _counts(tuner: Tuner, target_speedup: float | None, pareto: bool | Sequence[int]) -> list[int]:
     steps = tuner.num_steps
     if target_speedup is not None:
-        tuner.expect([round(steps / target_speedup)])
+        tuner.expect([max(round(steps / target_speedup), 2)])
         return [tuner.count_for(target_speedup)]
     if isinstance(pareto, bool):
         found = {round(steps / speedup) for speedup in SPEEDUPS}

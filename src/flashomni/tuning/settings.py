@@ -19,7 +19,7 @@ class Settings:
         starts: of the schedules that planning proposes, so many are measured: the ramp and the
             plan first.
         probes: steps at which gains are measured.
-        probed: prompts that gains are measured on.
+        probed: prompts that gains are measured on, in turn.
         sparse: of the kinds of sparse attention that steps may be computed with, so many are tried;
             see :mod:`flashomni.tuning.sparse`.
         memory: bytes that recordings may take in host memory.
@@ -43,9 +43,9 @@ class Point:
         source: which stage proposed its schedule.
         predicted_db: of the final latents, mean over the tuning prompts.
         measured_db: likewise, on the real output.
-        ramp_measured_db: of the ramp with the presets' forecast, likewise.
         verdict: on held-back prompts, in pixels.
-        spent: what sparse attention in computed steps was worth; ``None`` where it was not tried.
+        spent: what sparse attention in computed steps was worth; ``None`` where it was not tried:
+            it is not where it does not pay with fewer computed steps.
     """
 
     computed: int
@@ -53,6 +53,5 @@ class Point:
     source: str
     predicted_db: float
     measured_db: float
-    ramp_measured_db: float
     verdict: Verdict
     spent: Spent | None = None

@@ -19,7 +19,7 @@ from flashomni.tuning.drive import Driver
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
 from flashomni.tuning.judge import judge
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
-from flashomni.tuning.polish import Candidate, search, signal_to_noise, simulate
+from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
 from flashomni.tuning.settings import Point, Settings
 from flashomni.tuning.sparse import OPTIONS, Spent, spend
@@ -106,6 +106,8 @@ class Tuner:
         )
         self._costs: Costs | None = None
         self._plans: dict[int, list[Candidate]] = {}
+        self._spent: dict[int, Spent | None] = {}  # by number of computed steps
+        self._compiles = torch.device(pipe._execution_device).type == "cuda"
 
     @property
     def seconds(self) -> float:
@@ -117,16 +119,19 @@ class Tuner:
         steps, found = self.num_steps, 0
         for number in range(len(self.prompts)):
             found += 0 if self.state.recording(number) is not None else steps
-        at = probe_steps(steps, self.settings.probes)
-        for number in range(min(self.settings.probed, len(self.prompts))):
+        for number, at in enumerate(self._probe_steps()):
             missing = [s for s in at if self.state.get(f"gain {number} {s}") is None]
             found += sum(steps - 1 - step for step in missing)
         for count in counts:
             if self.state.get(f"point {count}") is None:
-                found += (self.settings.sparse + 1) * (1 + self.settings.probed) * count
-                found += (
-                    (self.settings.starts + 1 + self.settings.tries) * len(self.prompts) * count
+                if count == min(counts):
+                    runs = self._compiles + min(self.settings.probed, len(self.prompts))
+                    found += (self.settings.sparse + 1) * runs * count
+                replayed = next(
+                    n for n, at in enumerate((*ramp_steps(count, steps), -1)) if at != n
                 )
+                tries = self.settings.starts + self.settings.tries
+                found += tries * len(self.prompts) * (count - replayed)
                 found += 3 * len(self.held_back) * count
         self._total = self._done + found + len(self.held_back) * steps
 
@@ -167,9 +172,10 @@ class Tuner:
             effects = self.state.put("effects", found.tolist())
         effects = np.array(effects)
         self._stage = "gains"
-        measured = []
-        for number in range(min(self.settings.probed, len(self.prompts))):
-            measured.append({s: self._gain(number, s) for s in self._probe_steps()})
+        measured = [
+            {step: self._gain(number, step) for step in steps}
+            for number, steps in enumerate(self._probe_steps())
+        ]
         curve = gain_curve(measured, self.num_steps)
         device = torch.device(self.driver.pipe._execution_device)
         grams = []
@@ -182,8 +188,11 @@ class Tuner:
         self._costs = Costs(np.array(grams), effects.sum(1), curve)
         return self._costs
 
-    def _probe_steps(self) -> list[int]:
-        return probe_steps(self.num_steps, self.settings.probes)
+    def _probe_steps(self) -> list[list[int]]:
+        """Of each probed prompt: they take turns, so that each step is probed once."""
+        at = probe_steps(self.num_steps, self.settings.probes)
+        prompts = min(self.settings.probed, len(self.prompts))
+        return [at[number::prompts] for number in range(prompts)]
 
     def _gain(self, number: int, step: int) -> Gain:
         name = f"gain {number} {step}"
@@ -270,9 +279,12 @@ class Tuner:
             unique.setdefault((each.steps, each.forecast), each)
         return list(unique.values())[: max(self.settings.starts, 1)], order, ridge
 
-    def measure(self, candidate: Candidate) -> float:
-        """dB of the final latents on the real output, mean over the tuning prompts."""
-        values = []
+    def measure(self, candidate: Candidate, best: Sequence[float] = ()) -> list[float]:
+        """dB of the final latents on the real output, by tuning prompt.
+
+        Ends early where the prompts so far are :func:`behind` those of the ``best`` candidate.
+        """
+        values: list[float] = []
         for number in range(len(self.prompts)):
             weights = np.round(candidate.weights, 10).tolist()
             name = f"real {key(candidate.steps, weights, candidate.order, number)}"
@@ -282,16 +294,15 @@ class Tuner:
                 latents = simulate(self.driver, recording, candidate)
                 kept = self.state.put(name, signal_to_noise(latents, recording.latents))
             values.append(kept)
-        return float(np.mean(values))
+            if behind(values, best):
+                break
+        return values
 
     def point(self, count: int) -> Point:
         """The best recipe that computes so many steps, validated on held-back prompts."""
         proposals, order, ridge = self.proposals(count)
         steps = self.num_steps
-        ramp = ramp_steps(count, steps)
-        plain = self.candidate(ramp, BASE_ORDER, 0.0, "ramp", BASE)
         self._stage = f"{count} of {steps}"
-        ramp_db = self.measure(plain)
         best, value = search(
             proposals,
             lambda moved: self.candidate(moved, order, ridge, "polish, fitted weights"),
@@ -307,12 +318,13 @@ class Tuner:
             )  # fmt: skip
             self.state.put(f"point {count}", {"steps": list(best.steps), **kept})
         if kept["ramp"]:
-            best, value = proposals[0], self.measure(proposals[0])
+            best, value = proposals[0], float(np.mean(self.measure(proposals[0])))
         verdict = Verdict.load(kept["verdict"])
         recipe = recipe_of(best.steps, steps, best, self.name)
         recipe = recipe.replace(tuned=self._tuned_on(count, verdict), groups=kept["groups"])
         spent = None if kept["spent"] is None else Spent.load(kept["spent"])
-        return Point(count, recipe, best.label, best.predicted, value, ramp_db, verdict, spent)
+        self._spent[count] = spent
+        return Point(count, recipe, best.label, best.predicted, value, verdict, spent)
 
     def _price(self, count: int) -> float:
         """dB that a second costs where steps are left out: between plans of about as many."""
@@ -323,6 +335,9 @@ class Tuner:
     def _spend(self, recipe: Recipe, count: int) -> Spent | None:
         """What sparse attention in computed steps is worth; ``None`` where nobody asks."""
         options = OPTIONS[: self.settings.sparse]
+        for fewer, spent in self._spent.items():
+            if fewer < count and spent is not None and spent.chosen is None:
+                return None  # a smaller error of forecasts hides less of what it loses
         try:
             layers = len(find_adapter(self.driver.model).sites(self.driver.model))
         except (ValueError, NotImplementedError):
@@ -335,14 +350,15 @@ class Tuner:
             numbers = range(min(self.settings.probed, len(self.prompts)))
             values, seconds = [], []
             with accelerate(self.driver.pipe, tried, graphs=False):
-                for number in (0, *numbers):  # first once for nothing: kernels compile
+                for number in (0,) * self._compiles + (*numbers,):  # first kernels compile
                     start = time.perf_counter()
                     latents = self.driver.generate(self.prompts[number], self.seed + number)
                     level = signal_to_noise(latents, self.recording(number).latents)
                     seconds.append(time.perf_counter() - start)
                     values.append(level)
                     self._advance(count)
-            return float(np.mean(values[1:])), min(seconds[1:])
+            first = int(self._compiles)
+            return float(np.mean(values[first:])), min(seconds[first:])
 
         return spend(run, recipe, layers, self._price(count), options)
 
