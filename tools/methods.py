@@ -12,6 +12,8 @@ behind that, alone. Methods come in the order ``--ours``, peers, others; with ``
 recipes without a row in the CSV come before them; ``MODEL@NAME`` is for that model alone.
 ``--dtype`` is what the stock pipeline and methods both run in. ``--ours`` names methods that are
 compared with every line of peers at their own measured time, ``--equal-time`` is the CSV of that.
+On a CPU ``--in-turn`` times the pictures themselves, prompt by prompt, and ``--seconds`` ends it
+behind one; ``--processor-time`` does not count the work of others.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from rows.ready import Listed, Ready
 from rows.workers import Asked, Workers
 
 from flashomni.lab import results, zoo
-from flashomni.lab.fidelity.compare import compare
+from flashomni.lab.fidelity.compare import compare, processor_time
 from flashomni.lab.fidelity.comparison import Comparison, Summed
 from flashomni.lab.fidelity.equal_time import Equal, at_equal_time
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
-AT_ONCE = 8  # methods timed between two states of the CSV
+AT_ONCE = 8  # methods timed between two states of the CSV, if not in turn
 RAMP = "[0,1,2,4,6,10,15,20,24,27]"  # the steps of `balanced`, given to peers that take a list
 PEERS = (
     "steps=20", "steps=14", "steps=10",
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that make pictures")
     parser.add_argument("--ours", nargs="*", default=["balanced"], help="at equal time with peers")
     parser.add_argument("--missing-first", action="store_true", help="before all that has a row")
+    parser.add_argument("--in-turn", action="store_true", help="time pictures, all methods on each")
+    parser.add_argument("--processor-time", action="store_true", help="a clock of a busy machine")
     parser.add_argument("--csv", type=Path, help="where rows are kept")
     parser.add_argument("--equal-time", type=Path, help="where differences are kept")
     parser.add_argument("--write", action="store_true", help=f"from the CSV into {PAGE.name}")
@@ -131,7 +135,8 @@ def measure(
         if limit is not None and spent > limit:
             left_out = tuple(each.called for each in listed)
             return replace(found, left_out=found.left_out + left_out)
-        some, listed = listed[:AT_ONCE], listed[AT_ONCE:]
+        at_once = len(listed) if options.in_turn else AT_ONCE
+        some, listed = listed[:at_once], listed[at_once:]
         methods = [method for each in some if (method := ready.method(each)) is not None]
         if not methods:
             continue
@@ -149,6 +154,8 @@ def measure(
                 enough=options.enough,
                 timed=timed,
                 seconds=None if limit is None else max(limit - spent, 0.0),
+                in_turn=options.in_turn,
+                clock=processor_time if options.processor_time else time.perf_counter,
                 on_method=tell,
             )
         )

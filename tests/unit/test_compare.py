@@ -1,5 +1,6 @@
 """``flashomni.compare``: any pipeline, paired differences, equal time; measures by path."""
 
+import itertools
 import json
 import math
 import statistics
@@ -16,9 +17,12 @@ from flashomni.lab import zoo
 from flashomni.lab.fidelity.compare_page import Shown, write_page
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed, mean_and_error
 from flashomni.lab.fidelity.equal_time import at_equal_time
+from flashomni.lab.fidelity.judged import CAP_DB
 from flashomni.lab.fidelity.measures import _AlexNet, load_measures
 from flashomni.lab.fidelity.methods import parse_method
 from flashomni.lab.fidelity.peers import make_peer
+from flashomni.lab.fidelity.result import Result
+from flashomni.lab.fidelity.table import summarise
 
 PROMPTS = ["a red circle", "a small blue square left of a ring", "a cat"]
 CALL = {"height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": 64}
@@ -163,6 +167,46 @@ def test_worsts_at_equal_time_are_of_the_same_pictures():
     assert (found.gain_db, found.worst_db, found.worst_psnr_db) == (10.0, 10.0, 10.0)
 
 
+@pytest.mark.parametrize("theirs", [[(1, 0)], []])
+def test_methods_without_a_shared_picture_are_not_compared(theirs):
+    """The message names both, and how much there is of each."""
+    pictures = [picture("ours", 0, 0, 40.0), *(picture("steps=5", *at, 30.0) for at in theirs)]
+    times = [Timed("ours", "recipes", 1.0, 2.0), Timed("steps=5", "stock", 1.0, 2.0)]
+    found = Comparison.of(pictures, times, CPU)
+    if not theirs:  # no pictures, no row to compare with
+        assert at_equal_time(found, ["ours"]) == found.equal_time() == []
+        return
+    with pytest.raises(ValueError, match="'ours' and of 'steps'; got 1 of the one and 1 of the"):
+        at_equal_time(found, ["ours"])
+    with pytest.raises(ValueError, match=r"'ours' and of 'steps=5'.* none shared"):
+        found.equal_time()
+
+
+@pytest.mark.slow
+def test_pictures_in_turn_are_those_of_the_methods_and_timed(pipe):
+    """Every picture is timed by the clock that is given; a limit ends behind a whole picture."""
+    ticks = itertools.count()
+    settings = {"call": CALL, "steps": 4, "seeds": [0]}
+    given = ["fora:interval=2", "steps=2"]
+    plain = flashomni.compare(pipe, given, PROMPTS[:2], rounds=0, **settings)
+    found = flashomni.compare(
+        pipe, given, PROMPTS[:2], in_turn=True, clock=lambda: float(next(ticks)), **settings
+    )
+    assert [(row.seconds, row.dense_seconds) for row in found.rows] == [(1.0, 1.0)] * 2
+    assert next(ticks) == 2 * 2 * 3  # the clock was read twice for each of three, two pictures
+    assert [row.psnr_db for row in found.rows] == [row.psnr_db for row in plain.rows]
+    assert [row.computed for row in found.rows] == [3, 2]
+    assert found.rows[1].flops_skipped == 0.5
+    short = flashomni.compare(pipe, given, PROMPTS, in_turn=True, seconds=0.0, **settings)
+    assert {row.prompts for row in short.rows} == {1} and not short.left_out
+
+
+def test_pictures_in_turn_are_of_one_prompt_on_one_pipeline(pipe):
+    for wrong in ({"batch": 2}, {"pictures": False}):
+        with pytest.raises(ValueError, match="in_turn must be left out"):
+            flashomni.compare(pipe, ["fora"], PROMPTS, in_turn=True, **wrong)
+
+
 def test_one_prompt_takes_its_seeds_and_one_picture_has_no_error():
     assert mean_and_error({0: [1.0, 3.0]}) == (2.0, pytest.approx(1.0))
     assert mean_and_error({0: [1.0]}) == (1.0, None)
@@ -172,6 +216,32 @@ def test_a_picture_that_is_not_finite_leaves_no_mean():
     pictures = [picture("a", 0, 0, None), picture("a", 1, 0, 40.0)]
     found = Comparison.of(pictures, [Timed("a", "recipes", 1.0, 1.0)], CPU)
     assert found.rows[0].psnr_db == "not finite" and found.equal_time() == []
+
+
+@pytest.mark.parametrize("decibels", [[30.0, 50.0, 41.0, None], [120.0] * 4, [120.0, 30.0, 1, 2]])
+def test_eval_and_compare_sum_up_alike(decibels):
+    """Mean over seeds first, standard error over prompts, worst; identical pictures; failures."""
+    places = [(0, 0), (0, 1), (1, 0), (2, 0)]  # prompts have not equally many seeds
+    pictures = [picture("a", *at, db) for at, db in zip(places, decibels, strict=True)]
+    (row,) = Comparison.of(pictures, [Timed("a", "recipes", 1.0, 2.0)], CPU).rows
+    results = [
+        Result(
+            "a", "recipes", PROMPTS[p.prompt], p.seed, 5, 1.0, 2.0,
+            None if p.psnr_db == CAP_DB else p.psnr_db, 0.9, None, None, None, None, 0.5,
+            dict.fromkeys(("device", "commit", "torch", "diffusers"), ""),
+            failure="not finite" if p.psnr_db is None else None,
+        )
+        for p in pictures
+    ]  # fmt: skip
+    _, other = summarise("m", results, "")
+    figures = [(r.psnr_db, r.psnr_error, r.worst_psnr_db) for r in (row, other)]
+    if set(decibels) == {CAP_DB}:
+        assert figures == [(CAP_DB, 0.0, CAP_DB), ("identical", "", "identical")]
+    else:
+        assert figures[0] == figures[1]
+    assert CAP_DB not in decibels[1:] or figures[0][0] == CAP_DB
+    if decibels[1] == 30.0:
+        assert figures[0][0] == pytest.approx((30.0 + 1 + 2) / 3)
 
 
 def test_rows_go_into_a_csv_once(tmp_path):

@@ -60,6 +60,23 @@ def campaign(loaded, folder, methods=("fora:interval=2", "steps=4"), **options):
     return Campaign("small", loaded, [parse_method(m) for m in methods], folder=folder, **settings)
 
 
+def brightness(reference, pixels, prompt):
+    """A measure of ours."""
+    return float(pixels.mean())
+
+
+def test_a_campaign_has_the_measures_that_are_asked_for(loaded, tmp_path):
+    """Those of ``flashomni compare``; asked for others, the pictures are made anew."""
+    told = {"measures": {"light": f"{__name__}:brightness"}}
+    run = campaign(loaded, tmp_path, ["steps=2"], **told)
+    (found,) = run.run(silent)
+    assert set(found.measures) == {"light"} and 0 < found.measures["light"] < 1
+    (_, row) = summarise("m", run.results(), "")
+    assert row.measures == f"light={found.measures['light']:.4f}"
+    assert (row.flip == "") == (metrics.why_no_flip() is not None)
+    assert not campaign(loaded, tmp_path, ["steps=2"]).results()
+
+
 def silent(case):
     return lambda step, total: None
 

@@ -68,8 +68,8 @@ CLI = {
         "--backend", "--ulysses", "--cfg", "PROMPT",
     },
     "eval": {
-        "--model", "--method", "--prompt", "--count", "--split", "--seed", "--scorer", "--out",
-        "--csv", "--steps", "--device", "--dtype", "--backend",
+        "--model", "--method", "--prompt", "--count", "--split", "--seed", "--scorer",
+        "--measure", "--out", "--csv", "--steps", "--device", "--dtype", "--backend",
     },
     "compare": {
         "METHODS", "--model", "--rival", "--prompt", "--count", "--seed", "--measure", "--batch",

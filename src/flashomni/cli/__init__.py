@@ -17,12 +17,14 @@ from flashomni.cli._common import (
     BackendName,
     DeviceName,
     DtypeName,
+    MeasureNames,
     bar_name,
     check_csv,
     check_prompt,
     command_line,
     console,
     load_model,
+    measures_of,
     pick_device,
     pick_dtype,
     plain_errors,
@@ -96,6 +98,7 @@ def evaluate(
     scorer: Annotated[
         str | None, typer.Option(help="MODULE:FUNCTION that reads a picture and its prompt.")
     ] = None,
+    measure: MeasureNames = None,
     out: Annotated[Path, typer.Option(help="Folder for results, pictures, page.")] = Path("eval"),
     csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
@@ -110,6 +113,7 @@ def evaluate(
             check_prompt(text)
         check_folder("out", out)
         check_csv(csv)
+        measures = measures_of(measure)
 
         from flashomni.lab import fidelity as evaluation
         from flashomni.lab import metrics
@@ -129,6 +133,7 @@ def evaluate(
                 lambda done, total: progress.update(
                     read, completed=done >> 20, total=total >> 20
                 ),
+                measures,
             )  # fmt: skip
         with progress_bars() as progress, _says_what_is_kept(campaign, out):
             total = progress.add_task("cases", total=len(campaign))
@@ -147,7 +152,10 @@ def evaluate(
             if csv is not None:
                 evaluation.save_rows(rows, csv)
             page = write_page(campaign, rows, out, command)
-        columns = ("method", "seconds", "speed-up", "PSNR", "worst", "caption", "FLOPs skipped")
+        columns = (
+            "method", "seconds", "speed-up", "PSNR", "worst", "FLIP", "caption", "FLOPs skipped",
+            "scores",
+        )  # fmt: skip
         table = Table(
             *columns, title=Text(one_line(f"{model}, {rows[0].device}, {len(prompts)} prompts"))
         )
@@ -160,14 +168,16 @@ def evaluate(
                 f"{row.speedup:.2f}x",
                 f"{row.psnr_db} ± {row.psnr_error}" if row.psnr_error else str(row.psnr_db),
                 str(row.worst_psnr_db),
+                f"{row.flip:.4f}" if isinstance(row.flip, float) else "",
                 f"{share:.1%}" if isinstance(share, float) else "",
                 f"{row.flops_skipped:.1%}",
+                row.measures,
             )
         console.print(table)
         for note in notes(campaign.results()):
             say(f"note: {note}")
         why = metrics.why_no_lpips()
-        if why is not None:
+        if why is not None and "lpips" not in measures:
             say(f"LPIPS not measured: {why}")
         say(f"page: {page}")
 

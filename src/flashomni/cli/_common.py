@@ -33,6 +33,13 @@ console = Console(markup=False, emoji=False, highlight=False)
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
+MeasureNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Beside PSNR, SSIM and FLIP: lpips=FILE, clip=FOLDER, NAME=MODULE:FUNCTION; may be "
+        "repeated."
+    ),
+]
 UlyssesName = Annotated[
     int, typer.Option(help="Ranks that share a sequence, under torchrun.", min=1)
 ]
@@ -209,3 +216,20 @@ def bar_name(text: object) -> str:
 def command_line() -> str:
     """What the user typed; a row of results carries it."""
     return clean(shlex.join(["flashomni", *sys.argv[1:]]))
+
+
+def measures_of(given: list[str] | None) -> dict[str, str]:
+    """What ``--measure`` asks for: names, and where weights or a function are.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    found = {}
+    for text in given or ():
+        name, equals, where = text.partition("=")
+        if text != "flip" and not (name and equals and where):
+            raise ValueError(
+                f"measure must be flip, NAME=PATH or NAME=MODULE:FUNCTION, got {text!r}"
+            )
+        found[name] = where
+    return found

@@ -12,12 +12,14 @@ from flashomni.cli._common import (
     BackendName,
     DeviceName,
     DtypeName,
+    MeasureNames,
     bar_name,
     check_csv,
     check_prompt,
     command_line,
     console,
     load_model,
+    measures_of,
     pick_device,
     plain_errors,
     progress_bars,
@@ -59,10 +61,7 @@ def compare(
     seed: Annotated[
         list[int] | None, typer.Option(help="May be repeated; 0 and 1 if none.")
     ] = None,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(help="flip, lpips=FILE, clip=FOLDER, NAME=MODULE:FUNCTION; may be repeated."),
-    ] = None,
+    measure: MeasureNames = None,
     batch: Annotated[int, typer.Option(help="Prompts in one call that is not timed.", min=1)] = 1,
     csv: Annotated[Path | None, typer.Option(help="Also put the rows into this file.")] = None,
     out: Annotated[
@@ -84,12 +83,13 @@ def compare(
         check_csv(csv)
         if out is not None:
             check_folder("out", out)
-        measures = dict(_pair(text) for text in measure or ())
+        asked = measures_of(measure)
         loaded = load_model(model, target, dtype)
 
         from flashomni.lab import split
         from flashomni.lab.fidelity.compare import compare as run
         from flashomni.lab.fidelity.compare_page import PROMPTS, Shown, write_page
+        from flashomni.lab.fidelity.measures import usual_measures
         from flashomni.lab.versions import versions
 
         usual = usual_rivals(steps or int(loaded.call.get("num_inference_steps", 50)))
@@ -110,7 +110,7 @@ def compare(
                 call=loaded.call,
                 steps=steps,
                 batch=batch,
-                measures=measures,
+                measures={**usual_measures(), **asked},
                 backend=backend,
                 on_method=on_method,
                 on_picture=shown,
@@ -124,15 +124,6 @@ def compare(
                 command=command_line(), versions=versions(target),
             )  # fmt: skip
             say(f"page: {page}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, where = text.partition("=")
-    if text == "flip":
-        return text, ""
-    if not name or not equals or not where:
-        raise ValueError(f"measure must be flip, NAME=PATH or NAME=MODULE:FUNCTION, got {text!r}")
-    return name, where
 
 
 def _print(found: Any, methods: list[str], rivals: list[str]) -> None:

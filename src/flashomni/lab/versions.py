@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 # What cannot change a picture or its time; a new file counts until it is named here.
 TOOLS = (
     "__main__.py", "attention.py", "cli", "compat", "recipes", "lab/doctor.py", "lab/e2e",
-    "lab/fidelity/compare.py", "lab/fidelity/comparison.py", "lab/fidelity/measures.py",
-    "lab/fidelity/page.py", "lab/fidelity/table.py", "lab/ops", "lab/plot.py", "lab/report.py",
-    "lab/results.py", "lab/split.json", "lab/split.py", "lab/templates", "lab/versions.py",
-    "lab/viz.py",
+    "lab/fidelity/compare.py", "lab/fidelity/comparison.py", "lab/fidelity/equal_time.py",
+    "lab/fidelity/judged.py", "lab/fidelity/measures.py", "lab/fidelity/page.py",
+    "lab/fidelity/table.py", "lab/ops", "lab/plot.py", "lab/report.py", "lab/results.py",
+    "lab/split.json", "lab/split.py", "lab/templates", "lab/versions.py", "lab/viz.py",
 )  # fmt: skip
 PACKAGES = ("torch", "diffusers", "transformers", "triton")
 

@@ -4,9 +4,10 @@
 runs the cases and keeps them on disk, ``table`` sums them up, ``page`` draws them.
 """
 
-from flashomni.lab.fidelity.campaign import Campaign, Scorer
+from flashomni.lab.fidelity.campaign import Campaign
 from flashomni.lab.fidelity.methods import Method, parse_method
 from flashomni.lab.fidelity.result import Case, Result
+from flashomni.lab.fidelity.scorers import Scorer
 from flashomni.lab.fidelity.table import Row, save_rows, summarise
 
 __all__ = [

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,15 +23,16 @@ from torch import Tensor
 from flashomni.lab import metrics
 from flashomni.lab.fidelity.flops import count_flops
 from flashomni.lab.fidelity.identity import OnBytes, code_of, weights_digest
+from flashomni.lab.fidelity.judged import CAP_DB, judged
+from flashomni.lab.fidelity.measures import load_measures, usual_measures
 from flashomni.lab.fidelity.methods import DENSE, Method, parse_method
 from flashomni.lab.fidelity.result import Case, Result
+from flashomni.lab.fidelity.scorers import Scorer
 from flashomni.lab.generation import Generation, OnStep
 from flashomni.lab.versions import device_name, source_digest, versions
 from flashomni.lab.zoo import Loaded
 from flashomni.util.files import locked, write_bytes, write_text
 
-# A picture's (right, all) statements about its prompt.
-Scorer = Callable[[Tensor, str], tuple[int, int]]
 BRACKET = 4  # methods between two runs of the stock pipeline
 UNREST = 1.15  # if those two differ by more, somebody else used the machine: measure again,
 ATTEMPTS = 3  # at most so often
@@ -64,9 +64,13 @@ class Campaign:
         steps: overrides the call's number of steps.
         on_weights: told how many bytes of the weights, of how many, have been read: they are part
             of what a result depends on.
+        measures: scores beside PSNR, SSIM and, where its package is there, FLIP; see
+            :func:`flashomni.lab.fidelity.measures.load_measures`.
 
     Raises:
-        ValueError: there is no method, prompt or seed, or a method is named twice.
+        ValueError: there is no method, prompt or seed; a method is named twice; a path of weights
+            holds none.
+        NotImplementedError: a measure that cannot run here.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Campaign:
         scorer: Scorer | None = None,
         steps: int | None = None,
         on_weights: OnBytes = lambda done, total: None,
+        measures: Mapping[str, str] | None = None,
     ) -> None:
         for name, values in (("methods", methods), ("prompts", prompts), ("seeds", seeds)):
             if not values:
@@ -95,6 +100,7 @@ class Campaign:
         self._skipped: dict[str, float | None] = {}
         self._dense_flops: float | None = None
         self._device = torch.device(loaded.pipe._execution_device)
+        self._measures = load_measures({**usual_measures(), **(measures or {})}, self._device)
         parameter = next(loaded.pipe.transformer.parameters())
         self._setting = {
             "model": model,
@@ -104,6 +110,7 @@ class Campaign:
             "source": source_digest(),
             "versions": {k: v for k, v in versions(self._device).items() if k != "commit"},
             "weights": weights_digest(loaded.pipe, on_weights),
+            **({"measures": dict(measures)} if measures else {}),
         }
 
     def __len__(self) -> int:
@@ -263,17 +270,14 @@ class Campaign:
 
     def _judge(self, case: Case, run: _Run, reference: Tensor, before: float) -> Result:
         """Say how far a new picture is from the stock one; keep that, the picture, the score."""
-        pixels, is_video = run.pixels, len(run.pixels) > 1
-        distance = metrics.compare(reference, pixels, (DENSE, case.method.name))
-        failed = not distance.identical and distance.psnr_db is None
-        lpips, flip, temporal = None, None, math.inf
-        if not failed:
-            small = min(pixels.shape[-2:]) < metrics.LPIPS_PIXELS
-            if not small and metrics.why_no_lpips() is None:
-                lpips = metrics.lpips(reference, pixels)
-            if metrics.why_no_flip() is None:
-                flip = metrics.flip(reference, pixels)
-            temporal = metrics.temporal_psnr(reference, pixels) if is_video else math.inf
+        pixels = run.pixels
+        names = (DENSE, case.method.name)
+        found = judged(reference, pixels, names, case.prompt, self._measures)
+        scores = dict(found.measures)
+        lpips, flip = scores.pop("lpips", None), scores.pop("flip", None)
+        small = min(pixels.shape[-2:]) < metrics.LPIPS_PIXELS
+        if "lpips" not in self._measures and not small and found.failure is None:
+            lpips = None if metrics.why_no_lpips() else metrics.lpips(reference, pixels)
         result = Result(
             method=case.method.name,
             family=case.method.family,
@@ -282,17 +286,18 @@ class Campaign:
             steps=run.steps,
             seconds=run.seconds,
             dense_seconds=before,
-            psnr_db=distance.psnr_db,
-            ssim=distance.ssim,
+            psnr_db=None if found.psnr_db == CAP_DB else found.psnr_db,
+            ssim=found.ssim,
             lpips=lpips,
-            temporal_db=None if math.isinf(temporal) else temporal,
+            temporal_db=None if found.temporal_db == CAP_DB else found.temporal_db,
             caption=None,
             dense_caption=None,
             flops_skipped=run.flops_skipped,
             versions=versions(self._device),
             bracketed=False,
-            failure="; ".join(distance.notes) if failed else None,
+            failure=found.failure,
             flip=flip,
+            measures=scores,
         )
         self._save_picture(case, pixels)
         self._keep(case, result)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from flashomni.engine import Recipe
-from flashomni.lab import metrics
-from flashomni.lab.fidelity.comparison import CAP_DB, Comparison, Picture, Timed
+from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed
+from flashomni.lab.fidelity.judged import judged
 from flashomni.lab.fidelity.measures import Measure, load_measures
 from flashomni.lab.fidelity.methods import DENSE, Attached, Method, of_recipe, parse_method
 
@@ -47,6 +47,8 @@ def compare(
     measures: Mapping[str, str] | None = None,
     backend: str | None = None,
     references: References | None = None,
+    in_turn: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
     on_method: OnMethod = lambda name, done, total: None,
     on_picture: OnPicture = lambda method, prompt, seed, reference, pixels: None,
 ) -> Comparison:
@@ -75,13 +77,18 @@ def compare(
         backend: kernel backend of recipes.
         references: what the pipeline makes as it is: taken from here, and kept here for a further
             comparison of the same pipeline, prompts, seeds and call. Dropped if left out.
-        on_method: told the name of each method, how many are done, and of how many.
+        in_turn: time every picture, the stock pipeline's and behind it those of all methods: for a
+            CPU, where nothing is compiled, a picture takes long and the machine has other work.
+            Then ``seconds`` ends it behind a picture of all methods, ``rounds`` is not used.
+        clock: seconds that times are differences of; see :func:`processor_time`.
+        on_method: told the name of each method, how many are done, and of how many; ``in_turn``
+            of pictures.
         on_picture: given each picture as it is made: method, number of the prompt, seed, what the
             pipeline makes as it is, and what the method made; fp32 ``[F, 3, H, W]`` in [0, 1].
 
     Raises:
         ValueError: there is no method, prompt or seed; a method is named twice; a path of weights
-            holds none.
+            holds none; ``in_turn`` where kernels are compiled, with batches or another ``timed``.
         NotImplementedError: a peer or a measure that cannot run here.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -99,9 +106,36 @@ def compare(
     given = dict(call or {}) if steps is None else {**(call or {}), "num_inference_steps": steps}
     kept = {} if references is None else references
     work = _Work(
-        pipe, timed, given, prompts, list(seeds), batch, rounds, enough, scores, kept, on_picture
+        pipe,
+        timed,
+        given,
+        prompts,
+        list(seeds),
+        batch,
+        rounds,
+        enough,
+        scores,
+        kept,
+        clock,
+        on_picture,
     )
+    if in_turn:
+        if work._compiles or batch > 1 or timed is not pipe or not pictures:
+            raise ValueError(
+                "in_turn must be left out where kernels are compiled, with batch above 1, with "
+                "pictures=False or another timed: each method is put on anew for each picture"
+            )
+        return work.run_in_turn(chosen, seconds, on_method)
     return work.run(chosen, pictures, seconds, on_method)
+
+
+def processor_time() -> float:
+    """Seconds of the processor's time of this process, for each thread that torch uses.
+
+    A ``clock`` of :func:`compare` on a machine that others use too: waiting for a core does not
+    count. Where all threads work all the time it is the time that passes on one that is free.
+    """
+    return time.process_time() / torch.get_num_threads()
 
 
 def _method(given: str | Recipe | Method, backend: str | None) -> Method:
@@ -126,13 +160,13 @@ class _Work:
     enough: float
     scores: Mapping[str, Measure]
     references: References
+    clock: Callable[[], float]
     on_picture: OnPicture
 
     def run(
         self, methods: list[Method], looks: bool, seconds: float | None, tell: OnMethod
     ) -> Comparison:
         start = time.perf_counter()
-        self.num_steps = int(self.call.get("num_inference_steps", 50))
         pictures: list[Picture] = []
         times: list[Timed] = []
         left_out: list[str] = []
@@ -160,6 +194,46 @@ class _Work:
         device = torch.device(self.pipe._execution_device)
         return Comparison.of(pictures, times, device, left_out, time.perf_counter() - start)
 
+    @property
+    def num_steps(self) -> int:
+        return int(self.call.get("num_inference_steps", 50))
+
+    def run_in_turn(
+        self, methods: list[Method], seconds: float | None, tell: OnMethod
+    ) -> Comparison:
+        """Every picture is timed: the stock pipeline's, and behind it those of all methods."""
+        start = time.perf_counter()
+        pictures: list[Picture] = []
+        taken: dict[str, list[float]] = {name: [] for name in (DENSE, *(m.name for m in methods))}
+        for method in methods:
+            method.prepare(self.pipe, self.num_steps, self._discard)
+        whole = [(prompt, seed) for prompt in range(len(self.prompts)) for seed in self.seeds]
+        for number, (prompt, seed) in enumerate(whole):
+            if number and seconds is not None and time.perf_counter() - start > seconds:
+                break
+            text = self.prompts[prompt : prompt + 1]
+            tell(DENSE, number, len(whole))
+            begun = self.clock()
+            reference = self._generate(self.pipe, text, seed, self.num_steps)[0]
+            taken[DENSE].append(self.clock() - begun)
+            for method in methods:
+                tell(method.name, number, len(whole))
+                count = self.num_steps if method.steps is None else method.steps
+                with method.attach(self.pipe, count) as attached:
+                    begun = self.clock()
+                    pixels = self._generate(self.pipe, text, seed, count)[0]
+                    taken[method.name].append(self.clock() - begun)
+                    pictures.append(
+                        self._picture(method, count, attached, prompt, seed, reference, pixels)
+                    )
+        dense = statistics.median(taken[DENSE])
+        times = [
+            Timed(method.name, method.family, statistics.median(taken[method.name]), dense)
+            for method in methods
+        ]
+        device = torch.device(self.pipe._execution_device)
+        return Comparison.of(pictures, times, device, (), time.perf_counter() - start)
+
     def _dense_of(self, size: int) -> dict[tuple[int, int], Tensor]:
         """What the pipeline makes as it is, in batches of a size; made once."""
         if size not in self.references:
@@ -176,35 +250,31 @@ class _Work:
         references: Mapping[tuple[int, int], Tensor], attached: Attached,
     ) -> Iterator[Picture]:  # fmt: skip
         for seed, start, batch in self._calls(size, steps):
-            computed = attached.computed() if method.steps is None else steps
-            skipped = (
-                attached.flops_skipped() if method.steps is None else 1 - steps / self.num_steps
-            )
-            spent = attached.attention_spent()
             for place, pixels in enumerate(batch):
-                reference, prompt = references[start + place, seed], start + place
-                self.on_picture(method.name, prompt, seed, reference, pixels)
-                distance = metrics.compare(reference, pixels, (DENSE, method.name))
-                decibel = CAP_DB if distance.identical else distance.psnr_db
-                failed, temporal = decibel is None, None
-                if len(pixels) > 1 and not failed:
-                    temporal = min(metrics.temporal_psnr(reference, pixels), CAP_DB)
-                yield Picture(
-                    method=method.name,
-                    prompt=prompt,
-                    seed=seed,
-                    psnr_db=None if decibel is None else min(decibel, CAP_DB),
-                    ssim=distance.ssim,
-                    temporal_db=temporal,
-                    computed=computed,
-                    flops_skipped=skipped,
-                    attention_spent=spent,
-                    measures={
-                        name: score(reference, pixels, self.prompts[prompt])
-                        for name, score in self.scores.items()
-                        if not failed
-                    },
-                )
+                prompt = start + place
+                reference = references[prompt, seed]
+                yield self._picture(method, steps, attached, prompt, seed, reference, pixels)
+
+    def _picture(
+        self, method: Method, steps: int, attached: Attached, prompt: int, seed: int,
+        reference: Tensor, pixels: Tensor,
+    ) -> Picture:  # fmt: skip
+        stock = method.steps is not None  # fewer steps of it
+        text = self.prompts[prompt]
+        self.on_picture(method.name, prompt, seed, reference, pixels)
+        found = judged(reference, pixels, (DENSE, method.name), text, self.scores)
+        return Picture(
+            method=method.name,
+            prompt=prompt,
+            seed=seed,
+            psnr_db=found.psnr_db,
+            ssim=found.ssim,
+            temporal_db=found.temporal_db,
+            computed=steps if stock else attached.computed(),
+            flops_skipped=1 - steps / self.num_steps if stock else attached.flops_skipped(),
+            attention_spent=attached.attention_spent(),
+            measures=found.measures,
+        )
 
     def _calls(self, size: int, steps: int) -> Iterator[tuple[int, int, Tensor]]:
         """Seed, number of the first prompt, and the pictures of every call."""
@@ -238,11 +308,11 @@ class _Work:
             if len(found) > 1 and sum(found) > self.enough:
                 break
             self._wait()
-            start = time.perf_counter()
+            start = self.clock()
             self._generate(self.timed, self.prompts[:1], self.seeds[0], steps)
             self._wait()
             if number >= warm:
-                found.append(time.perf_counter() - start)
+                found.append(self.clock() - start)
         return found
 
     @property

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from flashomni.lab import results as files
+from flashomni.lab.fidelity.judged import CAP_DB
 from flashomni.lab.versions import commit, device_name
 
-CAP_DB = 120.0  # of identical pictures, so that means exist
 AT_MOST = 1.03  # times that differ by less than this are equal
 
 
@@ -174,6 +174,9 @@ class Comparison:
             rivals: families, or names of methods.
             methods: which; all that are no rivals if left out. One without a rival that is as fast
                 is left out.
+
+        Raises:
+            ValueError: a method and its rival have no picture of the same prompt and seed.
         """
         sound = [row for row in self.rows if isinstance(row.psnr_db, float)]
         others = [row for row in sound if row.family in rivals or row.method in rivals]
@@ -198,8 +201,13 @@ class Comparison:
         return found
 
     def _gaps(self, method: str, rival: str) -> dict[int, list[float]]:
-        """Differences in dB of each prompt, one a seed."""
+        """Differences in dB of each prompt, one a seed.
+
+        Raises:
+            ValueError: no picture is of both.
+        """
         mine, theirs = self.values(method), self.values(rival)
+        shared(mine, theirs, method, rival)
         gaps: dict[int, list[float]] = {}
         for prompt, seed in (key for key in mine if key in theirs):
             gaps.setdefault(prompt, []).append(mine[prompt, seed] - theirs[prompt, seed])
@@ -237,6 +245,27 @@ class Comparison:
         return "\n".join(lines)
 
 
+def shared(
+    mine: Mapping[tuple[int, int], float],
+    theirs: Iterable[tuple[int, int]],
+    method: str,
+    rival: str,
+) -> list[tuple[int, int]]:
+    """Prompts and seeds that two methods, or a method and a line of rivals, both have.
+
+    Raises:
+        ValueError: there is none, so that nothing can be paired.
+    """
+    theirs = set(theirs)
+    found = [key for key in mine if key in theirs]
+    if not found:
+        raise ValueError(
+            f"comparison must have pictures of the same prompt and seed of {method!r} and of "
+            f"{rival!r}; got {len(mine)} of the one and {len(theirs)} of the other, none shared"
+        )
+    return found
+
+
 def mean_and_error(by_prompt: Mapping[Any, Sequence[float]]) -> tuple[float, float | None]:
     """Mean over all, and its standard error: prompts are drawn, the seeds of one belong together.
 
@@ -248,13 +277,27 @@ def mean_and_error(by_prompt: Mapping[Any, Sequence[float]]) -> tuple[float, flo
     return statistics.fmean(means), error
 
 
+def mean_psnr(values: Iterable[tuple[Any, float]]) -> tuple[float, float | None, float]:
+    """Mean PSNR over prompts of means over seeds, its standard error, and the worst.
+
+    Identical pictures, at ``CAP_DB``, count only where all are: their number is arbitrary, and
+    would flatter the mean.
+
+    Args:
+        values: prompts and dB, one a picture; at least one.
+    """
+    values = list(values)
+    counted = [each for each in values if each[1] < CAP_DB] or values
+    by_prompt: dict[Any, list[float]] = {}
+    for prompt, decibel in counted:
+        by_prompt.setdefault(prompt, []).append(decibel)
+    return *mean_and_error(by_prompt), min(decibel for _, decibel in counted)
+
+
 def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) -> Summed:
-    decibels: dict[int, list[float]] = {}
-    for picture in pictures:
-        if picture.psnr_db is not None:
-            decibels.setdefault(picture.prompt, []).append(picture.psnr_db)
-    finite = all(picture.psnr_db is not None for picture in pictures)
-    mean, error = mean_and_error(decibels) if finite and decibels else (None, None)
+    decibels = [(p.prompt, p.psnr_db) for p in pictures if p.psnr_db is not None]
+    finite = len(decibels) == len(pictures) > 0
+    mean, error, worst = mean_psnr(decibels) if finite else (None, None, None)
     names = pictures[0].measures if finite and pictures else ()  # a mean of the others flatters
     scores = {name: statistics.fmean(p.measures[name] for p in pictures) for name in names}
     return Summed(
@@ -267,9 +310,7 @@ def _summed(timed: Timed, pictures: Sequence[Picture], device: str, model: str) 
         speedup=round(timed.dense_seconds / timed.seconds, 3),
         psnr_db="not finite" if mean is None else round(mean, 2),
         psnr_error="" if error is None else round(error, 2),
-        worst_psnr_db="not finite"
-        if mean is None
-        else round(min(x for values in decibels.values() for x in values), 2),
+        worst_psnr_db="not finite" if worst is None else round(worst, 2),
         ssim=_mean([p.ssim for p in pictures], 5),
         temporal_db=_mean([p.temporal_db for p in pictures], 2),
         computed=_mean([p.computed for p in pictures], 2),

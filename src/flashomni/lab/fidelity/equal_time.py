@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flashomni.lab.fidelity.comparison import Comparison, Summed, mean_and_error
+from flashomni.lab.fidelity.comparison import Comparison, Summed, mean_and_error, shared
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ def at_equal_time(
         comparison: with all of them.
         methods: which.
         rivals: families, or names of methods. A line that is nowhere as fast is left out.
+
+    Raises:
+        ValueError: a method and the settings of a line that are next to it in time have no picture
+            of the same prompt and seed.
     """
     sound = [row for row in comparison.rows if isinstance(row.psnr_db, float)]
     lines: dict[str, list[Summed]] = {}
@@ -116,7 +120,7 @@ def _interpolated(
     mine, low, high = (comparison.values(each.method) for each in (row, before, after))
     gaps: dict[int, list[float]] = {}
     ours, theirs = [], []  # of the same pictures
-    for key in (key for key in mine if key in low and key in high):
+    for key in shared(mine, low.keys() & high.keys(), row.method, name):
         ours.append(mine[key])
         theirs.append((1 - share) * low[key] + share * high[key])
         gaps.setdefault(key[0], []).append(ours[-1] - theirs[-1])

@@ -21,6 +21,11 @@ Measure = Callable[[Tensor, Tensor, str], float]
 Loader = Callable[[Path, torch.device], Measure]
 
 
+def usual_measures() -> dict[str, str]:
+    """Measures that need no weights: FLIP, where its package is there."""
+    return {} if metrics.why_no_flip() is not None else {"flip": ""}
+
+
 def load_measures(given: Mapping[str, str], device: torch.device) -> dict[str, Measure]:
     """Measures by name.
 

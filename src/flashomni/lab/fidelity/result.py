@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flashomni.lab.fidelity.methods import Method
 
@@ -41,6 +41,7 @@ class Result:
         failure: why nothing can be said of the picture, or ``None``.
         scorer: what gave the captions; ``None`` without, or while the score is owed.
         flip: mean over pixels and frames; ``None`` where it cannot be measured.
+        measures: further scores that were asked for, by name.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Result:
     failure: str | None = None
     scorer: str | None = None
     flip: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from flashomni.lab.fidelity.campaign import Scorer
+from torch import Tensor
+
+# A picture's (right, all) statements about its prompt.
+Scorer = Callable[[Tensor, str], tuple[int, int]]
 
 
 def load_scorer(name: str) -> Scorer:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashomni.lab import results as files
-from flashomni.lab.fidelity.comparison import mean_and_error
+from flashomni.lab.fidelity.comparison import mean_psnr
+from flashomni.lab.fidelity.judged import CAP_DB
 from flashomni.lab.fidelity.result import Result
 
 IDENTICAL = "identical"
@@ -19,12 +20,13 @@ NOT_FINITE = "not finite"
 class Row:
     """One method on one model: medians of times, means of fidelity. Empty where not measured.
 
-    ``psnr_db`` is the mean over generations, ``psnr_error`` its standard error over prompts,
-    ``worst_psnr_db`` the lowest, both ``identical`` where
-    every picture is, or ``not finite`` where one has such values: then there is no fidelity, and no
-    mean of the others, which would flatter. ``caption_score`` is the share of right statements,
-    ``dense_caption_score`` that of the stock pipeline's pictures; ``temporal_db`` the PSNR of
-    changes from frame to frame.
+    ``psnr_db`` is the mean over prompts of means over seeds, ``psnr_error`` its standard error over
+    prompts, ``worst_psnr_db`` the lowest, as ``flashomni compare`` has them, without identical
+    pictures. Mean and worst are ``identical`` where every picture is, or ``not finite``
+    where one has such values: then there is no fidelity, and no mean of the others, which would
+    flatter. ``caption_score`` is the share of right statements, ``dense_caption_score`` that of the
+    stock pipeline's pictures; ``temporal_db`` the PSNR of changes from frame to frame;
+    ``measures`` the means of further scores.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Row:
     command: str
     flip: float | str = ""
     psnr_error: float | str = ""
+    measures: str = ""
 
 
 def summarise(model: str, results: Sequence[Result], command: str) -> list[Row]:
@@ -67,13 +70,14 @@ def _row(model: str, group: list[Result], command: str) -> Row:
     first = group[0]
     sound = [] if any(r.failure is not None for r in group) else group
     seeds = sorted({result.seed for result in group})
+    mean, error, worst = _decibels(sound)
     return Row(
         model=model,
         recipe=first.method,
         device=first.versions["device"],
         seconds=round(statistics.median(r.seconds for r in group), 3),
         speedup=round(statistics.median(r.speedup for r in group), 3),
-        psnr_db=_decibel([r.psnr_db for r in sound], statistics.fmean),
+        psnr_db=mean,
         ssim=_mean([r.ssim for r in sound if r.ssim is not None], 5),
         lpips=_mean([r.lpips for r in sound if r.lpips is not None]),
         caption_score=_share([r.caption for r in group if r.caption is not None]),
@@ -84,14 +88,18 @@ def _row(model: str, group: list[Result], command: str) -> Row:
         steps=first.steps,
         generations=len(group),
         dense_seconds=round(statistics.median(r.dense_seconds for r in group), 3),
-        worst_psnr_db=_decibel([r.psnr_db for r in sound], min),
+        worst_psnr_db=worst,
         temporal_db=_mean([r.temporal_db for r in sound if r.temporal_db is not None]),
         dense_caption_score=_share([r.dense_caption for r in group if r.dense_caption is not None]),
         torch=first.versions["torch"],
         diffusers=first.versions["diffusers"],
         command=command,
         flip=_mean([r.flip for r in sound if r.flip is not None], 5),
-        psnr_error=_error(sound),
+        psnr_error=error,
+        measures=" ".join(
+            f"{name}={statistics.fmean(r.measures[name] for r in sound):.4f}"
+            for name in (sound[0].measures if sound else ())
+        ),
     )
 
 
@@ -110,6 +118,7 @@ def _dense_row(like: Row, results: Sequence[Result]) -> Row:
             "ssim": 1.0,
             "lpips": 0.0 if like.lpips != "" else "",
             "flip": 0.0 if like.flip != "" else "",
+            "measures": "",
             "psnr_error": "",
             "temporal_db": "",
             "caption_score": like.dense_caption_score,
@@ -119,25 +128,15 @@ def _dense_row(like: Row, results: Sequence[Result]) -> Row:
     )
 
 
-def _decibel(values: list[float | None], combine) -> float | str:
-    """Mean or minimum of PSNRs; identical pictures (``None``) count only if all are.
-
-    There are none where a picture is not finite.
-    """
-    if not values:
-        return NOT_FINITE
-    finite = [value for value in values if value is not None]
-    return round(combine(finite), 2) if finite else IDENTICAL
-
-
-def _error(sound: list[Result]) -> float | str:
-    """Standard error of the mean PSNR, over prompts; empty where there is one picture."""
-    by_prompt: dict[str, list[float]] = {}
-    for result in sound:
-        if result.psnr_db is not None:
-            by_prompt.setdefault(result.prompt, []).append(result.psnr_db)
-    error = mean_and_error(by_prompt)[1] if by_prompt else None
-    return "" if error is None else round(error, 2)
+def _decibels(sound: list[Result]) -> tuple[float | str, float | str, float | str]:
+    """Mean PSNR, its standard error and the worst, as ``flashomni compare`` has them."""
+    if not sound or all(result.psnr_db is None for result in sound):
+        word = IDENTICAL if sound else NOT_FINITE
+        return word, "", word
+    mean, error, worst = mean_psnr(
+        (r.prompt, CAP_DB if r.psnr_db is None else r.psnr_db) for r in sound
+    )
+    return round(mean, 2), "" if error is None else round(error, 2), round(worst, 2)
 
 
 def _mean(values: list[float], digits: int = 4) -> float | str:
