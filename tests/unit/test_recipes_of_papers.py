@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,14 +140,38 @@ def test_what_has_no_row_comes_first(tmp_path):
     assert [each.name for each in by_importance(options, "b")] == other
 
 
-def test_the_calibration_is_of_the_run():
-    """A ratio a step, the first 1; a polynomial of degree 4; both are settings."""
-    loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
-    loaded.pipe.set_progress_bar_config(disable=True)
+@pytest.fixture(scope="module")
+def loaded():
+    return zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=1)
+
+
+def calibration(loaded, **change):
     job = Generation(loaded, "a ring", 0, 7)
-    job.call = {**job.call, "height": 64, "width": 64}
-    found = calibrate(job)
+    job.call = {**job.call, "height": 64, "width": 64, **change}
+    return calibrate(job)
+
+
+def test_the_calibration_is_of_the_run(loaded):
+    """A ratio a step, the first 1; a polynomial of degree 4; both are settings."""
+    found = calibration(loaded)
     assert len(found["magcache"]["ratios"]) == 7 and found["magcache"]["ratios"][0] == 1.0
     assert len(found["teacache"]["coefficients"]) == 5
     for name, settings in found.items():
         assert Recipe.of(name, **settings).schedule.name == name
+    assert not loaded.pipe.transformer._forward_hooks
+
+
+def test_a_calibration_follows_each_call_of_guidance(loaded):
+    """Two calls a step: a ratio a step, as of one call where both see the same."""
+    same = {"true_cfg_scale": 3.0, "negative_prompt": "a ring"}
+    plain, twice = calibration(loaded), calibration(loaded, **same)
+    assert twice["magcache"]["ratios"] == pytest.approx(plain["magcache"]["ratios"], abs=2e-5)
+    other = calibration(loaded, true_cfg_scale=3.0, negative_prompt="a small blue square")
+    ratios = other["magcache"]["ratios"]
+    assert len(ratios) == 7 and ratios != twice["magcache"]["ratios"]
+
+
+def test_a_calibration_of_two_transformers_is_refused():
+    pipe = SimpleNamespace(transformer_2=torch.nn.Linear(1, 1))
+    with pytest.raises(NotImplementedError, match="transformer_2 that share its steps"):
+        calibrate(SimpleNamespace(pipe=pipe))
