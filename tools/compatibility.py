@@ -69,6 +69,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    if options.device != "cpu":
+        jobs.hide_cards()
     cases = {}
     if "models" in options.part:
         found = small.sources(options.tests)

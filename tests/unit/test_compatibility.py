@@ -214,3 +214,18 @@ def test_readme_has_the_row_of_registry_and_matrix():
     assert f"of the {len(CLASSES)} transformer classes" in row and "`Flux`" in row
     readme = Path(__file__).resolve().parents[2] / "README.md"
     assert row in readme.read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize("visible", [None, "1,0"])
+def test_only_cases_see_the_cards(monkeypatch, tmp_path, visible):
+    """What a parent imports must not touch CUDA: its forks could not use it."""
+    monkeypatch.delenv(jobs.VISIBLE, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(jobs.VISIBLE, visible)
+    for name in (jobs.HIDDEN, "PYTORCH_NVML_BASED_CUDA_CHECK"):
+        monkeypatch.setenv(name, "")  # so that they are gone afterwards
+    jobs.hide_cards()
+    assert os.environ[jobs.VISIBLE] == ""
+    seen = jobs.Case(lambda: {"visible": os.environ.get(jobs.VISIBLE)})
+    [(_, row)] = jobs.run_all({"models/A/a": seen}, tmp_path, timeout=20)
+    assert row["visible"] == visible

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,29 @@ Row = dict[str, Any]
 def path_of(folder: Path, name: str) -> Path:
     """Where the result of a case is."""
     return folder / f"{name.replace('/', '--')}.json"
+
+
+VISIBLE, HIDDEN = "CUDA_VISIBLE_DEVICES", "FLASHOMNI_HIDDEN_DEVICES"
+
+
+def hide_cards() -> None:
+    """Let the imports of this process see no card; its cases do.
+
+    A process that has touched CUDA cannot fork others that use it, and what cases import
+    (diffusers' tests) asks for cards as it is imported. NVML answers torch without CUDA.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ[HIDDEN] = os.environ.get(VISIBLE, "all")
+    os.environ[VISIBLE] = ""
+
+
+def show_cards() -> None:
+    """Undo ``hide_cards``, in a case."""
+    shown = os.environ.pop(HIDDEN, None)
+    if shown == "all":
+        del os.environ[VISIBLE]
+    elif shown is not None:
+        os.environ[VISIBLE] = shown
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,7 @@ class _Running:
 
 
 def _child(run: Callable[[], Row], pipe: Any) -> None:
+    show_cards()
     try:
         row = run()
     except BaseException as error:
