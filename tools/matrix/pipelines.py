@@ -200,8 +200,12 @@ class _Run:
         return {"change": float(f"{change:.1e}"), "kinds": kinds}
 
     def count(self) -> tuple[int, int]:
-        """Calls of the transformers, and of the scheduler, in a stock generation."""
-        calls, steps = [0], [0]
+        """Calls of the transformers, and steps of the scheduler, in a stock generation.
+
+        A scheduler that is set back and asked again (Cosmos wants a step in two forms) made one,
+        and so did two beside each other (LTX-2 has one for its sound).
+        """
+        calls, steps = [0], dict[int, set[int]]()
 
         def called(*_: Any) -> None:
             calls[0] += 1
@@ -210,8 +214,11 @@ class _Run:
         step = kind.step
 
         def stepped(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            steps[0] += 1
-            return step(scheduler, *args, **kwargs)
+            made = step(scheduler, *args, **kwargs)
+            mine = steps.setdefault(id(scheduler), set())
+            at = getattr(scheduler, "step_index", None)
+            mine.add(len(mine) if at is None else at)
+            return made
 
         handles = [model.register_forward_pre_hook(called) for model in self.models]
         kind.step = stepped
@@ -221,7 +228,7 @@ class _Run:
             kind.step = step
             for handle in handles:
                 handle.remove()
-        return calls[0], steps[0]
+        return calls[0], max(map(len, steps.values()), default=0)
 
     def generate(self, prompt: int, seed: int) -> Tensor:
         """One generation; what draws outside its generator is seeded too."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flashomni.models import adapters
+from matrix.more import MORE
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "unit"))
 from tiny_models import TINY, build, fill_gates
@@ -23,19 +24,16 @@ OURS = "ours"
 
 
 def classes() -> dict[str, type[nn.Module]]:
-    """Every transformer class that this diffusers exports, by name."""
-    import diffusers
+    """Every transformer class of this diffusers, by name."""
     from diffusers.models import transformers
 
-    names = [name for name in dir(diffusers) if not name.startswith("_")]
-    found = {}
-    for name in names:
-        if not any(word in name for word in ("Transformer", "DiT", "T5FilmDecoder")):
-            continue
-        cls = getattr(diffusers, name)
-        if inspect.isclass(cls) and cls.__module__.startswith(transformers.__name__):
-            found[name] = cls
-    return found
+    names = [name for name in dir(transformers) if not name.startswith("_")]
+    found = {name: getattr(transformers, name) for name in names}
+    return {
+        name: cls
+        for name, cls in found.items()
+        if inspect.isclass(cls) and cls.__module__.startswith(transformers.__name__)
+    }
 
 
 def sources(tests: Path | None) -> Iterator[tuple[str, str, Callable[[], Made]]]:
@@ -47,6 +45,8 @@ def sources(tests: Path | None) -> Iterator[tuple[str, str, Callable[[], Made]]]
     ours: dict[str, Callable[[], Made]] = {name: partial(build, name) for name in TINY}
     for name in adapters():
         ours.setdefault(name, partial(of_adapter, name))
+    for name, make in MORE.items():
+        ours.setdefault(name, partial(of_more, make))
     for name, make in sorted(ours.items()):
         yield name, OURS, make
     if tests is not None:
@@ -59,6 +59,13 @@ def of_adapter(name: str) -> Made:
     torch.manual_seed(0)
     model, inputs = adapters()[name].tiny()
     return filled(model), dict(inputs)
+
+
+def of_more(make: Callable[[], Made]) -> Made:
+    """A model that is small here alone."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    return filled(model), inputs
 
 
 def of_config(config: type) -> Made:

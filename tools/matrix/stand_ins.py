@@ -18,6 +18,35 @@ ENCODERS = (
     "CLIPTextModel", "CLIPTextModelWithProjection", "Gemma2Model", "GemmaModel", "T5EncoderModel",
     "UMT5EncoderModel",
 )  # fmt: skip
+WHOLE: dict[str, dict[str, Any]] = {  # models that the tests take whole, as small as fits them
+    "BertModel": {
+        "vocab_size": 1103, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "LlamaForCausalLM": {
+        "vocab_size": 1103, "hidden_size": 16, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "Gemma3ForConditionalGeneration": {
+        "text_config": {
+            "vocab_size": 1103, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 1102,
+    },
+    "SiglipVisionModel": {
+        "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": 30, "patch_size": 2,
+    },
+}  # fmt: skip
+VISION = {  # tokens of Qwen's language models that stand for pictures, by their numbers there
+    "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654,
+    "<|image_pad|>": 151655, "<|video_pad|>": 151656,
+}  # fmt: skip
 CHAT = (
     "{% for m in messages %}{{ m['content'] if m['content'] is string else 'w1 w2' }} {% endfor %}"
 )
@@ -36,6 +65,35 @@ def put_in_place() -> None:
         cls = getattr(transformers, name, None)
         if cls is not None:
             cls.from_pretrained = classmethod(_encoder)
+    for name in WHOLE:
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            cls.from_pretrained = classmethod(_whole)
+    transformers.Qwen2VLProcessor.from_pretrained = classmethod(_processor)
+    transformers.SiglipImageProcessor.from_pretrained = classmethod(
+        lambda cls, name, *a, **settings: cls(**settings)
+    )
+
+
+def _whole(cls: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A model of random weights, small."""
+    import torch
+
+    torch.manual_seed(0)
+    return cls(cls.config_class(**WHOLE[cls.__name__])).eval()
+
+
+def _processor(cls: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Pictures as Qwen's processor makes them, words as the stand-in does."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    words = _tokenizer(cls, name)
+    return cls(
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT,
+    )
 
 
 def _tokenizer(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +104,13 @@ def _tokenizer(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(WORDS))])}
+    vocabulary |= VISION
     words = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        bos_token="<s>", model_max_length=77,
+        bos_token="<s>", model_max_length=77, additional_special_tokens=list(VISION),
     )  # fmt: skip
     made.chat_template = CHAT
     return made
