@@ -4,8 +4,14 @@
 every pipeline, each in a process of its own. FOLDER holds diffusers' ``tests``, of the installed
 version or one near it (``git clone --depth 1 https://github.com/huggingface/diffusers``; its sdist
 does not have them); without it only this repository's small models run. What has a result in
-``--out`` is not run again; ``--write`` makes docs/results/compatibility.json and the page of all of
-them. Parts that come from the Hub are small random stand-ins: nothing is downloaded.
+``--out`` is not run again; ``--write`` puts those into docs/results/compatibility.json, where the
+same cases are replaced, and makes the page of it. Parts that come from the Hub are small random
+stand-ins: nothing is downloaded. Some tests want torchvision, OpenCV, ftfy, parameterized and
+requests-mock; without them their pipelines are not built, and the page says so.
+
+On a card: ``--part models --device cuda --dtype bfloat16 --jobs 14 --rows FILE`` keeps every row in
+one file as it comes, and ``--card FILE`` puts those into docs/results/compatibility-card.json and
+the page; it runs nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +90,7 @@ def main() -> None:
             check = partial(pipelines.check, test, options.device, DTYPES[options.dtype])
             cases[f"pipelines/{name}"] = jobs.Case(check, partial(pipelines.warm, test))
     if options.write:
-        rows = {row["case"]: row for row in jobs.read_all(options.out)}
+        rows = {row["case"]: row for row in [*page.kept(), *jobs.read_all(options.out)]}
         missing = {"status": "not run", "why": "not reached: nothing is known of it"}
         rows = {**{name: {"case": name, **missing} for name in cases}, **rows}
         page.write([rows[name] for name in sorted(rows)], small.classes())

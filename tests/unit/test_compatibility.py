@@ -43,8 +43,10 @@ def test_what_works_is_exact_and_guarded():
     assert len({row["name"] for row in page.works(MODELS)}) >= 64
     for row in page.works(MODELS):
         assert row["removed"] and row["lossless"]["error"] < 1e-5, row
-        cached = [row[key] for key in page.CACHED if "error" in row[key]]
-        assert cached and all(found["error"] < 1e-5 for found in cached), row
+        cached = {key: row[key]["error"] for key in page.CACHED if "error" in row[key]}
+        coarse = {models.TILES: models.COARSE} if "rounds" in row else {}
+        assert cached, row
+        assert all(error < coarse.get(key, 1e-5) for key, error in cached.items()), row
         for guard in (row["guard"], row.get("tile guard", "")):
             assert isinstance(guard, str) or guard > 1, row
         assert any("computed in every step" in note for note in row["uncached"]) >= isinstance(
@@ -87,6 +89,16 @@ def test_the_check_sees_what_is_wrong(monkeypatch):
     assert row["status"] == "wrong"
     for words in ("fora is off by", "balanced is off by", "guard: a cached value off by 1e-3"):
         assert words in row["why"]
+
+
+@pytest.mark.slow
+def test_a_model_that_attends_in_bfloat16_is_exact_to_that():
+    """Its tiles are held to half a step of it, its layers to as much as those of the others."""
+    row = models.check(lambda: small.of_more(small.MORE["SanaWMTransformer3DModel"]))
+    assert (row["status"], row["why"]) == ("works", "") and "bfloat16" in row["rounds"]
+    assert 1e-5 < row[models.TILES]["error"] < models.COARSE and row["fora"]["error"] < 1e-5
+    assert row["guard"] > 1 and row["tile guard"] == row["rounds"]
+    assert row["rounds"] in page.reasons([row])
 
 
 def test_a_model_that_is_refused_says_why():

@@ -57,7 +57,7 @@ def check(make: Callable[[], Any], device: str = "cpu", dtype: torch.dtype = tor
     if not torch.equal(exact, output(model, inputs)):
         return {**row, "status": "not run", "why": "stock itself differs from call to call"}
     if device != "cpu" or dtype != torch.float32:
-        model, inputs = model.to(device, dtype), moved(inputs, device, dtype)
+        model, inputs = lowered(model, inputs, device, dtype)
     row["dtype"] = str(dtype).removeprefix("torch.")
     run = _Run(model, inputs, exact, row)
     try:
@@ -291,6 +291,27 @@ def _turned(value: Any, angle: float) -> Any:
     return value * turn.cos() + value.flip(-1) * turn.sin()
 
 
+def lowered(
+    model: nn.Module, inputs: dict, device: str, dtype: torch.dtype
+) -> tuple[nn.Module, dict]:
+    """The model elsewhere, and such arguments as it takes there: all but positions and times, as
+    pipelines give them, or all, or none where it lowers them itself.
+
+    Raises:
+        RuntimeError: stock takes none of these.
+    """
+    model = model.to(device, dtype)
+    errors = []
+    for dims in (3, 0, 99):
+        given = moved(inputs, device, dtype, dims)
+        try:
+            output(model, given)
+            return model, given
+        except RuntimeError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def moved(value: Any, device: str, dtype: torch.dtype, dims: int = 3) -> Any:
     """Arguments on a device, floats of that many dims lowered: not positions and times."""
     if isinstance(value, Tensor):
@@ -298,7 +319,7 @@ def moved(value: Any, device: str, dtype: torch.dtype, dims: int = 3) -> Any:
         return value.to(device, dtype if lower else None)
     if isinstance(value, dict):
         return {
-            key: moved(part, device, dtype, 2 if key.startswith("pooled") else dims)
+            key: moved(part, device, dtype, min(2, dims) if key.startswith("pooled") else dims)
             for key, part in value.items()
         }
     if isinstance(value, (list, tuple)):

@@ -144,6 +144,11 @@ def count_card(versions: str, named: Mapping[str, Sequence[Row]]) -> str:
     )
 
 
+def kept() -> list[Row]:
+    """The rows that the page is made of."""
+    return json.loads(DATA.read_text("utf-8"))["rows"]
+
+
 def page() -> str:
     """The page, of what is kept."""
     data = json.loads(DATA.read_text("utf-8"))
@@ -259,6 +264,8 @@ def reasons(rows: Iterable[Row]) -> str:
             if note.startswith("without the adapter"):
                 note = f"tier {row['tier']} {note}"
             said[note] = None
+        if "rounds" in row:
+            said[f"tiles: {row['rounds']}"] = None
         for key in CACHED:
             if "refused" in row[key]:
                 said[f"{key}: {row[key]['refused']}"] = None
