@@ -1,5 +1,6 @@
 """``accelerate(..., memory=...)``: what is kept is foreseen, and lowered until it fits."""
 
+import dataclasses
 import itertools
 import logging
 
@@ -66,6 +67,55 @@ def test_what_is_foreseen_is_what_is_kept(name, recipe):
     report, _ = kept(model, inputs, recipe)
     assert report.cache_bytes <= foreseen.device <= 1.5 * report.cache_bytes
     assert foreseen.host == 0
+
+
+TOPK = {"name": "topk", "q_density": 0.5, "kv_density": 0.6}
+GROUPED = {
+    "tiles in the last layers": WHOLE.replace(
+        groups=[{"layers": "2:", "policy": TOPK, "sparse": dataclasses.asdict(TILES.sparse)}]
+    ),
+    "none in the first": TILES.replace(groups=[{"layers": ":1", "policy": {"name": "dense"}}]),
+    "another forecast": WHOLE.replace(
+        groups=[{"layers": [0, 2], "forecast": {"name": "taylor", "layer_order": 3}}]
+    ),
+    "carried in one": TILES.replace(
+        interval=1, in_computed=True, dense_steps=2,
+        groups=[{"layers": [1], "sparse": dataclasses.asdict(CARRY.sparse)}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("about", GROUPED)
+def test_groups_of_layers_keep_what_is_theirs(about):
+    """Their policies, forecasts and sparse settings count, in their layers alone."""
+    recipe = GROUPED[about]
+    model, inputs = tiny("FluxTransformer2DModel")
+    shapes = call_shapes(model, find_adapter(model).sites(model), inputs)
+    foreseen, alone = (
+        kept_bytes(each, shapes, "cpu") for each in (recipe, recipe.replace(groups=[]))
+    )
+    report, _ = kept(model, inputs, recipe)
+    assert foreseen != alone and 0 < report.cache_bytes <= foreseen.device
+    if about != "carried in one":  # has no step that takes the tiles which it might cache
+        assert foreseen.device <= 1.5 * report.cache_bytes
+
+
+def test_what_groups_keep_is_lowered_too():
+    """Orders of their forecasts, and what they carry; never raised where theirs were lower."""
+    recipe = CARRY.replace(
+        interval=3, order=1, layer_order=2,
+        groups=[
+            {"layers": [0], "forecast": {"name": "taylor", "order": 2, "layer_order": 3}},
+            {"layers": [1], "forecast": {"name": "reuse", "order": 0, "layer_order": 0}},
+            {"layers": [2], "sparse": dataclasses.asdict(CARRY.sparse)},
+        ],
+    )  # fmt: skip
+    *_, (lowered, last) = ladder(recipe, "cpu")
+    assert {"carry=off", "order=0", "layer_order=0"} <= set(lowered)
+    assert [g.forecast.layer_order for g in last.groups if g.forecast] == [0, 0]
+    assert last.groups[2].sparse.carry == "off" == last.sparse.carry
+    first = next(each for said, each in ladder(recipe, "cpu") if "layer_order=1" in said)
+    assert [g.forecast.layer_order for g in first.groups if g.forecast] == [1, 0]
 
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "LTXVideoTransformer3DModel"])

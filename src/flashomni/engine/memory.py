@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from flashomni.engine.groups import Division
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.state.room import HOST_SHARE, free_bytes
 from flashomni.engine.state.storage import Storage
@@ -38,17 +39,25 @@ class Shapes:
 
     Attributes:
         streams: of the widest run of blocks, shape and dtype each.
-        attention: what each block's largest attention gives, ``[B, H, S, D]``.
+        attention: what each block's largest attention gives, ``[B, H, S, D]``; of one that has none
+            nothing, ``[0]``.
         output: of the model.
-        runs: how many runs of blocks are cached each by itself, where all are cached whole.
+        apart: positions of blocks that are cached each by itself where all are cached whole.
         has_text: whether the text is in the sequence of that attention.
+        names: of the blocks, by which groups of layers choose theirs.
     """
 
     streams: tuple[tuple[torch.Size, torch.dtype], ...]
     attention: tuple[tuple[torch.Size, torch.dtype], ...]
     output: tuple[tuple[torch.Size, torch.dtype], ...]
-    runs: int = 1
+    apart: frozenset[int] = frozenset()
     has_text: bool = True
+    names: tuple[str, ...] = ()
+
+    def runs(self, chosen: set[int]) -> int:
+        """How many runs of these blocks are cached, where all are cached whole."""
+        starts = sum(place - 1 not in chosen for place in chosen)
+        return starts + len(chosen & self.apart)
 
 
 @dataclass(frozen=True)
@@ -96,22 +105,39 @@ def kept_bytes(recipe: Recipe, shapes: Shapes, device: str = "cuda") -> Bytes:
         shapes: of a call.
         device: type of the one that computes; only beside a card is there another memory.
     """
-    forecast, sparse = recipe.forecast, recipe.sparse
     storage = Storage(recipe.storage.history_dtype)
     on_host = recipe.storage.history_device == "host" and device == "cuda"
-    attention = sum(_size(*each, storage) for each in shapes.attention)
-    carry = attention * (2 if sparse.carry == "extrapolate" else 1) if sparse.carries else 0
-    policy = recipe.policy_for(Grid(2, 2, text=(0, 1) if shapes.has_text else (0, 0)))
-    caches = policy.caches and policy.name != "cached" and not recipe.at_output
-    # Of projected tiles: what differences need of O, and every term behind the projection.
-    tiles = (2 * forecast.order + 1) * attention if caches else 0
-    passing = 2 * (tiles + carry) // max(len(shapes.attention), 1)
-    kept = partial(Bytes, tiles=tiles, carry=carry, on_host=on_host, passing=passing)
-    if not recipe.skips:
-        return kept()
-    at = shapes.output if recipe.at_output else shapes.streams
-    size = (forecast.layer_order + 1) * sum(_size(*each, storage, wide=True) for each in at)
-    return kept(output=size) if recipe.at_output else kept(layers=size * shapes.runs)
+    grid = Grid(2, 2, text=(0, 1) if shapes.has_text else (0, 0))
+    wide = partial(_size, kept=storage, wide=True)
+    tiles, carry, layers = 0, 0, 0
+    for own, chosen in _divided(recipe, shapes):
+        forecast, sparse = own.forecast, own.sparse
+        attention = sum(_size(*shapes.attention[place], storage) for place in chosen)
+        if sparse.carries:
+            carry += attention * (2 if sparse.carry == "extrapolate" else 1)
+        policy = own.policy_for(grid)
+        if policy.caches and policy.name != "cached" and not recipe.at_output:
+            # Of projected tiles: what differences need of O, and every term behind the projection.
+            tiles += (2 * forecast.order + 1) * attention
+        if own.skips and not recipe.at_output:
+            size = (forecast.layer_order + 1) * sum(wide(*each) for each in shapes.streams)
+            layers += size * shapes.runs(chosen)
+    passing = 2 * (tiles + carry) // max(sum(s.numel() > 0 for s, _ in shapes.attention), 1)
+    output = 0
+    if recipe.skips and recipe.at_output:
+        terms = recipe.forecast.layer_order + 1
+        output = terms * sum(wide(*each) for each in shapes.output)
+    return Bytes(output, layers, tiles, carry, on_host, passing)
+
+
+def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[Recipe, set[int]]]:
+    """The recipe of each group of layers, and positions of its layers."""
+    if not recipe.groups:
+        yield recipe, set(range(len(shapes.attention)))
+        return
+    division = Division.make(recipe, shapes.names)
+    for number, own in enumerate(division.recipes):
+        yield own, {place for place, of in enumerate(division.of) if of == number}
 
 
 def _size(shape: torch.Size, dtype: torch.dtype, kept: Storage, wide: bool = False) -> int:
@@ -148,10 +174,11 @@ def ladder(
         at_output |= {"policy": "cached", "policy_without_text": None}
     for step in [*steps, at_output]:
         name, value = next(iter(step.items()))
-        if name in ORDERS and getattr(recipe.forecast, name) <= value:
+        forecasts = [recipe.forecast, *(g.forecast for g in recipe.groups if g.forecast)]
+        if name in ORDERS and all(getattr(each, name) <= value for each in forecasts):
             continue  # it is as low already
         try:
-            after = recipe.replace(**step)
+            after = _with(recipe, step)
         except ValueError:
             continue  # what it does not go with stays
         if after != recipe and helps(recipe, after):
@@ -159,6 +186,27 @@ def ladder(
             kept = (each for each in lowered if not each.startswith(f"{name}="))
             lowered = (*kept, f"{name}={value}")
             yield lowered, recipe
+
+
+def _with(recipe: Recipe, step: dict[str, Any]) -> Recipe:
+    """The recipe with something lowered, in groups of layers that have it of their own as well.
+
+    Raises:
+        ValueError: it does not go with the rest.
+    """
+    (name, value), *_ = step.items()
+    groups = []
+    for group in recipe.groups:
+        own: dict[str, Any] = {}
+        if name in ORDERS and group.forecast is not None:
+            low = min(value, getattr(group.forecast, name))
+            own["forecast"] = replace(group.forecast, **{name: low})
+        if name == "carry" and group.sparse is not None:
+            own["sparse"] = replace(group.sparse, carry=value)
+        groups.append(replace(group, **own))
+    if name in ORDERS:
+        step = {name: min(value, getattr(recipe.forecast, name))}
+    return recipe.replace(**step, groups=groups)
 
 
 def parse_bytes(memory: str | int) -> int | None:

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,26 +106,27 @@ def _watched(
     model: nn.Module, sites: Sequence[Site], inputs: dict[str, Any], has_text: bool | None
 ) -> Shapes:
     streams: list[list[Tensor]] = []
-    attention: list[Tensor] = []
+    attention = [torch.empty(0)] * len(sites)
     output: list[Tensor] = []
     mode = _Largest()
 
-    def look(module: nn.Module, args: tuple, behind: Any) -> None:
+    def look(place: int, module: nn.Module, args: tuple, behind: Any) -> None:
         found: list[Tensor] = []
         take_apart(behind, found)
         streams.append(found)
         if mode.largest is not None:
-            attention.append(mode.largest)
-            mode.largest = None
+            attention[place], mode.largest = mode.largest, None
 
-    for site in sites:
-        model.get_submodule(site.name).register_forward_hook(look)
+    for place, site in enumerate(sites):
+        model.get_submodule(site.name).register_forward_hook(partial(look, place))
     with mode:
         take_apart(model(**inputs), output)
     widest = max(streams, key=lambda found: sum(x.nbytes for x in found), default=[])
-    apart = sum(not site.chain or not site.streams for site in sites)  # or not known yet
+    apart = frozenset(i for i, site in enumerate(sites) if not site.chain or not site.streams)
     has_text = not mode.crosses if has_text is None else has_text
-    return Shapes(_shapes(widest), _shapes(attention), _shapes(output), 1 + apart, has_text)
+    names = tuple(site.name for site in sites)
+    shapes = (_shapes(widest), _shapes(attention), _shapes(output))
+    return Shapes(*shapes, apart, has_text, names)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
