@@ -1,7 +1,9 @@
 """docs/images/pareto.png: PSNR against time, a panel a model, of a CSV of tools/methods.py.
 
-``python tools/pareto.py --csv docs/results/methods.csv``. Settings of one rival are joined; a line
-down from a point ends at its worst picture.
+``python tools/pareto.py --csv docs/results/methods.csv``. Settings of one method that differ in a
+number are joined where a line says what they have in common; a line down from a point ends at its
+worst picture. A peer's settings are "planned" where they are a list of computed steps that a
+dynamic programme chose for its forecast, and apart from its own thresholds and intervals.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from flashomni.lab.fidelity.equal_time import line_of
 from flashomni.lab.viz import save_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
-# line of rivals, or what a name of ours begins with: label, colour, marker
+PLANNED = "steps=["  # of a peer's settings
+# What a method looks like: label, colour, marker.
 LOOKS = {
     "tuned": ("tuned", "#2563eb", "*"),
     "ramp": ("ramp, fitted weights", "#0d9488", "o"),
     "balanced": ("balanced", "#7c3aed", "D"),
     "steps": ("stock, fewer steps", "#6b7280", "s"),
-    "diffusers.mag": ("diffusers' MagCache, planned steps", "#d97706", "^"),
-    "cache-dit": ("cache-dit TaylorSeer, planned steps", "#dc2626", "v"),
+    "diffusers.mag, planned": ("diffusers' MagCache, planned steps", "#d97706", "^"),
+    "diffusers.mag": ("diffusers' MagCache, thresholds", "#fbbf24", "^"),
+    "diffusers.taylorseer": ("diffusers' TaylorSeer, intervals", "#84cc16", "<"),
+    "cache-dit, planned": ("cache-dit TaylorSeer, planned steps", "#dc2626", "v"),
+    "cache-dit": ("cache-dit, thresholds and its own masks", "#f9a8d4", "v"),
 }
 TITLES = {"tiny-image": "pictures, tiny-image", "tiny-video": "videos, tiny-video"}
 
@@ -42,7 +48,12 @@ def main() -> None:
 def look_of(method: str) -> str | None:
     """Key of what a method looks like; ``None`` is not drawn."""
     line = line_of(method)
-    return line if line in LOOKS else next((key for key in LOOKS if line.startswith(key)), None)
+    planned = f"{line}, planned"
+    if planned in LOOKS and PLANNED in method:
+        return planned
+    if line in LOOKS:
+        return line
+    return next((key for key in ("tuned-", "ramp-") if line.startswith(key)), "-")[:-1] or None
 
 
 def drawn(rows: Iterable[results.Cells]) -> Figure:
@@ -71,9 +82,11 @@ def drawn(rows: Iterable[results.Cells]) -> Figure:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("PSNR, dB: mean, line to the worst")
+    seen = {look_of(row["method"]) for row in rows}
     handles = [
         Line2D([], [], color=colour, marker=marker, linewidth=0, label=label)
-        for label, colour, marker in LOOKS.values()
+        for key, (label, colour, marker) in LOOKS.items()
+        if key in seen
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
