@@ -31,11 +31,20 @@ def test_where_the_output_is_cached(recipe, at_output):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recipe", ["fora", "taylorseer:layer_order=2,history_dtype=bfloat16"])
-def test_bytes_are_known_before(name, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        ("fora", torch.float32),
+        ("taylorseer:layer_order=2,history_dtype=bfloat16", torch.float32),
+        ("fora:history_dtype=float8", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_bytes_are_known_before(name, recipe, dtype):
     """What shapes say is what the engine keeps, at either level."""
     model, inputs = adapters()[name].tiny()
-    model = model.eval()
+    model = model.eval().to(dtype)
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
     expected = cache_bytes(model, inputs, recipe)
     kept = {}
     for level in ("output", "layers"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flashomni.engine import Recipe
-from flashomni.engine.memory import Shapes
+from flashomni.engine.arguments import by_name
+from flashomni.engine.memory import Shapes, kept_size
 from flashomni.engine.state.output import take_apart
 from flashomni.engine.state.storage import Storage
 from flashomni.models import Adapter, Site, find_adapter
@@ -169,17 +169,12 @@ def _streams(
 
 
 def _named(site: Site, block: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = by_name(block, args, kwargs)
     return [given[name] for name in site.streams]
 
 
 def _history(tensors: list[Tensor], recipe: Recipe) -> int:
     """Bytes of the terms that are kept: one more than the order."""
-    storage, total = Storage(recipe.storage.history_dtype), 0
-    for tensor in tensors:
-        wide = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
-        kept = storage.resolve(wide)
-        scales = tensor.shape[:-1].numel() * wide.itemsize if kept.itemsize == 1 else 0
-        total += tensor.numel() * kept.itemsize + scales
+    kept = Storage(recipe.storage.history_dtype)
+    total = sum(kept_size(tensor.shape, tensor.dtype, kept, wide=True) for tensor in tensors)
     return total * (recipe.forecast.layer_order + 1)
