@@ -1,5 +1,7 @@
 """Wan: timesteps of single tokens, images beside the text, and two transformers in one pipeline."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import fill_gates
@@ -7,7 +9,7 @@ from torch import nn
 
 import flashomni
 from conftest import ONES, SPARSE, call, generation, residue
-from flashomni.engine import Recipe
+from flashomni.engine import Engine, Experts, Recipe
 from flashomni.models import Blocks, adapters, engine_of
 from flashomni.policies.flashomni import FlashOmni
 
@@ -177,6 +179,16 @@ def test_two_transformers_are_one_engine(two_experts):
     assert not engine.attached and engine_of(pipe) is None
     assert clean == [residue(part) for part in (pipe.transformer, pipe.transformer_2)]
     assert torch.equal(generate(), stock)
+
+
+def test_whatever_an_engine_is_asked_both_answer():
+    """Nothing is left to the base class, which has one runtime."""
+    asked = {name for name in vars(Engine) if not name.startswith("_")}
+    assert asked <= set(vars(Experts))
+    engines = {name: SimpleNamespace(finished=name == "a") for name in "ab"}
+    assert not Experts(engines).finished and Experts({"a": engines["a"]}).finished
+    with pytest.raises(NotImplementedError, match=r"engines\['a'\]\.save_symbols"):
+        Experts(engines).save_symbols("both.safetensors")
 
 
 def parts_of(pipe):

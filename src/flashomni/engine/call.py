@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Signals, StepKind
@@ -263,16 +261,3 @@ def first_tensor(output: Any) -> Tensor | None:
     tensors: list[Tensor] = []
     take_apart(output, tensors)
     return tensors[0] if tensors else None
-
-
-def by_name(model: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
-    """The arguments of a model's call by name."""
-    if not args:
-        return kwargs
-    return {**dict(zip(_names(type(model).forward), args, strict=False)), **kwargs}
-
-
-@functools.lru_cache(64)
-def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Parameters of a class's forward, which cost tens of microseconds to find."""
-    return tuple(inspect.signature(forward).parameters)[1:]

@@ -22,7 +22,6 @@ class Engine:
     It is a context manager: leaving it removes it. State belongs to a generation and a branch: a
     generation is one run of one caller (a pipeline, or a name given to :meth:`step`), and several
     may be in flight on one model as long as their calls do not overlap in time.
-
     """
 
     def __init__(

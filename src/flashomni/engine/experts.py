@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flashomni.engine.engine import Engine
@@ -67,6 +68,15 @@ class Experts(Engine):
         """
         next(iter(self.engines.values())).step(step, num_steps, branch, generation)
 
+    def save_symbols(self, path: str | Path) -> None:
+        """Each transformer has symbols of its own, for a recipe of its own.
+
+        Raises:
+            NotImplementedError: always; the message says whom to ask instead.
+        """
+        names = " and ".join(f"engine.engines[{n!r}].save_symbols(...)" for n in self.engines)
+        raise NotImplementedError(f"symbols of several transformers are a file each: {names}")
+
     @property
     def attached(self) -> bool:
         """Whether all of them are installed on what the pipeline uses."""
@@ -76,6 +86,11 @@ class Experts(Engine):
     def running(self) -> bool:
         """Whether a call of one of them is under way in this thread."""
         return any(engine.running for engine in self.engines.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether no generation is under way in any of them."""
+        return all(engine.finished for engine in self.engines.values())
 
 
 def merged(reports: Mapping[str, Summary], finished: Mapping[str, bool]) -> Summary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flashomni.engine.arguments import by_name
 from flashomni.engine.token_order import TokenOrder
 from flashomni.policies import Policy
 from flashomni.symbols.order import Shape
@@ -105,8 +105,7 @@ class Asked:
         reorders = self._order != "raster"
         if not reorders and not self._policy.wants_shape():
             return None
-        names = list(inspect.signature(type(self._model).forward).parameters)[1:]
-        found = self._tell({**dict(zip(names, args, strict=False)), **kwargs})
+        found = self._tell(by_name(self._model, args, kwargs))
         if reorders and found.shape is None:
             raise NotImplementedError(
                 f"token_order {self._order!r} needs frames, rows and columns of "

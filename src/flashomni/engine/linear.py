@@ -239,5 +239,6 @@ def join_tokens(first: Tensor, second: Tensor) -> Tensor:
 
 
 def norm_eps(norm: nn.Module, dtype: torch.dtype) -> float:
+    """What a norm adds under the root: where it says nothing, what torch takes of the dtype."""
     eps = norm.eps
     return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashomni.engine.arguments import by_name
 from flashomni.engine.block import run_block
 from flashomni.engine.call import (
     Call,
     Place,
-    by_name,
     first_tensor,
     kinds_now,
     overall,

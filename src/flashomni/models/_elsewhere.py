@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashomni.engine.call import by_name
+from flashomni.engine.arguments import by_name
 from flashomni.engine.runtime import Runtime
 
 log = logging.getLogger("flashomni")
