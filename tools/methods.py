@@ -13,16 +13,19 @@ recipes without a row in the CSV come before them; ``MODEL@NAME`` is for that mo
 ``--dtype`` is what the stock pipeline and methods both run in. ``--ours`` names methods that are
 compared with every line of peers at their own measured time, ``--equal-time`` is the CSV of that.
 On a CPU ``--in-turn`` times the pictures themselves, prompt by prompt, and ``--seconds`` ends it
-behind one; ``--processor-time`` does not count the work of others.
+behind one; ``--processor-time`` does not count the work of others. There several processes, each on
+cores of its own, can take parts of the prompts (``--part 0/4 --pictures 0.json``), whose pictures
+``--together 0.json ... --csv FILE`` puts together.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,9 @@ from rows.workers import Asked, Workers
 
 from flashomni.lab import results, zoo
 from flashomni.lab.fidelity.compare import compare, processor_time
-from flashomni.lab.fidelity.comparison import Comparison, Summed
+from flashomni.lab.fidelity.comparison import Comparison, Picture, Summed
 from flashomni.lab.fidelity.equal_time import Equal, at_equal_time
+from flashomni.util.files import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 AT_ONCE = 8  # methods timed between two states of the CSV, if not in turn
@@ -74,6 +78,9 @@ def main() -> None:
     parser.add_argument("--missing-first", action="store_true", help="before all that has a row")
     parser.add_argument("--in-turn", action="store_true", help="time pictures, all methods on each")
     parser.add_argument("--processor-time", action="store_true", help="a clock of a busy machine")
+    parser.add_argument("--part", help="I/N: of the prompts; with --in-turn")
+    parser.add_argument("--pictures", type=Path, help="where each picture's figures are kept")
+    parser.add_argument("--together", type=Path, nargs="+", help="such files; nothing is run")
     parser.add_argument("--csv", type=Path, help="where rows are kept")
     parser.add_argument("--equal-time", type=Path, help="where differences are kept")
     parser.add_argument("--write", action="store_true", help=f"from the CSV into {PAGE.name}")
@@ -87,19 +94,61 @@ def main() -> None:
             parser.error("--write needs --csv")
         PAGE.write_text(filled(page, cells_of(results.read(options.csv, Summed))), "utf-8")
         return
+    if options.together:
+        for model, comparison in together(options.together).items():
+            if options.csv is not None:
+                comparison.save(options.csv, model)
+            tell_equal(model, comparison, options)
+        return
     options.recipe = options.recipe or list(recipes_of(page))
     workers = Workers(options.jobs, options) if options.jobs > 1 else None
     for number, model in enumerate(options.model):
         comparison = measure(model, number, options, workers)
-        print(f"\n{model}, {comparison.seconds:.0f} s\n{comparison}", flush=True)
-        equal = at_equal_time(comparison, [Listed("", name).called for name in options.ours])
-        for each in equal:
-            print(each, flush=True)
-        if options.equal_time is not None:
-            rows = [Equal.of(each, model, comparison) for each in equal]
-            results.replace(options.equal_time, rows, ("model", "method", "line", "device"))
+        tell_equal(model, comparison, options)
+        if options.pictures is not None:
+            keep(options.pictures, model, comparison)
     if workers is not None:
         workers.close()
+
+
+def tell_equal(model: str, comparison: Comparison, options: argparse.Namespace) -> None:
+    """Print a comparison, and ours against each line of peers at equal time."""
+    print(f"\n{model}, {comparison.seconds:.0f} s\n{comparison}", flush=True)
+    equal = at_equal_time(comparison, [Listed("", name).called for name in options.ours])
+    for each in equal:
+        print(each, flush=True)
+    if options.equal_time is not None:
+        rows = [Equal.of(each, model, comparison) for each in equal]
+        results.replace(options.equal_time, rows, ("model", "method", "line", "device"))
+
+
+def keep(path: Path, model: str, comparison: Comparison) -> None:
+    """Write each picture's figures, JSON."""
+    content = {
+        "model": model,
+        "device": comparison.rows[0].device,
+        "seconds": comparison.seconds,
+        "families": {row.method: row.family for row in comparison.rows},
+        "pictures": [asdict(picture) for picture in comparison.pictures],
+    }
+    write_text(path, json.dumps(content) + "\n")
+
+
+def together(paths: Iterable[Path]) -> dict[str, Comparison]:
+    """Parts of comparisons that :func:`keep` wrote, by model; each picture was timed."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        part = json.loads(path.read_text("utf-8"))
+        parts.setdefault(part["model"], []).append(part)
+    return {
+        model: Comparison.of_timed(
+            [Picture(**picture) for part in some for picture in part["pictures"]],
+            some[0]["families"],
+            some[0]["device"],
+            max(part["seconds"] for part in some),
+        )
+        for model, some in parts.items()
+    }
 
 
 def measure(
@@ -113,6 +162,8 @@ def measure(
 
     limit, count, batch = mine(options.seconds), mine(options.count), mine(options.batch)
     ready = Ready.of(model, options, count)
+    first, every = map(int, (options.part or "0/1").split("/"))
+    ready = ready._replace(prompts=ready.prompts[first::every])
     listed = ready.calibrated(by_importance(options, model))
     timed = None
     if options.timed not in (None, options.dtype):
@@ -161,6 +212,9 @@ def measure(
         )
         found = _together(parts)
         found = found if looked is None else Comparison.merged([looked], found)
+        if options.part is not None:  # numbers of prompts are those of the whole
+            pictures = (replace(p, prompt=p.prompt * every + first) for p in found.pictures)
+            found = replace(found, pictures=tuple(pictures))
         if options.csv is not None:
             found.save(options.csv, model)
     return found

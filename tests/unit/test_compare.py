@@ -199,6 +199,7 @@ def test_pictures_in_turn_are_those_of_the_methods_and_timed(pipe):
     assert found.rows[1].flops_skipped == 0.5
     short = flashomni.compare(pipe, given, PROMPTS, in_turn=True, seconds=0.0, **settings)
     assert {row.prompts for row in short.rows} == {1} and not short.left_out
+    assert {picture.seconds for picture in found.pictures} == {1.0}
 
 
 def test_pictures_in_turn_are_of_one_prompt_on_one_pipeline(pipe):

@@ -16,7 +16,8 @@ from flashomni.engine.recipe import methods
 from flashomni.engine.schedules import schedules
 from flashomni.lab import results, zoo
 from flashomni.lab.fidelity.calibrate import calibrate
-from flashomni.lab.fidelity.comparison import Summed
+from flashomni.lab.fidelity.comparison import Comparison, Picture, Summed
+from flashomni.lab.fidelity.equal_time import at_equal_time
 from flashomni.lab.generation import Generation
 from flashomni.models import adapters
 from flashomni.policies import policies
@@ -24,7 +25,7 @@ from flashomni.policies._trained import TRAINED
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from methods import by_importance
+from methods import by_importance, keep, together
 from rows import page as page_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,26 @@ def test_what_has_no_row_comes_first(tmp_path):
     assert [each.name for each in by_importance(options, "a")] == first
     other = ["fora", "pab", "y/tuned.json", "steps=2", "steps=3"]
     assert [each.name for each in by_importance(options, "b")] == other
+
+
+def test_parts_of_a_comparison_are_put_together(tmp_path):
+    """Times are medians over all pictures, and pairs are of all parts."""
+    paths = [tmp_path / f"{part}.json" for part in range(2)]
+    for part, path in enumerate(paths):
+        pictures = [
+            Picture(name, prompt, 0, decibel + prompt, 0.9, None, 5, 0.5, seconds=taken + prompt,
+                    dense_seconds=9.0)
+            for prompt in range(part, 4, 2)
+            for name, decibel, taken in (("tuned-9", 40.0, 2.0), ("steps=9", 30.0, 1.0))
+        ]  # fmt: skip
+        families = {"tuned-9": "recipes", "steps=9": "stock"}
+        keep(path, "tiny-image", Comparison.of_timed(pictures, families, "cpu, 2 threads", 5.0))
+    found = together(paths)["tiny-image"]
+    rows = {row.method: row for row in found.rows}
+    assert (rows["tuned-9"].seconds, rows["steps=9"].seconds) == (3.5, 2.5)
+    assert (rows["tuned-9"].psnr_db, rows["tuned-9"].prompts) == (41.5, 4)
+    (equal,) = at_equal_time(found, ["tuned-9"])
+    assert (equal.gain_db, equal.error_db, equal.line) == (10.0, 0.0, "steps")
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,20 @@ def in_words(row: dict[str, str], dense: float) -> str:
     return ", ".join([*parts, f"{dense / float(row['seconds']):.2f}x"])
 
 
+def _run_of(row: dict[str, str]) -> tuple[str, ...]:
+    """What rows of one run have in common: times of others are another machine's."""
+    return row["model"], row.get("device", ""), row.get("commit", "")
+
+
 def cells_of(rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
     """Column -> recipe -> cell, of the rows of a CSV; one that is not finite says so."""
     found: dict[str, dict[str, str]] = {column: {} for column in MEASURED.values()}
-    dense: dict[str, list[float]] = {}
+    dense: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        dense.setdefault(row["model"], []).append(float(row["dense_seconds"]))
+        dense.setdefault(_run_of(row), []).append(float(row["dense_seconds"]))
     for row in rows:
         if row["model"] in MEASURED:
-            usual = statistics.median(dense[row["model"]])  # one alone may have been disturbed
+            usual = statistics.median(dense[_run_of(row)])  # one alone may have been disturbed
             words = row["psnr_db"] if row["psnr_db"] == "not finite" else in_words(row, usual)
             found[MEASURED[row["model"]]][row["method"]] = words
     return found

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed
 from flashomni.lab.fidelity.judged import judged
 from flashomni.lab.fidelity.measures import Measure, load_measures
 from flashomni.lab.fidelity.methods import DENSE, Attached, Method, of_recipe, parse_method
+from flashomni.lab.versions import device_name
 
 OnMethod = Callable[[str, int, int], None]
 # (method, number of the prompt, seed, the pipeline's own pixels, the method's)
@@ -79,7 +80,8 @@ def compare(
             comparison of the same pipeline, prompts, seeds and call. Dropped if left out.
         in_turn: time every picture, the stock pipeline's and behind it those of all methods: for a
             CPU, where nothing is compiled, a picture takes long and the machine has other work.
-            Then ``seconds`` ends it behind a picture of all methods, ``rounds`` is not used.
+            Then ``seconds`` ends it behind a picture of all methods, where a further one would
+            not be done by then; ``rounds`` is not used.
         clock: seconds that times are differences of; see :func:`processor_time`.
         on_method: told the name of each method, how many are done, and of how many; ``in_turn``
             of pictures.
@@ -204,35 +206,30 @@ class _Work:
         """Every picture is timed: the stock pipeline's, and behind it those of all methods."""
         start = time.perf_counter()
         pictures: list[Picture] = []
-        taken: dict[str, list[float]] = {name: [] for name in (DENSE, *(m.name for m in methods))}
         for method in methods:
             method.prepare(self.pipe, self.num_steps, self._discard)
         whole = [(prompt, seed) for prompt in range(len(self.prompts)) for seed in self.seeds]
         for number, (prompt, seed) in enumerate(whole):
-            if number and seconds is not None and time.perf_counter() - start > seconds:
+            spent = time.perf_counter() - start
+            if number and seconds is not None and spent + spent / number > seconds:
                 break
             text = self.prompts[prompt : prompt + 1]
             tell(DENSE, number, len(whole))
             begun = self.clock()
             reference = self._generate(self.pipe, text, seed, self.num_steps)[0]
-            taken[DENSE].append(self.clock() - begun)
+            dense = self.clock() - begun
             for method in methods:
                 tell(method.name, number, len(whole))
                 count = self.num_steps if method.steps is None else method.steps
                 with method.attach(self.pipe, count) as attached:
                     begun = self.clock()
                     pixels = self._generate(self.pipe, text, seed, count)[0]
-                    taken[method.name].append(self.clock() - begun)
-                    pictures.append(
-                        self._picture(method, count, attached, prompt, seed, reference, pixels)
-                    )
-        dense = statistics.median(taken[DENSE])
-        times = [
-            Timed(method.name, method.family, statistics.median(taken[method.name]), dense)
-            for method in methods
-        ]
-        device = torch.device(self.pipe._execution_device)
-        return Comparison.of(pictures, times, device, (), time.perf_counter() - start)
+                    taken = self.clock() - begun
+                    made = self._picture(method, count, attached, prompt, seed, reference, pixels)
+                pictures.append(replace(made, seconds=taken, dense_seconds=dense))
+        device = device_name(torch.device(self.pipe._execution_device))
+        families = {method.name: method.family for method in methods}
+        return Comparison.of_timed(pictures, families, device, time.perf_counter() - start)
 
     def _dense_of(self, size: int) -> dict[tuple[int, int], Tensor]:
         """What the pipeline makes as it is, in batches of a size; made once."""

@@ -33,6 +33,8 @@ class Picture:
         flops_skipped: share of the blocks' FLOPs, or ``None``.
         attention_spent: attention that was computed, of dense in every step, or ``None``.
         measures: scores that were asked for.
+        seconds: that it took, and ``dense_seconds`` the stock pipeline's, where each picture is
+            timed.
     """
 
     method: str
@@ -45,6 +47,8 @@ class Picture:
     flops_skipped: float | None
     attention_spent: float | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,34 @@ class Comparison:
             for timed in times
         ]
         return cls(tuple(rows), tuple(pictures), tuple(left_out), seconds)
+
+    @classmethod
+    def of_timed(
+        cls,
+        pictures: Sequence[Picture],
+        families: Mapping[str, str],
+        device: str,
+        seconds: float = 0.0,
+        model: str = "",
+    ) -> Comparison:
+        """Sum up pictures that were timed one by one: times are medians over them.
+
+        Args:
+            pictures: all with ``seconds``.
+            families: of the methods, in the order of rows.
+            device: name of it.
+            seconds: that it took.
+            model: what rows call the pipeline.
+        """
+        rows = []
+        for method, family in families.items():
+            mine = [picture for picture in pictures if picture.method == method]
+            taken, dense = (
+                statistics.median(getattr(picture, name) for picture in mine)
+                for name in ("seconds", "dense_seconds")
+            )
+            rows.append(_summed(Timed(method, family, taken, dense), mine, device, model))
+        return cls(tuple(rows), tuple(pictures), (), seconds)
 
     @classmethod
     def merged(cls, looked: Sequence[Comparison], timed: Comparison) -> Comparison:
