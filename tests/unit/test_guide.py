@@ -61,17 +61,33 @@ EXERCISES = {
     """,
     "learned": """
         import torch
-        from example import engine, model
+        import flashomni
+        from example import blocks, engine, model
+        from flashomni.models.generic.declared import DECLARED
         latents, text = torch.randn(1, 300, 32), torch.randn(1, 77, 32)
-        with torch.no_grad():
-            for step in range(28):
-                engine.step(step, 28)
-                got = model(latents, text)
+        engine.remove()
+        model.requires_grad_(False)
+        stock = model(latents, text)
+        said = {"lists": ["layers"], "text": "first", "text_from": "text"}
+        for tier, line, given in (
+            ("generic", None, None), ("declared", said, None), ("declared", None, blocks),
+        ):
+            if line is not None:
+                DECLARED["Mine"] = line  # what a line of the table does
+            engine = flashomni.accelerate(model, "balanced", blocks=given)
+            with torch.no_grad():
+                for step in range(28):
+                    engine.step(step, 28)
+                    got = model(latents, text)
+                    torch.testing.assert_close(got, stock, atol=1e-5, rtol=1e-5)
             report = engine.report()
-            assert report.tier == "declared" and report.flops_skipped > 0, str(report)
+            assert report.tier == tier and report.flops_skipped > 0, str(report)
             assert "layers: attention of 4 of 4 blocks on FlashOmni's op" in report.notes
+            tiles = any("dispatch" in step["layer_kinds"] for step in report.steps)
+            assert tiles == (tier == "declared"), tier  # which needs to know where the text is
             engine.remove()
-            torch.testing.assert_close(model(latents, text), got, atol=1e-5, rtol=1e-5)
+            DECLARED.pop("Mine", None)
+            assert torch.equal(model(latents, text), stock)
     """,
 }
 
