@@ -1,5 +1,6 @@
 """A replica's pipeline without Ray: the pixels of each order, faults, LoRAs, what is refused."""
 
+import math
 import threading
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from serve_parts import NEVER, ORDER, SETTINGS
 
 import flashomni
 from flashomni.lab import zoo
+from flashomni.models import adapters
 from flashomni.serve.errors import Refused
 from flashomni.serve.worker import Stopped, Worker
 
@@ -80,6 +82,30 @@ def test_a_fault_of_the_engine_is_made_dense(worker, loaded, monkeypatch, caplog
     assert Image.fromarray(made.pixels[0].numpy()).tobytes() == bare(loaded, ORDER).tobytes()
     (after,) = worker.generate([ORDER], NEVER)
     assert after.recipe == "fora" and not after.fault
+
+
+def test_a_fault_in_a_batch_leaves_each_the_pixels_it_has_alone(worker, monkeypatch, caplog):
+    """Not a dense batch, of which nobody has shown that it has them; without ``exact`` it does."""
+    orders = [ORDER, replace(ORDER, prompt="a star", seed=9)]
+    alone = [worker.generate([order], NEVER)[0] for order in orders]
+    worker.proof.saw(ORDER.key, 2, True)
+    sizes, call = [], worker._call
+
+    def broken(orders, stop):
+        sizes.append(len(orders))
+        if len(orders) > 1 and worker._engine is not None:
+            raise RuntimeError("a kernel is broken")
+        return call(orders, stop)
+
+    monkeypatch.setattr(worker, "_call", broken)
+    made = worker.generate(orders, NEVER)
+    assert sizes == [2, 1, 1] and "is made one by one: Traceback" in caplog.text
+    assert [each.recipe for each in made] == ["fora", "fora"]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(alone, made, strict=True))
+    monkeypatch.setattr(worker, "settings", replace(worker.settings, exact=False))
+    dense = worker.generate(orders, NEVER)
+    assert sizes[3:] == [2, 2] and {each.recipe for each in dense} == {"dense"}
+    assert all("a kernel is broken" in each.fault for each in dense)
 
 
 def test_what_the_pipeline_refuses_is_no_fault_of_the_engine(worker, loaded, monkeypatch):
@@ -174,6 +200,22 @@ def test_what_an_order_leaves_out_counts_as_pixels():
         worker.check(replace(video, frames=65))
     with pytest.raises(Refused, match=r"^size must give at most 999424 pixels in all, got 3997696"):
         worker.check(replace(video, size=(256, 256)))
+
+
+def test_a_size_that_only_the_transformer_knows_counts():
+    """CogVideoX has sides and frames in its transformer's configuration; so has its order."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    transformer, _ = adapters()["CogVideoXTransformer3DModel"].tiny()
+    pipe = CogVideoXPipeline(None, None, None, transformer, CogVideoXDDIMScheduler())
+    worker = Worker(replace(SETTINGS, max_pixels=1), zoo.Loaded(pipe))
+    config = transformer.config
+    own = [8 * config.sample_width, 8 * config.sample_height, config.sample_frames]
+    assert [worker._own(name) for name in ("width", "height", "num_frames")] == own
+    video = replace(ORDER, size=None, video=True, format="webp")
+    worker.check(replace(video, frames=own[2]))
+    with pytest.raises(Refused, match=f"^seconds must give at most {math.prod(own)} pixels"):
+        worker.check(replace(video, frames=own[2] + 4))
 
 
 def test_a_batch_that_cannot_be_made_costs_no_picture(worker, monkeypatch):

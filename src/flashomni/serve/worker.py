@@ -31,8 +31,20 @@ DENSE = "dense"
 FIELDS = {"width": "size", "height": "size", "num_frames": "seconds"}
 
 
+# Of a transformer's configuration: what its pipeline makes unasked; sides in latents.
+OWN = {
+    "width": ("sample_width", "sample_size"),
+    "height": ("sample_height", "sample_size"),
+    "num_frames": ("sample_frames",),
+}
+
+
 class Stopped(Exception):
     """Nobody waits for it any more."""
+
+
+class Apart(Exception):
+    """The engine failed in a batch, whose pictures without it need not be those of each alone."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,19 @@ class Worker:
             usual = getattr(self.pipe, f"default_{name}", None)
             side = getattr(self.pipe, "default_sample_size", None)
             usual = usual or (side * self._scale() if isinstance(side, int) else None)
-        return usual if isinstance(usual, int) else 1
+        return usual if isinstance(usual, int) else self._configured(name)
+
+    def _configured(self, name: str) -> int:
+        """The same of pipelines that ask their transformer (CogVideoX, PixArt, Allegro)."""
+        config = getattr(getattr(self.pipe, "transformer", None), "config", None)
+        found = (getattr(config, key, None) for key in OWN[name])
+        value = next((each for each in found if isinstance(each, int)), None)
+        if value is None:
+            return 1
+        if name != "num_frames":
+            return value * self._scale()
+        in_latents = type(self.pipe).__name__.startswith("Allegro")
+        return value * (self.pipe.vae_scale_factor_temporal if in_latents else 1)
 
     def _scale(self) -> int:
         """Pixels of a side that the VAE makes one latent of."""
@@ -202,7 +226,10 @@ class Worker:
         key, size = orders[0].key, len(orders)
         known = self.proof.known(key, size)
         if known:
-            return self._run(orders, stop)[1]
+            try:
+                return self._run(orders, stop)[1]
+            except Apart:
+                return [self._run([order], stop)[1][0] for order in orders]
         alone = [self._run([order], stop) for order in orders]
         made = [each[1][0] for each in alone]
         if known is None and not any(each.fault for each in made):
@@ -224,7 +251,11 @@ class Worker:
         return same and not batch[0].fault
 
     def _run(self, orders: list[Order], stop: threading.Event) -> tuple[Tensor, list[Made]]:
-        """The pipeline's own pixels, and what is made of them."""
+        """The pipeline's own pixels, and what is made of them.
+
+        Raises:
+            Apart: the engine failed, and nobody has looked whether a dense batch is exact.
+        """
         first = orders[0]
         self._set(first.recipe, None if first.lora is None else (first.lora, first.lora_scale))
         start = time.perf_counter()
@@ -240,6 +271,9 @@ class Worker:
             where = traceback.format_exc()
         if fault:  # behind the handler, which holds the frames and what they hold
             self._take_off()
+            if len(orders) > 1 and self.settings.exact:
+                log.warning("the engine failed in a batch, which is made one by one: %s", where)
+                raise Apart(fault)
             pixels = self._call(orders, stop)  # raises the same if it was not the engine
             log.warning("the engine failed, and was taken off for one request: %s", where)
         bytes_ = _bytes(pixels)
