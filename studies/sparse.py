@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import _sparse_long
 import torch
 from _paired import Measured, Runner, Table, pairs, read
 from _sparse_page import write
@@ -26,6 +27,7 @@ from rich.progress import Progress
 from flashomni.lab import split, zoo
 
 MODELS = ("tiny-image", "tiny-video")
+LONGEST = "tiny-video@352x352"
 DENSITIES = (0.5, 0.35, 0.25, 0.125)
 # Every step is computed, the first four dense.
 STEPS = "interval=1,warmup=0,in_computed=true,dense_steps=4"
@@ -236,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="nothing begins later")
     parser.add_argument("--series", default="", help="only these, and today's way; apart by ;")
     parser.add_argument("--only", default="", help="a pattern: methods, but today's, that match")
+    parser.add_argument("--long", action="store_true", help="write the page of caching at 33K")
     parser.add_argument("--few", action="store_true", help="8 steps, a page of its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--timed", type=int, default=0, metavar="PAIRS",
@@ -246,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="of measurements; by default one for each page")
     args = parser.parse_args(arguments)
     steps = 8 if args.few else args.steps
+    if args.long:
+        return _write_long(args.work or ROOT / "eval" / "studies" / TIMED["name"], args.out)
     study = dataclasses.replace(STUDY, **(TIMED if args.timed else FEW if args.few else {}))
     work = args.work or ROOT / "eval" / "studies" / study.name
     options = Options(
@@ -266,6 +271,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
     every = [point for some in asked.values() for point in some]
     write(study, every, found, options.work, args.out, " ".join(command))
+
+
+def _write_long(work: Path, out: Path) -> None:
+    """The page of what caching and sparse attention do to long clips, by a large model's time."""
+    found = [
+        e for e in read(work / "measured.jsonl") if (e.model, e.dtype) == (LONGEST, "bfloat16")
+    ]
+    table = Table(found)
+    some = [
+        point for point in points(LONGEST)
+        if point.series.startswith(("caching", "tried")) and len(table.pairs(point.method)) > 1
+    ]  # fmt: skip
+    _sparse_long.write(some, table, out, "python studies/sparse.py --long")
 
 
 def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     monkeypatch.syspath_prepend(str(ROOT))
-    for name in ("sparse", "_sparse_page"):
+    for name in ("sparse", "_sparse_page", "_sparse_long"):
         sys.modules.pop(name, None)
 
 
@@ -180,6 +180,41 @@ def test_series_and_methods_are_chosen():
     assert len(some) == len(today) + 2 + len(sparse.RAMPS)
     ramps = sparse.chosen(points, "caching;caching + sparse 0.25, refresh 3", r"computed=(7|11)\b")
     assert [p.series for p in ramps] == ["caching", "caching", "caching + sparse 0.25, refresh 3"]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("topk:interval=1,warmup=0", "d" * 12),
+        ("taylorseer:steps=[0,1,4,11],of=12", "dd--d------d"),
+        ("topk:steps=[0,1,2,4,8,11],of=12,in_computed=true,dense_steps=1,choose_at=[0],"
+         "carry=hold,refresh=3,degrade_below=1", "css-r---s--s"),
+        ("topk:interval=1,warmup=0,in_computed=true,dense_steps=2,choose_at=[1],carry=hold,"
+         "refresh=4", "dcsssrsssrss"),
+    ],
+)  # fmt: skip
+def test_what_kinds_of_step_a_method_has(method, expected):
+    from _sparse_long import steps_of
+
+    assert steps_of(method, 12) == expected
+
+
+def test_steps_have_their_measured_times(tmp_path):
+    """Of rows written out; generations without caching choose elsewhere and do not count."""
+    from _sparse_long import times
+
+    rows = [
+        ("lossless", "full", 100), ("lossless", "dispatch", 102), ("lossless", "generation", 9),
+        ("topk:degrade_below=1", "full, refresh", 120), ("topk:degrade_below=1", "dispatch", 1),
+        ("topk:degrade_below=1", "update, refresh", 110), ("topk:interval=1,a", "full, sparse", 7),
+        ("topk:degrade_below=1", "full, sparse", 50), ("topk:degrade_below=1", "generation", 9),
+        ("topk:degrade_below=1,b", "full, refresh", 110), ("taylorseer:computed=9", "dispatch", 3),
+    ]  # fmt: skip
+    lines = ["recipe,step_kind,ms", *(f'"{r}","{kind}",{ms}' for r, kind, ms in rows)]
+    path = tmp_path / "times.csv"
+    path.write_text("\n".join(lines))
+    assert times(path) == {"d": 101, "c": 120, "r": 110, "s": 50, "-": 1}
+    assert 0.5 < times()["s"] / times()["d"] < 0.7
 
 
 @pytest.mark.slow
