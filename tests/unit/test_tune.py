@@ -198,6 +198,11 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path):
     assert "recording" not in stages and "gains" not in stages
     assert again.recipe.to_dict()["schedule"] == whole.recipe.to_dict()["schedule"]
     assert again.chosen.measured_db == pytest.approx(whole.chosen.measured_db, abs=1e-3)
+    counts.clear()  # a run that was finished has its findings: nothing is recorded again
+    once_more = tune(
+        loaded.pipe, PROMPTS, out=out, on_progress=lambda *told: counts.append(told), **options
+    )
+    assert once_more.recipe == again.recipe and not counts
 
 
 @pytest.mark.slow

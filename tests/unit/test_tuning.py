@@ -16,6 +16,7 @@ from flashomni.tuning.cost import Costs, anchors_of, as_fitted, choose_fit, deci
 from flashomni.tuning.gains import Gain, gain_curve, probe_steps
 from flashomni.tuning.plan import best_schedules, descend, neighbours, segment_costs
 from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise
+from flashomni.tuning.validate import Held, Verdict
 
 STEPS = 9
 
@@ -249,6 +250,16 @@ def test_search_gives_up_what_the_first_prompts_show_to_be_behind():
     best, value = search(starts, None, measure, tries=0)
     assert best.steps == (0, 2, 4) and value == 6.0 and counts[6:] == [2, 2, 1]
     assert not behind([0.0], []) and not behind([1.0, 1.0], [2.0, 2.0, 9.0])
+
+
+def test_the_error_of_a_gain_is_not_known_of_one_prompt():
+    """It is not zero."""
+    held = [Held(40.0, 1.0, 2.0), Held(44.0, 1.0, 2.0)]
+    ramp = [Held(39.0, 1.0, 2.0), Held(41.0, 1.0, 2.0)]
+    one, two = (Verdict.of(held[:n], ramp[:n], ramp[:n]) for n in (1, 2))
+    assert (one.gain_db, one.error_db, one.schedule_error_db) == (1.0, None, None)
+    assert (two.gain_db, two.error_db, two.schedule_error_db) == (2.0, 1.0, 1.0)
+    assert (one.gain, two.gain) == ("+1.00", "+2.00 ± 1.00")
 
 
 def test_signal_to_noise():

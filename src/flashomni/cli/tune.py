@@ -160,7 +160,7 @@ def _table(found: Any, model: str) -> Table:
             f"{verdict.psnr_db:.2f}",
             f"{verdict.worst_db:.2f}",
             f"{verdict.ramp_db:.2f}",
-            f"{verdict.gain_db:+.2f} +- {verdict.error_db:.2f}",
+            verdict.gain,
             "" if same is None else f"{same:.2f}",
             f"{point.predicted_db:.2f}",
             f"{point.measured_db:.2f}",

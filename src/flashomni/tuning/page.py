@@ -27,8 +27,9 @@ def front(points: Sequence[Point]) -> Figure:
     left, right = figure.subplots(1, 2)
     speed = [point.verdict.speedup for point in points]
     tuned = [point.verdict.psnr_db for point in points]
+    errors = [point.verdict.error_db or 0.0 for point in points]
     left.errorbar(
-        speed, tuned, yerr=[point.verdict.error_db for point in points], fmt="*-", markersize=11,
+        speed, tuned, yerr=errors, fmt="*-", markersize=11,
         color="#2563eb", label="tuned (bar: error of the gain)",
     )  # fmt: skip
     ramp = [point.verdict.ramp_db for point in points]
@@ -109,7 +110,7 @@ def _row(point: Point) -> str:
         point.computed, " ".join(map(str, point.recipe.schedule.to_dict()["steps"])),
         point.source, f"{verdict.speedup:.2f}x", f"{verdict.psnr_db:.2f}",
         f"{verdict.worst_db:.2f}", f"{verdict.ramp_db:.2f}",
-        f"{verdict.gain_db:+.2f} ± {verdict.error_db:.2f}", same,
+        verdict.gain, same,
         f"{point.predicted_db:.2f}", f"{point.measured_db:.2f}",
     )  # fmt: skip
     return "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"

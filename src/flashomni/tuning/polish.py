@@ -127,7 +127,7 @@ def behind(values: Sequence[float], best: Sequence[float]) -> bool:
     return bool(best) and np.mean(values) < np.mean(best[: len(values)]) - BEHIND
 
 
-def spread(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 of one value."""
+def spread(values: Sequence[float]) -> float | None:
+    """Standard error of a mean; of one value nobody knows it."""
     count = len(values)
-    return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+    return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else None

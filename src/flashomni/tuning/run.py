@@ -238,8 +238,8 @@ def _write(found: Tuned, out: Path, many: bool) -> None:
         raise NotBetterError(
             f"no recipe written: on held-back prompts {count} tuned steps give "
             f"{verdict.psnr_db} dB, {tuned.ramp if tuned else 'the ramp'} with forecast hermite of "
-            f"order 2 gives {verdict.ramp_db} dB (difference {verdict.gain_db} +- "
-            f"{verdict.error_db}); use the ramp, or tune with more prompts",
+            f"order 2 gives {verdict.ramp_db} dB (difference "
+            f"{verdict.gain}); use the ramp, or tune with more prompts",
             found,
         )
     found.recipe.save(out)

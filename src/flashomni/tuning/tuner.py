@@ -118,7 +118,7 @@ class Tuner:
         """Say how many calls of the model there will be, for points of these numbers of steps."""
         steps, found = self.num_steps, 0
         for number in range(len(self.prompts)):
-            found += 0 if self.state.recording(number) is not None else steps
+            found += steps * (self._lacks(number) and self.state.recording(number) is None)
         for number, at in enumerate(self._probe_steps()):
             missing = [s for s in at if self.state.get(f"gain {number} {s}") is None]
             found += sum(steps - 1 - step for step in missing)
@@ -145,10 +145,11 @@ class Tuner:
         if found is None:
             found = self.state.recording(number)
         if found is None:
-            self._stage = "recording"
+            stage, self._stage = self._stage, "recording"
             start = time.perf_counter()
             found = record(self.driver, self.prompts[number], self.seed + number)
             self.state.keep(number, found, time.perf_counter() - start)
+            self._stage = stage
         while (len(self._recordings) + 1) * self.bytes_each > self.settings.memory:
             if not self._recordings:
                 break
@@ -156,12 +157,17 @@ class Tuner:
         self._recordings[number] = found
         return found
 
+    def _lacks(self, number: int) -> bool:
+        """Whether planning needs a recording: what is known of it is all that it needs else."""
+        return self.state.get("effects") is None or self.state.get(f"gram {number}") is None
+
     def costs(self) -> Costs:
         """Recordings, effects and gains: what plans are made of."""
         if self._costs is not None:
             return self._costs
         for number in range(len(self.prompts)):
-            self.recording(number)
+            if self._lacks(number):
+                self.recording(number)
         self._stage = "effects"
         effects = self.state.get("effects")
         if effects is None:

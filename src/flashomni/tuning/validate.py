@@ -154,7 +154,8 @@ class Verdict:
     Attributes:
         psnr_db: mean of the tuned recipe, ``worst_db`` its lowest.
         ramp_db: mean of the ramp with the presets' forecast, ``ramp_worst_db`` its lowest.
-        gain_db: mean of the paired differences, ``error_db`` its standard error.
+        gain_db: mean of the paired differences, ``error_db`` its standard error; ``None`` of one
+            prompt.
         same_weights_db: mean of the ramp with weights fitted in the same way; ``None`` where the
             tuned schedule is the ramp's.
         schedule_gain_db: mean of the paired differences to that ramp, ``schedule_error_db`` its
@@ -167,7 +168,7 @@ class Verdict:
     ramp_db: float
     ramp_worst_db: float
     gain_db: float
-    error_db: float
+    error_db: float | None
     same_weights_db: float | None
     schedule_gain_db: float | None
     schedule_error_db: float | None
@@ -177,6 +178,12 @@ class Verdict:
     def beats(self) -> bool:
         """Whether the recipe may be written: neither forecast makes the ramp as good."""
         return self.gain_db > 0 and (self.schedule_gain_db is None or self.schedule_gain_db > 0)
+
+    @property
+    def gain(self) -> str:
+        """``gain_db`` and its error, in words."""
+        error = "" if self.error_db is None else f" ± {self.error_db:.2f}"
+        return f"{self.gain_db:+.2f}{error}"
 
     @classmethod
     def of(cls, tuned: list[Held], ramp: list[Held], same_weights: list[Held] | None) -> Verdict:
@@ -193,13 +200,17 @@ class Verdict:
             ramp_db=round(statistics.fmean(others), 2),
             ramp_worst_db=round(min(others), 2),
             gain_db=round(statistics.fmean(gains), 2),
-            error_db=round(spread(gains), 2),
+            error_db=_rounded(spread(gains)),
             same_weights_db=None if same is None else round(statistics.fmean(same), 2),
             schedule_gain_db=None if over_same is None else round(statistics.fmean(over_same), 2),
-            schedule_error_db=None if over_same is None else round(spread(over_same), 2),
+            schedule_error_db=None if over_same is None else _rounded(spread(over_same)),
             speedup=round(statistics.median(x.dense_seconds / x.seconds for x in tuned), 2),
         )
 
     @classmethod
     def load(cls, value: Mapping[str, Any]) -> Verdict:
         return cls(**value)
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None else round(error, 2)
