@@ -188,7 +188,7 @@ def made(case: str, device: torch.device) -> tuple[str, list[nn.Module], Inputs]
             model, given = getattr(diffusers, cls)(**size), inputs()
         with torch.device("meta"):
             twin = type(model).from_config(model.config)
-        for key in ("img_ids", "txt_ids", "timestep", "guidance"):
+        for key in ("img_ids", "txt_ids", "guidance"):
             if key in given:
                 given[key] = given[key].float()
     twin.load_state_dict(model.state_dict(), assign=True)
