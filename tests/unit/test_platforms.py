@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from guide import run
+from guide import examples, run
 
 import flashomni
 from conftest import SPARSE, generation, make_tiny
@@ -51,19 +51,20 @@ def test_a_missing_triton_is_a_sentence_with_its_cure(system, cure, monkeypatch)
 
 
 @pytest.mark.slow
-def test_without_triton_everything_but_its_kernels_runs():
+def test_without_triton_everything_but_its_kernels_runs(tmp_path):
     """A generation on the CPU, what doctor says, and the refusal of a backend by name."""
     code = BAR_TRITON + textwrap.dedent("""
         import torch, flashomni
+        from example import Mine
         from flashomni.kernels import refusals, sparse_attention
         from flashomni.lab import doctor
-        from flashomni.models import adapters
 
-        model, inputs = adapters()["FluxTransformer2DModel"].tiny()
-        with torch.no_grad(), flashomni.accelerate(model.eval(), "balanced") as engine:
-            for step in range(12):
-                engine.step(step, 12)
-                assert model(**inputs, return_dict=False)[0].isfinite().all()
+        model, inputs = Mine().eval(), (torch.randn(2, 300, 32), torch.randn(2, 77, 32))
+        recipe = flashomni.Recipe.of("topk:kv_density=.5,interval=2,warmup=0")
+        with torch.no_grad(), flashomni.accelerate(model, recipe) as engine:
+            for step in range(6):
+                engine.step(step, 6)
+                assert model(*inputs).isfinite().all()
             report = engine.report()
         assert report.flops_skipped > 0 and "no attention kernel" not in str(report), report
         assert set(refusals("attention")) == {"portable", "sm90", "sdpa"}
@@ -77,7 +78,8 @@ def test_without_triton_everything_but_its_kernels_runs():
             raise AssertionError("it ran without Triton")
         assert "triton" not in sys.modules
     """)
-    done = run("-c", code)
+    (tmp_path / "example.py").write_text(examples()["learned"], encoding="utf-8")
+    done = run("-c", code, path=[tmp_path])
     assert done.returncode == 0, done.stderr
 
 
