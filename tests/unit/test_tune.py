@@ -62,13 +62,15 @@ def test_recording_is_the_stock_run(loaded, driver, recording):
     assert "forward" not in loaded.pipe.transformer.__dict__
 
 
-def test_memory_is_said_before(driver, recording):
-    """Before anything computes: the bytes that the outputs then have."""
-    before = driver.computed
+@pytest.mark.parametrize("guidance", [{}, {"true_cfg_scale": 4.0, "negative_prompt": "dark"}])
+def test_memory_is_said_before(loaded, guidance):
+    """Of the first step: the bytes that all outputs then have, of every call of a step."""
+    driver = Driver(loaded.pipe, {**loaded.call, **guidance})
     outline = driver.outline(PROMPTS[0])
-    assert driver.computed == before and outline.num_steps == STEPS
-    taken = sum(output.nbytes for outputs in recording.outputs for output in outputs)
-    assert needed_bytes(outline) == taken
+    assert driver.computed == outline.calls == (2 if guidance else 1)
+    found = record(driver, PROMPTS[0], 0)
+    assert outline.num_steps == found.num_steps == STEPS
+    assert needed_bytes(outline) == sum(x.nbytes for step in found.outputs for x in step)
 
 
 def test_recordings_come_back(recording, tmp_path):

@@ -25,21 +25,23 @@ Answer = Callable[[int, int, Compute], Tensor]
 
 @dataclass(frozen=True)
 class Outline:
-    """What the first call of the model tells of a generation.
+    """What the first step tells of a generation.
 
     Attributes:
         num_steps: of the generation.
         latents: shape of the argument that carries the latents, ``hidden_states`` if there is one.
-        output_bytes: of what one call returns, if it is as large as that argument.
+        calls: of the model in a step: guidance may make several.
+        output_bytes: of what they return.
     """
 
     num_steps: int
     latents: tuple[int, ...]
+    calls: int
     output_bytes: int
 
 
 class _Seen(Exception):
-    """The first call has been seen: nothing has to run."""
+    """The first step has been seen: nothing more has to run."""
 
 
 class Driver:
@@ -99,18 +101,25 @@ class Driver:
         return found[0].detach().float().flatten()
 
     def outline(self, prompt: str) -> Outline:
-        """What a generation would look like, without running it."""
-        seen: list[Outline] = []
+        """What a generation would look like, of its first step; the others are not run."""
+        about: list[tuple[int, tuple[int, ...]]] = []
+        sizes: list[int] = []
 
         def look(values: dict[str, Any], num_steps: int) -> None:
             tensors = [x for x in values.values() if isinstance(x, Tensor)]
             latents = values.get("hidden_states", max(tensors, key=lambda x: x.numel()))
-            seen.append(Outline(num_steps, tuple(latents.shape), latents.nbytes))
-            raise _Seen
+            about.append((num_steps, tuple(latents.shape)))
+
+        def answer(step: int, call: int, compute: Compute) -> Tensor:
+            if step > 0:
+                raise _Seen
+            value = compute()
+            sizes.append(value.nbytes)
+            return value
 
         with suppress(_Seen):
-            self._pipeline(prompt, 0, lambda *_: torch.empty(0), look, output_type="latent")
-        return seen[0]
+            self._pipeline(prompt, 0, answer, look, output_type="latent")
+        return Outline(*about[0], len(sizes), sum(sizes))
 
     def _pipeline(
         self, prompt: str, seed: int, answer: Answer, look: Any = None, **kwargs: Any

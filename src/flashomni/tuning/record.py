@@ -105,14 +105,9 @@ def record(driver: Driver, prompt: str, seed: int) -> Recording:
     return Recording(prompt, seed, tuple(map(tuple, outputs)), latents.cpu())
 
 
-def needed_bytes(outline: Outline, calls: int = 1) -> int:
-    """Bytes of one recording on the host, which are also its bytes on disk.
-
-    Args:
-        outline: of the generation.
-        calls: of the model in each step.
-    """
-    return outline.num_steps * calls * outline.output_bytes
+def needed_bytes(outline: Outline) -> int:
+    """Bytes of one recording on the host, which are also its bytes on disk."""
+    return outline.num_steps * outline.output_bytes
 
 
 def gram(recording: Recording, effects: np.ndarray, device: torch.device) -> np.ndarray:

@@ -75,8 +75,8 @@ class Tuner:
         self.name, self.settings = name, settings
         self._on_progress, self._stage, self._total, self._done = on_progress, "", 0, 0
         self._start = time.perf_counter()
+        self.outline = Driver(pipe, call).outline(self.prompts[0])
         self.driver = Driver(pipe, call, lambda: self._advance(1))
-        self.outline = self.driver.outline(self.prompts[0])
         self.num_steps = self.outline.num_steps
         self.bytes_each = needed_bytes(self.outline)
         if self.bytes_each > settings.memory:
@@ -102,7 +102,7 @@ class Tuner:
             self.driver.call,
             self.held_back,
             [seed + len(self.prompts) + i for i in range(len(self.held_back))],
-            self._advance,
+            self._passed,
         )
         self._costs: Costs | None = None
         self._plans: dict[int, list[Candidate]] = {}
@@ -133,7 +133,12 @@ class Tuner:
                 tries = self.settings.starts + self.settings.tries
                 found += tries * len(self.prompts) * (count - replayed)
                 found += 3 * len(self.held_back) * count
-        self._total = self._done + found + len(self.held_back) * steps
+        if any(self.state.get(f"point {count}") is None for count in counts):
+            found += len(self.held_back) * steps
+        self._total = self._done + found * self.outline.calls
+
+    def _passed(self, steps: int) -> None:
+        self._advance(steps * self.outline.calls)
 
     def _advance(self, count: int) -> None:
         self._done += count
@@ -362,7 +367,7 @@ class Tuner:
                     level = signal_to_noise(latents, self.recording(number).latents)
                     seconds.append(time.perf_counter() - start)
                     values.append(level)
-                    self._advance(count)
+                    self._passed(count)
             first = int(self._compiles)
             return float(np.mean(values[first:])), min(seconds[first:])
 
