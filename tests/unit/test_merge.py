@@ -116,6 +116,14 @@ def test_wrong_arguments_are_named():
         difference_(live, Part(rest.o, rest.lse[:, :1]))
     with pytest.raises(ValueError, match="a summary needs q and symbols"):
         difference_(live, rest, summary=summary)
+    more = {"q": q, "symbols": symbols, "summary": summary}
+    with pytest.raises(ValueError, match=r"kv_len must be \[1\], got \[2\]"):
+        difference_(live, rest, **more, kv_len=torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="kv_len must be int32, got int64"):
+        difference_(live, rest, **more, kv_len=torch.zeros(1, dtype=torch.int64))
+    for name, value in (("q", q), ("symbols", symbols), ("softmax_scale", 0.1)):
+        with pytest.raises(ValueError, match=f"{name} is of summaries, and there is none"):
+            difference_(live, rest, **{name: value})
     with pytest.raises(ValueError, match=r"rest\.o must not overlap live\.o"):
         difference_(live, Part(live.o, rest.lse))
     with pytest.raises(ValueError, match="q must be float32"):

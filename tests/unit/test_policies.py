@@ -232,6 +232,18 @@ def test_policies_score_as_attention_does(name, settings):
     assert torch.equal(got.q_bits, want.q_bits) and torch.equal(got.kv_bits, want.kv_bits)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_that_are_padding_have_no_say(name):
+    """Whatever they hold, the same is chosen."""
+    grid = GRIDS["text last"]
+    q, k = inputs(grid)
+    loud = k.clone()
+    loud[1, 430:] = 50.0
+    policy = make_policy(name, **SET.get(name, {}))
+    got, want = (policy(AttentionSite.alone(q, x, grid, progress())) for x in (loud, k))
+    assert torch.equal(got.q_bits, want.q_bits) and torch.equal(got.kv_bits, want.kv_bits)
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
     [({"tau_q": 0.3}, {"tau_q": 0.9}), ({"tau_kv": 0.1}, {"tau_kv": 0.7})],

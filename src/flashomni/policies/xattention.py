@@ -57,7 +57,7 @@ class XAttention(Policy):
         grid, stride = site.grid, self.stride
         # Scaled first: sums of so many products would overflow in fp16.
         q = _in_squares(site.q * (site.softmax_scale / stride), stride, flip=True)
-        k = _in_squares(site.k, stride, flip=False)
+        k = _in_squares(_valid(site), stride, flip=False)
         k = k.repeat_interleave(site.q.shape[2] // site.k.shape[2], dim=1)
         batch, num_heads, rows, _ = q.shape
         columns = k.shape[2]
@@ -79,6 +79,15 @@ class XAttention(Policy):
         share = torch.cat(found, 2)
         assert share.shape[2] == blocks, "one row of shares a query block"
         return share
+
+
+def _valid(site: AttentionSite) -> Tensor:
+    """The keys, 0 where they are padding: a square may hold some of either."""
+    kv_len = site.grid.kv_len
+    if kv_len is None:
+        return site.k
+    padding = torch.arange(site.k.shape[1], device=site.k.device) >= kv_len[:, None]
+    return site.k.masked_fill(padding[..., None, None], 0.0)
 
 
 def _in_squares(x: Tensor, stride: int, flip: bool) -> Tensor:

@@ -87,7 +87,8 @@ def difference_(
     Args:
         live: over the blocks with S_s = 1.
         rest: over the blocks with S_s = 0.
-        q: ``[B, S, H, D]``, like ``live.o``; needed with a summary, as ``symbols`` are.
+        q: ``[B, S, H, D]``, like ``live.o``; needed with a summary, as ``symbols`` are. Without a
+            summary none of these may be given.
         symbols: of ``live``; every tile is computed whatever their S_c says.
         summary: what stands for skipped blocks (:func:`flashomni.sparse_attention`).
         kv_len: int32 ``[B]``, valid keys of each batch item; defaults to that of the grid.
@@ -121,10 +122,19 @@ def difference_(
             raise ValueError("a summary needs q and symbols, got None")
         _check_summarised(first, q, symbols, summary)
         kv_len = symbols.grid.kv_len if kv_len is None else kv_len
+        if kv_len is not None:
+            check_shape("kv_len", kv_len, (batch,))
+            check_dtype("kv_len", kv_len, (torch.int32,))
+            check_device("kv_len", kv_len, first.device)
         call = replace(
             call, q=q, symbols=symbols, summary=summary, kv_len=kv_len, softmax_scale=float(scale)
         )
         read |= {"q": q, "summary.k": summary.k, "summary.v": summary.v}
+    else:
+        beside = {"q": q, "symbols": symbols, "kv_len": kv_len, "softmax_scale": softmax_scale}
+        for name, value in beside.items():
+            if value is not None:
+                raise ValueError(f"{name} is of summaries, and there is none: leave it out")
     check_written({"live.o": live.o, "rest.o": rest.o}, read)
     if first.numel():
         execute("difference", call, backend)
@@ -134,7 +144,9 @@ def _check_summarised(o: Tensor, q: Tensor, symbols: Symbols, summary: Summary) 
     check_shape("q", q, o.shape)
     check_dtype("q", q, (o.dtype,))
     check_device("q", q, o.device)
+    check_no_grad(q=q)
     check_symbols(symbols)
+    check_device("symbols", symbols.kv_bits, o.device)
     grid = symbols.grid
     if (symbols.batch, symbols.num_heads, grid.seqlen_q) != (o.shape[0], o.shape[2], o.shape[1]):
         raise ValueError(f"symbols must be for live.o {list(o.shape)}, got those of a {grid}")
