@@ -22,6 +22,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashomni.flatten import CompiledOp, custom_op
 from flashomni.registry import public_modules
@@ -268,6 +269,12 @@ def refusals(op: str) -> dict[str, str]:
         backend.name: "; ".join(why) for backend in registered(op) if (why := backend.missing())
     }
     return reasons | {name: why for (of, name), why in _broken.items() if of == op}
+
+
+def not_on(device: str, tensor: Tensor) -> list[str]:
+    """What a backend for one type of device says of a call whose tensors are on another."""
+    here = tensor.device.type
+    return [] if here == device else [f"tensors are on {here}, this backend is for {device}"]
 
 
 def has_kernel(op: str, device: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.attention.op import AttentionCall, summary_bias, write_forecast_rows
 from flashomni.kernels.summarise.op import Summary
 from flashomni.symbols import Grid, Symbols
@@ -22,8 +22,7 @@ SCORE_BLOCKS = 32  # key blocks that a core takes at once
 
 
 def _refuses(call: AttentionCall) -> list[str]:
-    device = call.q.device.type
-    return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+    return not_on("cpu", call.q)
 
 
 @register("attention", "cpu", rank=10, refuses=_refuses, device="cpu")

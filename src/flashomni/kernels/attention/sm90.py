@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.attention._empty_tiles import empty_batch_items
 from flashomni.kernels.attention._forecast_tiles import write_forecast_tiles
 from flashomni.kernels.attention._hopper.consumer import consumer
@@ -203,7 +203,7 @@ def choose_config(
 def attention_refusals(call: AttentionCall) -> list[str]:
     q, symbols = call.q, call.symbols
     if q.device.type != "cuda":
-        return [f"tensors are on {q.device.type}, this backend is for cuda"]
+        return not_on("cuda", q)
     if not is_hopper(q.device.index):
         return [f"{q.device} is not of compute capability 9.0"]
     reasons = []

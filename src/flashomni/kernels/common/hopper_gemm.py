@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashomni.dispatch import not_on
 from flashomni.kernels.common.hopper import (
     is_hopper,
     layout_refusals,
@@ -59,7 +60,7 @@ def refuse_call(out: Tensor, block_m: int, head_dim: int, head_dims: Sequence[in
     """What both GEMMs refuse: where the tensors are, the block, the head."""
     reasons = []
     if out.device.type != "cuda":
-        return [f"tensors are on {out.device.type}, this backend is for cuda"]
+        return not_on("cuda", out)
     if not is_hopper(out.device.index):
         return [f"{out.device} is not of compute capability 9.0"]
     if block_m % TILE_M:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import declare, execute, register
+from flashomni.dispatch import declare, execute, not_on, register
 from flashomni.kernels.common.rope import Rope, apply_rope, rms_norm
 from flashomni.kernels.elementwise._checks import (
     MAX_TERMS,
@@ -260,8 +260,7 @@ def _definition(op: str) -> Callable[[Callable], Callable]:
     """Register a definition as ``reference``, on every device, and as ``cpu``."""
 
     def refuses(call: Any) -> list[str]:
-        device = _device(call)
-        return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+        return not_on("cpu", first_tensor(call))
 
     def keep(run: Callable) -> Callable:
         register(op, "cpu", rank=10, refuses=refuses, device="cpu")(run)
@@ -277,10 +276,6 @@ def first_tensor(call: Any) -> Tensor:
     if isinstance(call, DifferencesCall):
         return call.value
     return call.q if isinstance(call, NormRopeCall) else call.x
-
-
-def _device(call: Any) -> str:
-    return first_tensor(call).device.type
 
 
 @_definition("modulated_norm")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.common import portable
 from flashomni.kernels.common.rope import Rope
 from flashomni.kernels.elementwise.op import first_tensor
@@ -335,10 +335,7 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _refuses(call: Any) -> list[str]:
-    device = first_tensor(call).device.type
-    if device != portable.DEVICE:
-        return [f"tensors are on {device}, this backend is for {portable.DEVICE}"]
-    return []
+    return not_on(portable.DEVICE, first_tensor(call))
 
 
 def _register(op: str, run: Callable[[Any], Any]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.common.rectangles import rectangles
 from flashomni.kernels.gemm_o.op import GemmOCall, GemmOUpdateCall
 
 
 def _refuses(call: GemmOCall | GemmOUpdateCall) -> list[str]:
-    device = call.out.device.type
-    return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+    return not_on("cpu", call.out)
 
 
 @register("gemm_o", "cpu", rank=10, refuses=_refuses, device="cpu")

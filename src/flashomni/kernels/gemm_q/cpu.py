@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.common.rectangles import rectangles
 from flashomni.kernels.common.rope import apply_rope, rms_norm
 from flashomni.kernels.gemm_q.op import GemmQCall
 
 
 def _refuses(call: GemmQCall) -> list[str]:
-    device = call.x.device.type
-    return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+    return not_on("cpu", call.x)
 
 
 @register("gemm_q", "cpu", rank=10, refuses=_refuses, device="cpu")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import declare, execute, register
+from flashomni.dispatch import declare, execute, not_on, register
 from flashomni.kernels.attention.op import summary_bias
 from flashomni.kernels.common.checks import (
     check_device,
@@ -182,8 +182,7 @@ def _summarised(call: DifferenceCall) -> tuple[Tensor, Tensor]:
 
 
 def _cpu_refuses(call: DifferenceCall) -> list[str]:
-    device = call.live.device.type
-    return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+    return not_on("cpu", call.live)
 
 
 @register("difference", "cpu", rank=10, refuses=_cpu_refuses, device="cpu")

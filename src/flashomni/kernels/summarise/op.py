@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import declare, execute, register
+from flashomni.dispatch import declare, execute, not_on, register
 from flashomni.kernels.common.checks import (
     check_device,
     check_dtype,
@@ -136,8 +136,7 @@ declare("summarise", SummariseCall, public="summarise", many=True)
 
 
 def _refuses(call: SummariseCall) -> list[str]:
-    device = call.k.device.type
-    return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+    return not_on("cpu", call.k)
 
 
 @register("summarise", "cpu", rank=10, refuses=_refuses, device="cpu")

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.kernels.common import portable
 from flashomni.kernels.summarise.op import SummariseCall
 
@@ -59,10 +59,7 @@ def summarise_kernel(
 
 
 def _refuses(call: SummariseCall) -> list[str]:
-    got = call.k.device.type
-    if got != portable.DEVICE:
-        return [f"tensors are on {got}, this backend is for {portable.DEVICE}"]
-    return []
+    return not_on(portable.DEVICE, call.k)
 
 
 @register(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashomni.dispatch import declare, execute, register
+from flashomni.dispatch import declare, execute, not_on, register
 from flashomni.flatten import see_as
 from flashomni.symbols.choice import _definition
 from flashomni.symbols.choice._checks import (
@@ -270,8 +270,7 @@ def _define(op: str, run: Callable[[Any], Any]) -> None:
     """Register a definition as ``reference``, on every device, and as ``cpu``."""
 
     def refuses(call: Any) -> list[str]:
-        device = first_tensor(call).device.type
-        return [] if device == "cpu" else [f"tensors are on {device}, this backend is for cpu"]
+        return not_on("cpu", first_tensor(call))
 
     register(op, "cpu", rank=10, refuses=refuses, device="cpu")(run)
     register(op, "reference", rank=0)(run)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from flashomni import triton_host
-from flashomni.dispatch import register
+from flashomni.dispatch import not_on, register
 from flashomni.symbols.bits import q_bytes, row_bytes
 from flashomni.symbols.choice._counts import live_kernel, measure_kernel
 from flashomni.symbols.choice._definition import computes_all, is_text_last
@@ -214,10 +214,7 @@ def live_share(call: LiveCall) -> Tensor:
 
 
 def _refuses(call: Any) -> list[str]:
-    device = first_tensor(call).device.type
-    reasons = []
-    if device != triton_host.DEVICE:
-        reasons.append(f"tensors are on {device}, this backend is for {triton_host.DEVICE}")
+    reasons = not_on(triton_host.DEVICE, first_tensor(call))
     if isinstance(call, ChooseCall):
         blocks = max(call.grid.num_q_blocks, call.grid.num_kv_blocks)
         if blocks > MAX_BLOCKS:
