@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flashomni
+from conftest import generation
 from flashomni.engine import Recipe
 from flashomni.models import adapters, cache_bytes
 
@@ -28,6 +29,45 @@ def test_where_the_output_is_cached(recipe, at_output):
     """Where all layers are cached whole in every Dispatch step, unless told otherwise."""
     assert recipe.at_output is at_output
     assert Recipe.from_dict(recipe.to_dict()).at_output is at_output
+
+
+def seen(model, level):
+    """What is forecast at a level, of each call: the output, or what all blocks add to vision."""
+    found, entrance = [], []
+    if level == "output":
+        handles = [model.register_forward_hook(lambda _, args, output: found.append(output[0]))]
+    else:
+        handles = [
+            model.x_embedder.register_forward_hook(lambda _, args, output: entrance.append(output)),
+            model.norm_out.register_forward_pre_hook(
+                lambda _, args: found.append(args[0] - entrance[-1])
+            ),
+        ]
+    return found, handles
+
+
+@pytest.mark.parametrize("level", ["layers", "output"])
+def test_a_step_that_is_left_out_lies_on_the_line(flux, level):
+    """Order 1: through the last two computed steps, at the step itself, however far it is."""
+    model, inputs = flux
+    recipe = f"taylorseer:interval=4,warmup=0,layer_order=1,level={level}"
+    with torch.no_grad(), flashomni.accelerate(model, recipe) as engine:
+        values, handles = seen(model, level)  # behind the engine's own hooks
+        generation(engine, model, inputs, steps=12)
+        kinds = [step["kind"] for step in engine.report().steps]
+    for handle in handles:
+        handle.remove()
+    computed, far = [], 0
+    for step, (kind, value) in enumerate(zip(kinds, values, strict=True)):
+        if kind != "dispatch":
+            computed.append(step)
+        elif len(computed) > 1:
+            before, last = computed[-2:]
+            slope = (values[last] - values[before]) / (last - before)
+            line = values[last] + (step - last) * slope
+            torch.testing.assert_close(value, line, atol=1e-4, rtol=1e-3)
+            far += step - last > 1
+    assert far == 3
 
 
 @pytest.mark.parametrize("name", MODELS)
