@@ -88,7 +88,7 @@ def test_the_page_of_a_comparison(tmp_path):
     assert path.name == "compare.html" and page.tags["img"] == 3 * (1 + len(methods))
     assert page.text("h3") == prompts[:3] and page.text("option") == methods * 3
     assert page.text("h2") == ["Notes", "Pictures", "Methods", "At equal time", "To do it again"]
-    assert page.text("th")[9:13] == ["stock pipeline", *methods]
+    assert page.text("th")[8:12] == ["stock pipeline", *methods]
     notes = page.text("li")
     assert "broken has no fidelity" in notes[0] and "no time for late" in notes[1]
     assert "+1.0" in path.read_text() and "not finite" in path.read_text()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import flashomni
+from flashomni.dispatch import OPS
 from flashomni.lab import doctor, results, versions
 
 WRITER = """
@@ -185,6 +186,9 @@ def test_doctor_without_the_lab():
     facts = dict(doctor.facts())
     assert facts["flashomni"] == flashomni.__version__ and facts["torch"]
     rows = doctor.backends("attention")
+    short = doctor.in_short()
+    ran = [op for _, why, ops in short if why == "yes" for op in ops.split(", ")]
+    assert sorted(ran) == sorted(OPS) and len(short) < len(doctor.backends()) / 2
     assert ("attention", "reference", "yes") in rows and {op for op, *_ in rows} == {"attention"}
     if not torch.cuda.is_available():
         assert next(why for _, name, why in doctor.backends() if name == "sm90") != "yes"

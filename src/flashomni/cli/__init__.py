@@ -316,4 +316,5 @@ def doctor(
         if pipe_folder is not None:
             show_rows(("what", "value"), found.pipeline(pipe_folder), str(pipe_folder))
         show_rows(("what", "version"), found.facts(), "doctor")
-        _show_backends(None)
+        show_rows(("backend", "here", "ops"), found.in_short(), "what runs, and what does not")
+        say("op by op: flashomni show backends")

@@ -36,6 +36,23 @@ def backends(op: str | None = None) -> list[tuple[str, str, str]]:
     return rows
 
 
+def in_short() -> list[tuple[str, str, str]]:
+    """Backend, ``yes`` or why it does not run here, and the ops that this is so for.
+
+    ``yes`` is of the ops whose best backend it is: they run it. Those come first.
+    """
+    taken: dict[tuple[str, str], list[str]] = {}
+    absent: dict[tuple[str, str], list[str]] = {}
+    for op in OPS:
+        rows = backends(op)
+        best = next((name for _, name, why in rows if why == "yes"), "none")
+        taken.setdefault((best, "yes"), []).append(op)
+        for _, name, why in rows:
+            if why != "yes":
+                absent.setdefault((name, why), []).append(op)
+    return [(*key, ", ".join(ops)) for key, ops in (taken | absent).items()]
+
+
 def pipeline(folder: str | Path) -> list[tuple[str, str]]:
     """What ``accelerate`` would do to the pipeline of a folder: what, value. Reads no weights.
 
@@ -67,7 +84,7 @@ def _foreseen(found: Foreseen) -> Iterator[tuple[str, str]]:
 
 def text() -> str:
     """Both as aligned lines."""
-    return "\n".join([*_aligned(facts()), "", *_aligned(backends())])
+    return "\n".join([*_aligned(facts()), "", *_aligned(in_short())])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -20,6 +20,10 @@ from flashomni.util.files import write_text
 PROMPTS = 3  # that pictures are shown of
 ALL_BYTES = 24 << 20  # of the page's pictures
 FILE = "compare.html"
+COLUMNS = (
+    "method", "seconds", "speed-up", "PSNR, dB", "worst", "SSIM", "FLOPs skipped",
+    "steps computed", "scores",
+)  # fmt: skip
 
 
 class Shown:
@@ -94,11 +98,7 @@ def write_page(
         + section("Pictures", _pictures(shown, prompts))
         + section(
             "Methods",
-            table(
-                ("method", "seconds", "speed-up", "PSNR, dB", "worst", "SSIM", "FLOPs skipped",
-                 "steps computed", "scores"),
-                [_dense(found.rows), *map(_row, found.rows)],
-            ) if found.rows else "",
+            _table(found.rows),
             "Means over pictures, with the standard error over prompts. Seconds are of one picture "
             "or video, the whole call.",
         )
@@ -139,14 +139,23 @@ def _pictures(shown: Shown, prompts: Sequence[str]) -> str:
         dense = found[DENSE]
         others = {name: sheet for name, sheet in found.items() if name != DENSE}
         rate = FRAMES_PER_SECOND * dense.frames / shown.frames
-        parts.append(f"<h3>{escaped(prompts[prompt])}</h3>{viewer(dense, others, {}, {}, rate)}")
-    return "".join(parts)
+        seen = viewer(dense, others, {}, {}, rate)
+        parts.append(f"<div><h3>{escaped(prompts[prompt])}</h3>{seen}</div>")
+    return f'<div class="fo-several">{"".join(parts)}</div>' if parts else ""
+
+
+def _table(rows: Sequence[Summed]) -> str:
+    """Without the columns that nobody asked for."""
+    lines = [COLUMNS, _dense(rows), *map(_row, rows)]
+    kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    head, *body = zip(*kept, strict=True)
+    return table(head, body) if rows else ""
 
 
 def _dense(rows: Sequence[Summed]) -> tuple[str, ...]:
     known = [row.dense_seconds for row in rows if math.isfinite(row.dense_seconds)]
     seconds = f"{sum(known) / len(known):.3f}" if known else ""
-    return ("stock pipeline", seconds, "1.00x", *[""] * 6)
+    return ("stock pipeline", seconds, "1.00x", *[""] * (len(COLUMNS) - 3))
 
 
 def _row(row: Summed) -> tuple[str, ...]:
