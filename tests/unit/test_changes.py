@@ -285,6 +285,36 @@ def test_the_library_says_what_it_does(tiny, caplog):
     assert "accelerated with recipe fora" in lines[0] and "cached whole" in lines[1]
 
 
+def test_a_generation_that_gains_nothing_is_a_warning_once(tiny, caplog):
+    """Too few steps, or projections that run dense; the next one like it says nothing more."""
+    model, inputs = tiny
+
+    def warned(recipe, steps):
+        caplog.clear()
+        for _ in range(2):
+            run(model, inputs, recipe, steps=steps)
+        return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+    with flashomni.accelerate(model, "balanced") as engine:
+        caplog.clear()
+        for _ in range(2):
+            for index in range(5):
+                engine.step(index, 5)
+                call(model, inputs)
+        (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert said.endswith("0 Dispatch steps: nothing to gain at 5 steps (this recipe skips from 10 "
+                         "steps on)")  # fmt: skip
+    assert warned("lossless", 5) == [] and warned("fora", STEPS) == []
+
+
+def test_a_recipe_that_skips_next_to_nothing_is_noted(tiny):
+    """Its Dispatch steps are there, and are worth nothing."""
+    model, inputs = tiny
+    wide = flashomni.Recipe.of("topk:q_density=1,kv_density=1,interval=3,warmup=0")
+    assert any("next to nothing is skipped" in note for note in run(model, inputs, wide)[1].notes)
+    assert not [n for n in run(model, inputs, "fora")[1].notes if "next to nothing" in n]
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("steps", [4, 5, 9])
 @pytest.mark.parametrize("preset", ["quality", "balanced", "fast", "lossless"])

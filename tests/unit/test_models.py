@@ -142,8 +142,8 @@ def test_forecast_after_projection_equals_forecast_before_it(tiny, order):
     torch.testing.assert_close(projected, filled, atol=2e-4, rtol=1e-3)
 
 
-def test_not_plain_query_projections_run_dense_and_are_named(tiny):
-    """A Linear subclass is called, gives the same result, and the report says so."""
+def test_not_plain_query_projections_run_dense_and_are_named(tiny, caplog):
+    """A Linear subclass is called, gives the same result; the report and the log say so."""
     model, inputs = tiny
     plain, _ = sparse_run(model)
     other = copy.deepcopy(model)
@@ -154,6 +154,7 @@ def test_not_plain_query_projections_run_dense_and_are_named(tiny):
     called, summary = run(other, inputs, SPARSE)
     torch.testing.assert_close(plain, called, atol=2e-4, rtol=1e-3)
     assert any("Wrapped, not a plain Linear" in note for note in summary.notes)
+    assert caplog.text.count("layers, projections ran dense: ") == 1
     assert summary.flops_executed["gemm_q"] == summary.flops_dense["gemm_q"]
 
 

@@ -154,6 +154,44 @@ def test_pipelines_survive_a_round_trip_to_disk(loaded, tmp_path):
     assert torch.equal(generate(again), stock)
 
 
+def test_what_is_saved_while_it_is_accelerated_is_the_stock_pipeline(loaded, tmp_path):
+    """Hooks and caches stay behind, and the pipeline that was saved goes on."""
+    stock = generate(loaded)
+    with flashomni.accelerate(loaded.pipe, SPARSE):
+        fast = generate(loaded)
+        loaded.pipe.save_pretrained(tmp_path)
+        assert torch.equal(generate(loaded), fast)
+    again = zoo.load(tmp_path)
+    again.pipe.set_progress_bar_config(disable=True)
+    again.call.update(loaded.call)
+    assert flashomni.engine_of(again.pipe) is None and torch.equal(generate(again), stock)
+
+
+@pytest.mark.parametrize("loaded", ["tiny-image"], indirect=True)
+def test_modular_pipelines(loaded):
+    """Steps are known without a callback, the handle is found, and afterwards it is stock."""
+    from diffusers.modular_pipelines import FluxAutoBlocks
+
+    pipe = FluxAutoBlocks().init_pipeline()
+    pipe.update_components(**{k: v for k, v in loaded.pipe.components.items() if v is not None})
+    pipe.set_progress_bar_config(disable=True)
+
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        call = {**loaded.call, "output": "images", "output_type": "pt"}
+        return pipe(prompt="a cat", generator=generator, **call)
+
+    stock = make()
+    with flashomni.accelerate(pipe, "fora:level=layers,interval=2,warmup=0") as engine:
+        made, report = make(), engine.report()
+        assert flashomni.engine_of(pipe) is engine
+    assert [step["step"] for step in report.steps] == list(range(8))
+    assert report.flops_skipped > 0.3 and not torch.equal(made, stock)
+    with flashomni.accelerate(pipe, "lossless"):
+        torch.testing.assert_close(make(), stock, atol=1e-4, rtol=1e-3)
+    assert torch.equal(make(), stock) and flashomni.engine_of(pipe) is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -24,6 +24,7 @@ from flashomni.engine.call import (
 )
 from flashomni.engine.callers import branches
 from flashomni.engine.clock import Clock, Position
+from flashomni.engine.gains import Gains
 from flashomni.engine.generations import MAX_GENERATIONS, Generations
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs, why_none
@@ -96,6 +97,7 @@ class Runtime:
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
         self.redone, self.grids = Redone(len(layers)), Grids()
         self.unserved = Unserved(type(model).__name__, backend)
+        self.gains = Gains(type(model).__name__, recipe)
         self.generations = Generations()
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -266,6 +268,8 @@ class Runtime:
             if generation.turns is not None:
                 generation.turns.settle()
         self._stop()
+        if is_last:
+            self.gains.look(generation.trace.steps)
         if is_last and log.isEnabledFor(logging.INFO):
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashomni.engine.gains import little, nothing
 from flashomni.engine.groups import Division
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import StepKind
@@ -261,34 +262,13 @@ class Trace:
             )
         return found
 
-    def gain_note(self, recipe: Recipe) -> str | None:
-        """Why nothing was skipped, if nothing was although the recipe would skip."""
-        steps = {record.step for record in self.steps}
-        if not steps or any(r.kind == StepKind.DISPATCH.value for r in self.steps):
-            return None
-        num_steps = max(record.num_steps for record in self.steps)
-        if len(steps) < num_steps or not recipe.skips:
-            return None
-        if recipe.sparse.in_computed and num_steps > recipe.sparse.dense_steps:
-            if recipe.sparse.symbols or any("chooses" in record.does for record in self.steps):
-                return None
-            at = recipe.sparse.choose_at
-            when = "no step was an Update" if at == "update" else "none of these steps was run"
-            return (
-                f"key blocks were never chosen, so all were visited: choose_at is {at!r}, and "
-                f"{when} (choose_at='computed' chooses in every computed step)"
-            )
-        least = getattr(recipe.schedule, "min_steps", 0)
-        hint = f" (this recipe skips from {least} steps on)" if num_steps < least else ""
-        return f"0 Dispatch steps: nothing to gain at {num_steps} steps{hint}"
-
     def summary(self, model: str, recipe: Recipe) -> Summary:
         """Read everything back. This is the only place that waits for the device."""
         dense: dict[str, float] = dict.fromkeys(OPS, 0.0)
         executed: dict[str, float] = dict.fromkeys(OPS, 0.0)
         steps: list[dict[str, Any]] = []
         notes: dict[str, None] = {}
-        short = self.gain_note(recipe)
+        short = nothing(self.steps, recipe)
         if short is not None:
             notes[short] = None
         if recipe.guidance.acts and len({record.branch for record in self.steps}) == 1:
@@ -322,6 +302,9 @@ class Trace:
                     "allocated_bytes": record.allocated,
                 }
             )
+        few = little(steps, recipe)
+        if few is not None:
+            notes[few] = None
         total = sum(dense.values())
         return Summary(
             model=model,

@@ -31,15 +31,16 @@ def picked(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
 
 
-def sheets(results: Mapping[str, Tensor], most: int = BYTES) -> dict[str, Sheet]:
+def sheets(results: Mapping[str, Tensor], most: int | None = None) -> dict[str, Sheet]:
     """Each as a sheet of one grid: all frames, or 64 of them.
 
     A picture is kept exactly where that fits; what is too large is compressed, then scaled.
 
     Args:
         results: ``[F, 3, H, W]`` in [0, 1], all of one shape.
-        most: bytes of a sheet.
+        most: bytes of a sheet; ``BYTES`` if left out.
     """
+    most = BYTES if most is None else most
     first = next(iter(results.values()))
     total, _, height, width = first.shape
     frames = picked(total, FRAMES)
