@@ -18,13 +18,16 @@ DIFFUSERS ?= newest
 # The newest Triton that the GPU kernels are known to build with.
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo demo-video quick test unit studio-test serve serve-test lint compile interpret docs \
-	docs-version bench contracts dist clean
+.PHONY: demo demo-video quick test unit studio-test serve serve-test plugins-test lint compile interpret \
+	docs docs-version bench contracts dist clean
 
 # Ray is heavy, and its dependencies are many: the server has an environment of its own.
 SERVE_VENV ?= build/serve-venv
 SERVE_BIN := $(SERVE_VENV)/bin
 SERVE_STAMP := $(SERVE_VENV)/.installed
+
+# SGLang and vLLM-Omni pin their torch and much more: one of their own for each, 23 GB in all.
+PLUGINS_VENVS ?= build/plugins
 
 demo: $(STAMP)  ## generate one picture dense and accelerated, and write a report
 	$(BIN)/flashomni generate --model tiny-image --recipe balanced --compare --out out/demo
@@ -81,6 +84,19 @@ serve: $(SERVE_STAMP)  ## a server of the small model on port 8000, until it is 
 
 serve-test: $(SERVE_STAMP)  ## a real server: replicas, load, a replica that is killed
 	$(SERVE_BIN)/python -m pytest --confcutdir tests/serve tests/serve
+
+plugins-test: plugins-test-sglang plugins-test-vllm_omni  ## the plug-ins in the servers themselves, without a GPU
+
+plugins-test-%: $(PLUGINS_VENVS)/%/.installed
+	$(PLUGINS_VENVS)/$*/bin/python -m pytest --confcutdir tests/plugins tests/plugins/test_$*.py
+
+.PRECIOUS: $(PLUGINS_VENVS)/%/.installed
+$(PLUGINS_VENVS)/%/.installed: tests/plugins/%.txt pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $< || \
+		{ echo "the plug-in was not tested: pip cannot install $<, it says why above"; exit 1; }
+	$(@D)/bin/python -m pip install --quiet -e packages/flashomni-assets -e .
+	touch $@
 
 $(SERVE_STAMP): pyproject.toml $(CONSTRAINTS)
 	test -x $(SERVE_BIN)/python || $(PYTHON) -m venv $(SERVE_VENV)

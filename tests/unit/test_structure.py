@@ -41,6 +41,7 @@ MAY_IMPORT = {
     },
     "tuning": {"util", "policies", "engine", "models", "lab"},
     "studio": {"util", "policies", "engine", "models", "lab", "tuning"},
+    "plugins": {"engine", "models"},
     "serve": {"util", "policies", "engine", "models", "lab"},
     "__main__": {"lab", "cli"},
     "cli": {
