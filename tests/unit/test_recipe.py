@@ -49,8 +49,8 @@ def test_round_trip(name, tmp_path):
 
 
 def test_presets_are_what_they_say():
-    """Six presets, and methods of papers, under their own names; lossless computes everything."""
-    assert presets() == ["balanced", "fast", "few_steps", "lossless", "quality", "video"]
+    """Five presets, and methods of papers, under their own names; lossless computes everything."""
+    assert presets() == ["balanced", "fast", "lossless", "quality", "video"]
     assert all(Recipe.of(name).name == name for name in (*presets(), *methods()))
     assert not Recipe.of("lossless").skips and all(Recipe.of(m).skips for m in methods())
 

@@ -1,4 +1,4 @@
-"""Presets that skip key blocks: `video` on top of caching, `few_steps` where nothing is cached."""
+"""The preset that skips key blocks on top of caching, and the setting for few steps."""
 
 import pytest
 import torch
@@ -10,16 +10,21 @@ from flashomni.engine.symbols_file import SymbolsFile
 from flashomni.models import adapters
 from flashomni.symbols import Grid, Symbols
 
+FEW = (
+    "topk:q_density=1,diagonal=true,text_rows=true,kv_density=0.25,interval=1,warmup=0,"
+    "in_computed=true,dense_steps=2,token_order=hilbert,summaries=4,resolution=8,choose_at=[1],"
+    "carry=extrapolate,refresh=2,extrapolation=1"
+)
 # Steps of a generation, and what attention is in those that are computed: dense, refresh, sparse.
-PRESETS = {"video": (28, "rssrssrssrs"), "few_steps": (8, "drsrsrsr")}
+RECIPES = {"video": (28, "rssrssrssrs"), FEW: (8, "drsrsrsr")}
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=RECIPES, ids=["video", "few steps"])
 def ran(request, tmp_path_factory):
-    """Attention of the computed steps, report and symbols of a preset, in blocks of 32."""
-    steps, expected = PRESETS[request.param]
+    """Attention of the computed steps, report and symbols of a recipe, in blocks of 32."""
+    steps, expected = RECIPES[request.param]
     recipe = Recipe.of(request.param).replace(block_m=32, block_n=32)
-    path = tmp_path_factory.mktemp("symbols") / request.param
+    path = tmp_path_factory.mktemp("symbols") / "chosen"
     torch.manual_seed(0)
     model, inputs = adapters()["HunyuanVideoTransformer3DModel"].tiny()
     with torch.no_grad(), flashomni.accelerate(model.eval(), recipe) as engine:
