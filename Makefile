@@ -64,7 +64,7 @@ lint: $(STAMP)  ## format, lint and types
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a site, in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
 docs-version: docs  ## the site, as its version (or SITE_VERSION=dev), on the branch gh-pages; PUSH=--push publishes it

@@ -5,9 +5,9 @@ A page may hold, on lines of their own::
     <!-- include: README.md -->      a file of the repository; its links are followed
     <!-- settings: policies -->      what `table` makes of docstrings, so that it cannot go stale
 
-Links to files outside of docs/ lead to the page that includes them; where none does, they are
-shown as paths, and have to exist. A test renders pages with :func:`render`; mkdocs calls those that
-begin with ``on_``.
+Links to files outside of docs/ lead to the page that includes them; where none does, and for folders
+without a page, they are shown as paths, and have to exist. A test renders pages with
+:func:`render`; mkdocs calls those that begin with ``on_``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _links(text: str, base: Path, here: Path, page: str, warn: Callable[..., Non
         path = DOCS / PAGES[inside] if inside in PAGES else path
         if path.is_dir() and (path / "README.md").exists():
             path /= "README.md"
-        if not path.is_relative_to(DOCS):
+        if not path.is_relative_to(DOCS) or path.is_dir():
             return words if words.startswith("`") else f"{words} (`{inside}`)"
         to = Path(os.path.relpath(path, here)).as_posix()
         return f"{picture}[{words}]({to}{anchor})"

@@ -214,7 +214,8 @@ def test_the_site_builds_strictly(tmp_path):
     """A page that is not in the menu, a link or an anchor that leads nowhere: an error."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     made = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        # not --quiet: it hides warnings from --strict as well
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
