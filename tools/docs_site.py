@@ -5,8 +5,8 @@ A page may hold, on lines of their own::
     <!-- include: README.md -->      a file of the repository; its links are followed
     <!-- settings: policies -->      what `table` makes of docstrings, so that it cannot go stale
 
-Links to files outside of docs/ lead to the page that includes them; where none does, and for folders
-without a page, they are shown as paths, and have to exist. A test renders pages with
+Links to files outside of docs/ lead to the page that includes them; where none does, and for
+folders without a page, they are shown as paths, and have to exist. A test renders pages with
 :func:`render`; mkdocs calls those that begin with ``on_``.
 """
 
