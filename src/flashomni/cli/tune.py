@@ -49,7 +49,7 @@ def tune(
     ] = None,
     tries: Annotated[
         int, typer.Option(help="Schedules tried on the real output for each budget.", min=0)
-    ] = 6,
+    ] = 4,
     sparse: Annotated[
         int, typer.Option(help="Kinds of sparse attention tried in computed steps.", min=0)
     ] = 4,

@@ -14,7 +14,7 @@ from flashomni.tuning.drive import Compute, Driver
 from flashomni.tuning.plan import Steps, neighbours
 from flashomni.tuning.record import Recording
 
-BEHIND = 1.5  # dB on the prompts so far
+BEHIND = 0.5  # dB on the prompts so far
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def search(
     """The best of what is measured: all starts, then neighbours of the best, likeliest first.
 
     Args:
-        starts: measured all.
+        starts: measured all, likeliest first.
         make: the candidate of a schedule.
         measure: dB on the real output by prompt, given those of the best so far; fewer numbers
             where it is :func:`behind`.
@@ -104,7 +104,7 @@ def search(
         best, values = candidate, found
         return True
 
-    for start in starts:
+    for start in sorted(starts, key=lambda start: -start.predicted):  # others soon fall behind
         better(start)
     assert best is not None, "there must be something to start from"
     while tries > 0:

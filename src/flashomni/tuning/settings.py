@@ -25,7 +25,7 @@ class Settings:
         memory: bytes that recordings may take in host memory.
     """
 
-    tries: int = 6
+    tries: int = 4
     starts: int = 5
     probes: int = 8
     probed: int = 2
