@@ -5,14 +5,17 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
-from studio_parts import ASK, last, small, small_shelf
+from studio_parts import ASK, STEPS, last, small, small_shelf
 
 from flashomni.engine import Recipe
+from flashomni.lab import zoo
+from flashomni.models import adapters
 from flashomni.studio import drawings, pictures
 from flashomni.studio.events import Progress
-from flashomni.studio.outcome import Row
+from flashomni.studio.outcome import Ask, Row
 from flashomni.studio.preview import Preview
 from flashomni.studio.session import Session
+from flashomni.studio.shelf import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,15 @@ def wan():
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     vae = diffusers.AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
-    parts = {"tokenizer": None, "text_encoder": None, "transformer": None}
-    return diffusers.WanPipeline(vae=vae, scheduler=scheduler, **parts)
+    name = "WanTransformer3DModel"
+    sizes = {**adapters()[name].sizes["tiny"], "num_layers": 2}
+    sizes |= {"in_channels": 16, "out_channels": 16}
+    model = adapters()[name].build("tiny").from_config(sizes).eval()
+    parts = {"tokenizer": None, "text_encoder": None, "transformer": model}
+    pipe = diffusers.WanPipeline(vae=vae, scheduler=scheduler, **parts)
+    text = torch.randn(1, 512, 24, generator=torch.Generator().manual_seed(0))
+    pipe.encode_prompt = lambda *args, **kwargs: (text, -text)
+    return pipe
 
 
 def test_a_preview_of_wan_is_where_it_is_heading():
@@ -76,6 +86,20 @@ def test_a_preview_of_wan_is_where_it_is_heading():
             gap = torch.tensor(list(seen.tobytes())) - torch.tensor(list(whole.tobytes()))
             assert seen.size == whole.size == (48, 64) and gap.abs().max() <= 2
     assert preview.why_not == ""
+
+
+def test_both_runs_of_wan_are_seen_while_they_go():
+    """The dense one too; a video of both is the result."""
+    call = {"height": 64, "width": 48, "num_frames": 9, "num_inference_steps": STEPS}
+    loaded = zoo.Loaded(wan(), "a cat", call)
+    session = Session(Shelf("cpu", torch.float32, lambda *_: loaded), "wan", "fora:interval=2")
+    events = list(session.generate(Ask("a cat", steps=STEPS)))
+    seen = {event.stage for event in events if getattr(event, "preview", None) is not None}
+    assert {"dense", "accelerated"} <= seen
+    outcome = events[-1].value
+    assert outcome.dense.pixels.shape == outcome.accelerated.shape == (9, 3, 64, 48)
+    assert outcome.note == "" and outcome.summary.flops_skipped > 0.1
+    session.close()
 
 
 def test_a_preview_that_cannot_be_made_says_why_once():

@@ -284,7 +284,9 @@ def test_tuning_for_a_prompt(session):
     """A recipe of as many steps that the page takes, or the ramp's figures."""
     events = list(tune_for(session, ASK, 3, tries=0))
     found = events[-1].value
-    assert any(isinstance(event, Progress) and event.total for event in events)
+    told = [event for event in events if isinstance(event, Progress)]
+    assert any(event.total for event in told)
+    assert {event.stage for event in told if event.preview} == {"tuning: recording"}
     assert "3 of 6 steps" in found.says
     if found.recipe is None:
         assert session.recipe == Recipe.of("balanced")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 log = logging.getLogger("flashomni")
+SHARE = 0.25  # of the time of a run that previews may take
 LONGEST = 384  # pixels of a side: latents are pooled until their picture is no larger
 
 
@@ -32,7 +34,22 @@ class Preview:
     def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
         self._pipe, self._call = pipe, call
         self._before: Tensor | None = None
+        self._begun, self._spent = time.perf_counter(), 0.0
         self.why_not = ""
+
+    def now_and_then(self, step: int, latents: Tensor | None, live: bool) -> Image.Image | None:
+        """The picture after a step, if there is time for one: of all time it takes a share.
+
+        Args:
+            step: from 0; each is told.
+            latents: as the pipeline has them.
+            live: whether anybody wants to see some.
+        """
+        before = time.perf_counter()
+        wanted = live and self._spent <= SHARE * (before - self._begun)
+        picture = self(step, latents, wanted)
+        self._spent += time.perf_counter() - before
+        return picture
 
     def __call__(
         self, step: int, latents: Tensor | None, wanted: bool = True

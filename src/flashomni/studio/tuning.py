@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from flashomni.engine import Recipe
 from flashomni.lab.generation import Generation
 from flashomni.lab.zoo import PROMPT
 from flashomni.studio.events import Emit, Event, Progress
 from flashomni.studio.outcome import Ask
+from flashomni.studio.preview import Preview
 from flashomni.studio.session import Session
 from flashomni.studio.turns import Cancelled
 from flashomni.tuning import NotBetterError, Settings, tune
@@ -35,7 +38,7 @@ class TunedFor:
 def tune_for(session: Session, ask: Ask, computed: int, tries: int) -> Iterator[Event]:
     """Tune on the page's prompt and validate on another; ends with a :class:`TunedFor`.
 
-    The page takes the recipe that is found.
+    The dense run is seen as it goes. The page takes the recipe that is found.
 
     Args:
         session: of the page.
@@ -55,14 +58,24 @@ def tune_for(session: Session, ask: Ask, computed: int, tries: int) -> Iterator[
     other = next(p for p in (*loaded.prompts, *OTHERS) if p != ask.prompt)
 
     def work(emit: Emit, stop: threading.Event) -> TunedFor:
+        now = Progress("tuning", 0, 0)
+        emit(now)
+
         def on_progress(stage: str, done: int, total: int) -> None:
+            nonlocal now
             if stop.is_set():
                 raise Cancelled
-            emit(Progress(f"tuning: {stage}", done, total))
+            now = Progress(f"tuning: {stage}", done, total)
+            emit(now)
+
+        def on_latents(step: int, latents: Tensor | None) -> None:
+            picture = preview.now_and_then(step, latents, ask.live)
+            if picture is not None:
+                emit(replace(now, preview=picture))
 
         generation = Generation(loaded, ask.prompt, ask.seed, ask.steps)
         generation.call.update(ask.size)
-        emit(Progress("tuning", 0, 0))
+        preview = Preview(loaded.pipe, generation.call)
         recipe = None
         try:
             found = tune(
@@ -75,6 +88,7 @@ def tune_for(session: Session, ask: Ask, computed: int, tries: int) -> Iterator[
                 out=session.folder / f"tuned-{computed}-of-{ask.steps}.json",
                 settings=Settings(tries=tries, probes=4, probed=1),
                 on_progress=on_progress,
+                on_latents=on_latents,
             )
             recipe = session.choose(found.recipe)
         except NotBetterError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +14,6 @@ from flashomni.studio.events import Emit, Progress
 from flashomni.studio.preview import Preview
 from flashomni.studio.shelf import Shelved
 from flashomni.studio.turns import Cancelled
-
-PREVIEW_SHARE = 0.25  # of the time of a run that previews may take
 
 
 class Watch:
@@ -32,7 +29,6 @@ class Watch:
         """The callback for the steps of one run."""
         generation = self._generation
         preview = Preview(generation.pipe, generation.call)
-        begun, spent = time.perf_counter(), 0.0
         done = (0, generation.num_steps)
         self._emit(Progress(name, *done))
 
@@ -42,12 +38,8 @@ class Watch:
             done = (step, total)
 
         def look(step: int, latents: Tensor | None) -> None:
-            nonlocal spent
             self._check()
-            before = time.perf_counter()
-            wanted = self._live and spent <= PREVIEW_SHARE * (before - begun)
-            picture = preview(step, latents, wanted)
-            spent += time.perf_counter() - before
+            picture = preview.now_and_then(step, latents, self._live)
             self.why_not = preview.why_not
             self._emit(Progress(name, *done, picture))
 

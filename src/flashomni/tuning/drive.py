@@ -6,6 +6,7 @@ pipeline around it (text encoders, guidance, scheduler) is the user's own, whate
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from flashomni.models._stand_in import InsteadOfForward
 Compute = Callable[[], Tensor]
 # (step, number of the call in the step, compute) -> what the model returns.
 Answer = Callable[[int, int, Compute], Tensor]
+# (step, latents as the pipeline has them; None if it keeps them to itself)
+OnLatents = Callable[[int, Tensor | None], None]
+STEP_END = "callback_on_step_end"
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,26 @@ class Driver:
         self._on_compute = on_compute
         self._shapes: dict[int, Any] = {}  # of outputs, by the number of the call in its step
 
-    def run(self, prompt: str, seed: int, answer: Answer) -> Tensor:
+    def run(
+        self, prompt: str, seed: int, answer: Answer, on_latents: OnLatents | None = None
+    ) -> Tensor:
         """The latents at the end of one generation, flat and in fp32, on the device.
 
         Args:
             prompt: what to generate.
             seed: of the initial noise.
             answer: called for each call of the model.
+            on_latents: given the latents behind each step, if the pipeline hands them out.
         """
-        return self._latents(self._pipeline(prompt, seed, answer, output_type="latent"))
+        told: dict[str, Any] = {}
+        if on_latents is not None and STEP_END in inspect.signature(self.pipe.__call__).parameters:
+
+            def tell(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+                on_latents(step, values.get("latents"))
+                return values
+
+            told = {STEP_END: tell}
+        return self._latents(self._pipeline(prompt, seed, answer, output_type="latent", **told))
 
     def generate(self, prompt: str, seed: int) -> Tensor:
         """The latents of the pipeline as it is, or as it is accelerated; see :meth:`run`."""

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashomni.tuning.drive import Compute, Driver, Outline
+from flashomni.tuning.drive import Compute, Driver, OnLatents, Outline
 from flashomni.util.files import write_bytes
 
 CHUNK = 1 << 20  # elements of a step that are on the device at a time, in double precision
@@ -90,7 +90,9 @@ class Recording:
         return cls(about["prompt"], int(about["seed"]), ordered, latents)
 
 
-def record(driver: Driver, prompt: str, seed: int) -> Recording:
+def record(
+    driver: Driver, prompt: str, seed: int, on_latents: OnLatents | None = None
+) -> Recording:
     """Run the pipeline once, dense, and keep what its model returns."""
     outputs: list[list[Tensor]] = []
 
@@ -101,7 +103,7 @@ def record(driver: Driver, prompt: str, seed: int) -> Recording:
         outputs[step].append(value.detach().cpu())
         return value
 
-    latents = driver.run(prompt, seed, keep)
+    latents = driver.run(prompt, seed, keep, on_latents)
     return Recording(prompt, seed, tuple(map(tuple, outputs)), latents.cpu())
 
 

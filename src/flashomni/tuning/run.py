@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashomni.engine import Recipe
+from flashomni.tuning.drive import OnLatents
 from flashomni.tuning.settings import Point, Settings
 from flashomni.tuning.tuner import OnProgress, Tuner
 from flashomni.util.files import write_text
@@ -92,6 +93,7 @@ def tune(
     out: str | Path = "recipe.json",
     settings: Settings | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
+    on_latents: OnLatents | None = None,
     on_note: Callable[[str], None] = log.info,
 ) -> Tuned:
     """Find the schedule and the forecast weights that suit a pipeline, and write the recipe.
@@ -113,6 +115,7 @@ def tune(
         out: of the recipe.
         settings: how much work to do.
         on_progress: told the stage, the model's calls so far, and how many there will be.
+        on_latents: given step and latents of the dense runs that are recorded, to show them.
         on_note: told, before anything runs, what recording will take, and what was there already.
 
     Returns:
@@ -135,7 +138,7 @@ def tune(
     call = dict(call or {}) | ({} if steps is None else {"num_inference_steps": steps})
     tuner = Tuner(
         pipe, call, own, back, seed, out.stem, state_folder(out), settings or Settings(),
-        on_progress,
+        on_progress, on_latents,
     )  # fmt: skip
     resumed = tuner.state.resumed
     on_note(

@@ -15,7 +15,7 @@ from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
 from flashomni.models import accelerate, find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
-from flashomni.tuning.drive import Driver
+from flashomni.tuning.drive import Driver, OnLatents
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
 from flashomni.tuning.judge import judge
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
@@ -54,6 +54,7 @@ class Tuner:
         folder: of the state.
         settings: how much work to do.
         on_progress: told the stage, calls of the model so far, and how many there will be.
+        on_latents: given the latents behind each step of the recordings.
 
     Raises:
         ValueError: there are no prompts, or recording needs more memory than allowed.
@@ -70,11 +71,13 @@ class Tuner:
         folder: Path,
         settings: Settings,
         on_progress: OnProgress,
+        on_latents: OnLatents | None = None,
     ) -> None:
         self.prompts, self.held_back, self.seed = list(prompts), list(held_back), seed
         self.name, self.settings = name, settings
         self._on_progress, self._stage, self._total, self._done = on_progress, "", 0, 0
         self._start = time.perf_counter()
+        self._on_latents = on_latents
         self.outline = Driver(pipe, call).outline(self.prompts[0])
         self.driver = Driver(pipe, call, lambda: self._advance(1))
         self.num_steps = self.outline.num_steps
@@ -152,7 +155,7 @@ class Tuner:
         if found is None:
             stage, self._stage = self._stage, "recording"
             start = time.perf_counter()
-            found = record(self.driver, self.prompts[number], self.seed + number)
+            found = record(self.driver, self.prompts[number], self.seed + number, self._on_latents)
             self.state.keep(number, found, time.perf_counter() - start)
             self._stage = stage
         while (len(self._recordings) + 1) * self.bytes_each > self.settings.memory:
