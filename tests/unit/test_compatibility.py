@@ -12,7 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from matrix import jobs, models, page, small
+from matrix import definition, jobs, models, page, small
 
 DATA = json.loads(page.DATA.read_text(encoding="utf-8"))
 MODELS, PIPELINES = page.parts(DATA["rows"])
@@ -43,6 +43,8 @@ def test_what_works_is_exact_and_guarded():
     assert len({row["name"] for row in page.works(MODELS)}) >= 64
     for row in page.works(MODELS):
         assert row["removed"] and row["lossless"]["error"] < 1e-5, row
+        defined = row.get("definition", "")
+        assert isinstance(defined, str) or defined["error"] < 1e-5, row
         cached = {key: row[key]["error"] for key in page.CACHED if "error" in row[key]}
         coarse = {models.TILES: models.COARSE} if "rounds" in row else {}
         assert cached, row
@@ -52,6 +54,8 @@ def test_what_works_is_exact_and_guarded():
         assert any("computed in every step" in note for note in row["uncached"]) >= isinstance(
             row["guard"], str
         ), row
+    equal = {row["name"] for row in page.works(MODELS) if page.is_defined(row)}
+    assert len(equal) >= 64
     for row in page.works(PIPELINES):
         assert row["removed"] and row["lossless"] < 1e-5 and row["steps"] > 0, row
 
@@ -71,6 +75,35 @@ def test_a_class_is_checked():
     assert row["guard"] > 1 and row["tile guard"] > 1
     assert row["fora"]["kinds"] == ["bypass", "full", "update"]
     assert sum(row["kernels"].values()) >= 3
+
+
+@torch.no_grad()
+def test_the_definition_sees_another_forecast():
+    """A line through what blocks added is not what they last added."""
+    model, inputs = small.build("DiTTransformer2DModel")
+    run = models._Run(
+        model, inputs, models.output(model, inputs), {"device": "cpu", "dtype": "float32"}
+    )
+    run.definition(models.recipes()["fora"])
+    assert run.row["definition"]["error"] < 1e-5 and run.wrong == []
+    run.definition(models.recipes()["fora"].replace(layer_order=1))
+    assert "from their definition" in run.wrong[0] and run.row["definition"]["error"] > 1e-4
+    assert not any("forward" in vars(block) for block in model.transformer_blocks)
+
+
+@torch.no_grad()
+def test_a_definition_that_shows_nothing_is_none():
+    """Inputs that stay the same; blocks that hand nothing on: said, never taken for equal."""
+    model, inputs = small.build("DiTTransformer2DModel")
+    steps = [inputs] * 3
+    got = [models.output(model, inputs)] * 3
+    arguments = (model, steps, ["transformer_blocks"], [False, False, True], got, models.output)
+    with pytest.raises(LookupError, match="nothing shows"):
+        definition.error(*arguments)
+    model, inputs = small.build("HiDreamImageTransformer2DModel")
+    with pytest.raises(LookupError, match="double_stream_blocks: nothing is handed"):
+        definition.Definition(model, inputs, ["double_stream_blocks"], models.output)
+    assert not any("forward" in vars(block) for block in model.double_stream_blocks)
 
 
 def test_the_check_sees_what_is_wrong(monkeypatch):

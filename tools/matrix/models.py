@@ -25,16 +25,21 @@ import flashomni
 from flashomni import dispatch
 from flashomni.engine import Recipe
 from flashomni.policies import make_policy
+from matrix.definition import error
 from matrix.jobs import words
 
 ATOL, RTOL = 2e-5, 1e-4  # of the stock model in fp32
 STEPS = 8
 TILES = "topk, tiles"
+LIMIT = 1e-5  # of a share of the output's size
 OFF = 1e-3
 COARSE = 2.0**-9  # half a step of bfloat16, as a share of the output's size
-LATENTS = ("hidden_states", "x", "latents", "sample", "audio_hidden_states")
+LATENTS = (
+    "hidden_states", "x", "latents", "sample", "audio_hidden_states", "decoder_input_tokens",
+    "inputs_embeds", "bb_ca", "local_latents",
+)  # fmt: skip
 TEXT = ("encoder_hidden_states", "cap_feats", "context", "prompt_embeds", "text_embeds")
-TIMES = ("timestep", "timesteps", "t", "sigma", "audio_timestep")
+TIMES = ("timestep", "timesteps", "t", "sigma", "audio_timestep", "decoder_noise_time")
 
 
 def recipes() -> dict[str, Recipe]:
@@ -66,6 +71,7 @@ def check(make: Callable[[], Any], device: str = "cpu", dtype: torch.dtype = tor
         return {**row, "status": "refused", "why": words(error)}
     for name, recipe in recipes().items():
         run.constant(name, recipe)
+    run.definition(recipes()["fora"])
     run.guard("guard", recipes()["fora"], 3, shift_layers)
     run.guard("tile guard", recipes()[TILES], 2, shift_tiles)
     run.removed()
@@ -136,6 +142,31 @@ class _Run:
             self.row[name] = {"refused": words(error)}
             return
         self.keep(name, *worst, kinds=sorted(kinds))
+
+    def definition(self, recipe: Recipe) -> None:
+        """Whole layers on inputs that vary, against what is written out block by block."""
+        given = [varied(self.inputs, 0, 0, step) for step in range(STEPS)]
+        got, lists = [], set[str]()
+        with flashomni.accelerate(self.model, recipe) as engine:
+            for step, inputs in enumerate(given):
+                engine.step(step, STEPS)
+                got.append(output(self.model, inputs))
+            report = engine.report()
+        cached = ["bypass" in step["layer_kinds"] for step in report.steps]
+        for step in report.steps:
+            paths = zip(report.layers, step["layer_kinds"], strict=True)
+            lists |= {name.rpartition(".")[0] for name, kind in paths if kind == "bypass"}
+        if not lists:
+            self.row["definition"] = "nothing is cached"
+            return
+        try:
+            off = error(self.model, given, sorted(lists), cached, got, output)
+        except LookupError as none:
+            self.row["definition"] = str(none)
+            return
+        self.row["definition"] = {"error": float(f"{off:.1e}")}
+        if not off <= LIMIT and not self.low:
+            self.wrong.append(f"whole layers are off by {off:.1e} from their definition")
 
     def guard(self, name: str, recipe: Recipe, at: int, shift: Callable[[Any], int]) -> None:
         """Values that are kept off by 1e-3 before a step that takes some: the check must see it."""

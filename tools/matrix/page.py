@@ -192,6 +192,11 @@ def works(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == "works"]
 
 
+def is_defined(row: Row) -> bool:
+    """Whether its cached layers were held against what is written out by hand."""
+    return isinstance(row.get("definition"), dict)
+
+
 def tier_of(cls: type) -> str:
     """What the code gives a transformer class, by its name and those of its base classes."""
     if any(base.__name__ in adapters() for base in cls.__mro__):
@@ -205,12 +210,18 @@ def count_models(rows: Sequence[Row], classes: Mapping[str, str]) -> str:
     counts = Counter(works(named[name])[0]["tier"] for name in right)
     ours = sum(any(row["ours"] for row in works(named[name])) for name in right)
     off = {name for name, found in named.items() if any(r["status"] == "wrong" for r in found)}
+    equal = [row for row in works(rows) if is_defined(row)]
+    off_by = worst(row["definition"]["error"] for row in equal)
     shares = ", ".join(f"{counts[tier]} {tier}" for tier in ORDER)
     return (
         f"{len(classes)} classes: {len(right)} work ({shares}), in {len(works(rows))} "
         f"configurations, {ours} with their largest self-attention on our op; "
         f"{len(classes) - len(right)} were not run. "
         + (f"Wrong: {', '.join(sorted(off))}." if off else "None is wrong.")
+        + f" On inputs that vary from step to step, whole layers that are cached equal their "
+        f"definition, written out block by block without the engine, in "
+        f"{len({row['name'] for row in equal})} classes (largest difference {off_by}); in the "
+        "others nothing is cached, or the model rewrites what blocks hand on."
     )
 
 
