@@ -217,6 +217,16 @@ def test_steps_have_their_measured_times(tmp_path):
     assert 0.5 < times()["s"] / times()["d"] < 0.7
 
 
+def test_steps_of_more_tokens():
+    """Half of a step is attention, of which a sparse one has a fifth: with three times as many
+    tokens three quarters are, and what is saved grows likewise."""
+    from _sparse_long import longer
+
+    ms = {"d": 100.0, "s": 60.0, "r": 110.0, "-": 1.0}
+    assert longer(ms, 1.0, 0.5) == pytest.approx({"d": 1, "s": 0.6, "r": 1.1, "-": 0})
+    assert longer(ms, 3.0, 0.5) == pytest.approx({"d": 1, "s": 0.4, "r": 1.15, "-": 0})
+
+
 @pytest.mark.slow
 def test_it_measures_keeps_and_goes_on(monkeypatch, tmp_path):
     """A pipeline of random weights: each method once; a second call measures nothing."""
