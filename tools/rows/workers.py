@@ -7,6 +7,7 @@ have passed its method. They stay for the next model: starting one takes longer 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 import traceback
@@ -55,13 +56,8 @@ class Workers:
     def _start(self, number: int) -> connection.Connection:
         mine, theirs = self._context.Pipe()
         work = (theirs, number, self.jobs, self.options)
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // self.jobs, 1))
         process = self._context.Process(target=_work, args=work, daemon=True)
         process.start()
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
         theirs.close()  # theirs alone, so that their end is seen here
         self._running[number] = (process, mine)
         return mine
@@ -79,7 +75,7 @@ class Workers:
             left[line] = number
         while left:
             seconds = max(asked.until + LATE - time.time(), 0.0)
-            heard = connection.wait(list(left), seconds)
+            heard = connection.wait(list(left), None if math.isinf(seconds) else seconds)
             for line in heard:
                 number = left[line]
                 try:
@@ -124,6 +120,7 @@ class Workers:
 
 def _work(line: Any, number: int, jobs: int, options: argparse.Namespace) -> None:
     """One of the processes, until its line is closed."""
+    torch.set_num_threads(max((os.cpu_count() or 1) // jobs, 1))
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high")
     while True:
