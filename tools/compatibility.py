@@ -64,10 +64,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases that run side by side")
     parser.add_argument("--rows", type=Path, help="a file for all rows, as they come")
     parser.add_argument("--card", type=Path, help="such a file of a card, for the page")
-    parser.add_argument("--readme", action="store_true", help="print README's row of models")
+    parser.add_argument("--readme", action="store_true", help="print README's rows of support")
     options = parser.parse_args()
     if options.readme:
-        print(page.support())
+        print("\n".join(page.support()))
         return
     if options.card is not None:
         page.keep_card(options.card)

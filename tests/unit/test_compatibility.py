@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 from matrix import definition, jobs, models, page, small
 
+from flashomni.engine.recipe import methods, presets
+
 DATA = json.loads(page.DATA.read_text(encoding="utf-8"))
 MODELS, PIPELINES = page.parts(DATA["rows"])
 CLASSES = set(DATA["classes"])
@@ -253,12 +255,14 @@ def test_a_pipeline_is_checked(tmp_path):
     assert "bypass" in row["fora"]["kinds"]
 
 
-def test_readme_has_the_row_of_registry_and_matrix():
-    """What it says of models is counted, not written: `tools/compatibility.py --readme`."""
-    row = page.support()
-    assert f"of the {len(CLASSES)} transformer classes" in row and "`Flux`" in row
+def test_readme_has_the_rows_of_registries_and_matrix():
+    """What it says of support is counted, not written: `tools/compatibility.py --readme`."""
+    rows = page.support()
+    assert f"of the {len(CLASSES)} transformer classes" in rows[0] and "`Flux`" in rows[0]
+    assert all(f"`{name}`" in rows[1] for name in presets()) and f" {len(methods())} [" in rows[1]
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    assert row in readme.read_text("utf-8").splitlines()
+    table = readme.read_text("utf-8").partition("## What works with what")[2].partition("\n## ")[0]
+    assert table.splitlines()[4:7] == rows
 
 
 @pytest.mark.parametrize("visible", [None, "1,0"])

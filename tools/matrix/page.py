@@ -1,4 +1,4 @@
-"""docs/compatibility.md of the results, and README's row of what is supported."""
+"""docs/compatibility.md of the results, and README's rows of what is supported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashomni.dispatch import registered
+from flashomni.engine.recipe import methods, presets
 from flashomni.models import adapters, tiers
 from flashomni.util.files import write_text
 
@@ -16,6 +18,12 @@ DATA = ROOT / "docs" / "results" / "compatibility.json"
 CARD = ROOT / "docs" / "results" / "compatibility-card.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 CACHED = ("fora", "balanced", "topk, tiles")
+TORCHS = ("reference", "sdpa")  # backends that are torch's own attention
+DEVICES = {
+    "cpu": "CPU",
+    "portable": "GPUs from sm_80 on (`portable`, plain Triton; only an H200 was tried)",
+    "sm90": "NVIDIA Hopper (`sm90`, Gluon)",
+}
 REFERENCE = "reference"  # the backend that is written out in torch
 ORDER = ("adapter", "declared", "generic")
 Row = dict[str, Any]
@@ -347,17 +355,22 @@ def plain(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace(str(Path.home()), "~")
 
 
-def support() -> str:
-    """README's row of models, from the registry and the matrix."""
+def support() -> list[str]:
+    """README's rows of models, recipes and devices, from the registries and the matrix."""
     data = json.loads(DATA.read_text("utf-8"))
     models, pipelines = parts(data["rows"])
     right = {name for name, found in by_name(models).items() if works(found)}
     version = data["versions"].partition(",")[0]
     short = ", ".join(f"`{name.partition('Transformer')[0]}`" for name in sorted(adapters()))
-    return (
+    exact, *others = sorted(presets(), key=lambda name: (name != "lossless", name))
+    own = [b.name for b in registered("attention") if b.package is None and b.name not in TORCHS]
+    return [
         "| models | every transformer with lists of blocks, of diffusers or your own: "
         f"{len(right)} of the {len(data['classes'])} transformer classes of {version}, and "
         f"{len(works(pipelines))} of the pipelines of diffusers' tests, ran exactly on small "
         f"models ([each of them](docs/compatibility.md)). {len(adapters())} have an adapter, "
-        f"which skips projections too: {short} ([tiers](docs/models.md)) |"
-    )
+        f"which skips projections too: {short} ([tiers](docs/models.md)) |",
+        f"| recipes | presets `{exact}` (exact), {', '.join(f'`{name}`' for name in others)}; "
+        f"{len(methods())} [methods of papers](docs/methods.md) |",
+        f"| devices | {'; '.join(DEVICES[name] for name in sorted(own))} |",
+    ]
