@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import flashomni
 from flashomni import Blocks
@@ -202,6 +203,21 @@ def made(case: str, device: torch.device) -> tuple[str, list[nn.Module], Inputs]
     return name, [model.eval(), twin.eval()], given
 
 
+class Lengths(TorchFunctionMode):
+    """Queries of every attention that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.add((args[0] if args else kwargs["query"]).shape[-2])
+        return func(*args, **(kwargs or {}))
+
+
 def generation(model: nn.Module, given: Inputs, steps: int, engine: Any = None) -> Tensor:
     """A plain loop over the model, down from its first timestep."""
     cls = adapters()[type(model).__name__]
@@ -267,16 +283,8 @@ def measure(case: str, args: argparse.Namespace, until: float) -> Iterator[list[
     device = torch.device(args.device)
     name, models, given = made(case, device)
     about = origin(device, f"python tools/tiers.py --csv {KEPT.name}")
-    tokens: list[int] = []
-    attends = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(query: Tensor, *rest: Any, **more: Any) -> Tensor:
-        tokens.append(query.shape[-2])
-        return attends(query, *rest, **more)
-
-    torch.nn.functional.scaled_dot_product_attention = watched
-    generation(models[0], given, 1)
-    torch.nn.functional.scaled_dot_product_attention = attends
+    with Lengths() as lengths:
+        generation(models[0], given, 1)
     blocks = len(adapters()[type(models[0]).__name__].sites(models[0]))
     took, stock = clocked(device, lambda: generation(models[0], given, args.steps))
     for recipe in args.recipes:
@@ -295,7 +303,7 @@ def measure(case: str, args: argparse.Namespace, until: float) -> Iterator[list[
             "psnr_db": round(10 * math.log10(span**2 / off), 1) if off else math.inf,
         }
         yield [
-            Row(name, max(tokens), blocks, recipe, each["tier"], args.steps, round(each["ms"], 3),
+            Row(name, max(lengths.seen), blocks, recipe, each["tier"], args.steps, round(each["ms"], 3),
                 round(1e3 * (took + again) / 2 / args.steps, 3), round(each["full_ms"], 3),
                 round(each["least_ms"], 3), share(each["out"].float() - base, base),
                 shared["between"], float(f"{shared['largest']:.2e}"), shared["psnr_db"], **about)

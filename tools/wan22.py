@@ -12,17 +12,19 @@ import argparse
 import dataclasses
 import signal
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import flashomni
 from flashomni.engine import Recipe
 from flashomni.lab.e2e import models
-from flashomni.lab.e2e.run import free, generate, weights_gib
+from flashomni.lab.e2e.run import Clocked, free, generate, weights_gib
 from flashomni.lab.results import Book, origin
 
 BLOCK_GIB = 2 * 0.665  # of both transformers, in bf16
@@ -87,6 +89,88 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def built(device: torch.device, blocks: int) -> models.Model:
+    """The pipeline, with so many blocks in each transformer; a small one where there is no card."""
+    name = "wan22" if device.type == "cuda" else "tiny-wan22"
+    size = models.MODELS[name]
+    size = dataclasses.replace(size, config={**size.config, "num_layers": blocks}, note="")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return models.build(name, device, dtype, structure=4.0, size=size)
+
+
+def two_steps(model: models.Model) -> tuple[Tensor, Clocked]:
+    """One step of each transformer: the latents behind them, and the clock's figures."""
+    found: list[Any] = []
+    scheduler = model.pipe.scheduler
+    call = scheduler.step
+
+    def step(*given: Any, **more: Any) -> Any:
+        found.append(call(*given, **more))
+        return found[-1]
+
+    scheduler.step = step
+    try:
+        run = generate(model, 2)
+    finally:
+        del scheduler.step
+    return found[-1][0].float(), run
+
+
+def anchored(model: models.Model) -> float:
+    """Seconds of a call of stock; says how far ``lossless`` is from it, and what that takes."""
+    stock, run = two_steps(model)
+    call_s = statistics.median(run.calls[1:])
+    say(f"stock: {1e3 * call_s:.0f} ms a call, peak {run.peak_gib or 0:.1f} GiB")
+    with flashomni.accelerate(model.pipe, "lossless", graphs=False):
+        ours, run = two_steps(model)
+    error = float((ours - stock).norm() / stock.norm())
+    ms = 1e3 * statistics.median(run.calls[1:])
+    say(f"lossless: {error:.1e} of stock's latents after 2 steps, {ms:.0f} ms a call")
+    return call_s
+
+
+def generated(
+    model: models.Model, blocks: int, recipe: str, steps: int, computed: int, call_s: float
+) -> dict[str, Any]:
+    """The columns of a whole generation, said too, but for where they come from."""
+    with flashomni.accelerate(model.pipe, recipe, graphs=False) as engine:
+        run = generate(model, steps, lambda done, total: say(f"  step {done} of {total}"))
+        report = engine.report()
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for each, seconds in zip(report.steps, run.calls, strict=True):
+        kinds.setdefault(each["transformer"], {}).setdefault(each["kind"], []).append(seconds)
+    whole = model.calls * steps * call_s
+    say(
+        f"  {run.seconds:.1f} s, stock {whole:.0f} s (median call x calls): "
+        f"{whole / run.seconds:.2f}x; FLOPs skipped {report.flops_skipped:.0%}, peak "
+        f"{run.peak_gib or 0:.1f} GiB"
+    )
+    for part, by in kinds.items():
+        ms = (f"{len(v)} {kind} {1e3 * statistics.median(v):.1f} ms" for kind, v in by.items())
+        say(f"  {part}: {', '.join(ms)}")
+    for note in report.notes[:3]:
+        say(f"  {note}")
+    medians = [1e3 * statistics.median(v) for by in kinds.values() for v in by.values()]
+    return {
+        "model": model.name,
+        "tokens": model.tokens,
+        "blocks": blocks,
+        "recipe": recipe,
+        "steps": steps,
+        "calls": model.calls * steps,
+        "computed": computed,
+        "seconds": round(run.seconds, 2),
+        "stock_ms": round(1e3 * call_s, 1),
+        "stock_s": round(whole, 1),
+        "estimated": True,
+        "speedup": round(whole / run.seconds, 3),
+        "full_ms": round(max(medians), 1),
+        "least_ms": round(min(medians), 2),
+        "flops_skipped": round(report.flops_skipped, 4),
+        "peak_gib": None if run.peak_gib is None else round(run.peak_gib, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -96,105 +180,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=165)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    start = time.monotonic()
-    device = torch.device(args.device)
+    start, device = time.monotonic(), torch.device(args.device)
     if device.type == "cuda":  # whatever hangs: what was printed and written stays
-        signal.signal(signal.SIGALRM, lambda *_: (say("out of time"), exit(1)))
+        signal.signal(signal.SIGALRM, lambda *_: (say("out of time"), sys.exit(1)))
         signal.alarm(int(args.seconds))
-
-    def left() -> float:
-        return args.seconds - (time.monotonic() - start)
-
     book, rows = None if args.csv is None else Book(args.csv, Row), list[Row]()
-    name = "wan22" if device.type == "cuda" else "tiny-wan22"
     blocks = args.blocks or fitting(device)
-    size = models.MODELS[name]
-    size = dataclasses.replace(size, config={**size.config, "num_layers": blocks}, note="")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.build(name, device, dtype, structure=4.0, size=size)
-    say(
-        f"{name}: {model.tokens} tokens, {blocks} of the 40 blocks of each transformer, "
-        f"{weights_gib(model):.1f} GiB; built in {time.monotonic() - start:.0f} s"
-    )
-
-    def latents() -> tuple[Any, Any]:
-        """Two steps, one of each transformer: the latents, and the clock's figures."""
-        found: list[Any] = []
-        call = model.pipe.scheduler.step
-
-        def step(*given: Any, **more: Any) -> Any:
-            found.append(call(*given, **more))
-            return found[-1]
-
-        model.pipe.scheduler.step = step
-        try:
-            run = generate(model, 2)
-        finally:
-            del model.pipe.scheduler.step
-        return found[-1][0].float(), run
-
-    stock, run = latents()
-    call_s = statistics.median(run.calls[1:])
-    say(f"stock: {1e3 * call_s:.0f} ms a call, peak {run.peak_gib or 0:.1f} GiB, {left():.0f} s")
-    with flashomni.accelerate(model.pipe, "lossless", graphs=False):
-        ours, run = latents()
-    error = float((ours - stock).norm() / stock.norm())
-    ms = 1e3 * statistics.median(run.calls[1:])
-    say(f"lossless: {error:.1e} of stock's latents after 2 steps, {ms:.0f} ms a call")
-    del ours, stock
-    for text in args.recipes:
-        free(device)
-        recipe = Recipe.of(text)
-        steps, computed = steps_for(model, recipe, args.steps, (left() - 8) / (1.05 * call_s))
-        if not steps:
-            say(f"{text}: left out, no time")
-            continue
-        say(f"{text}: {steps} steps, {computed} of {model.calls * steps} calls are computed")
-
-        def watch(done: int, total: int) -> None:
-            say(f"  step {done} of {total}, {left():.0f} s left")
-
-        with flashomni.accelerate(model.pipe, recipe, graphs=False) as engine:
-            run = generate(model, steps, watch)
-            report = engine.report()
-        kinds: dict[str, dict[str, list[float]]] = {}
-        for each, seconds in zip(report.steps, run.calls, strict=True):
-            part = kinds.setdefault(each["transformer"], {})
-            part.setdefault(each["kind"], []).append(seconds)
-        medians = {
-            kind: [
-                statistics.median(v)
-                for part in kinds.values()
-                for k, v in part.items()
-                if k == kind
-            ]
-            for kind in {kind for part in kinds.values() for kind in part}
-        }
-        whole = model.calls * steps * call_s
+    with torch.no_grad():
+        model = built(device, blocks)
         say(
-            f"  {run.seconds:.1f} s, stock {whole:.0f} s (median call x calls): "
-            f"{whole / run.seconds:.2f}x; FLOPs skipped {report.flops_skipped:.0%}, peak "
-            f"{run.peak_gib or 0:.1f} GiB"
+            f"{model.name}: {model.tokens} tokens, {blocks} of the 40 blocks of each transformer, "
+            f"{weights_gib(model):.1f} GiB; built in {time.monotonic() - start:.0f} s"
         )
-        for part, by in kinds.items():
-            each = ", ".join(
-                f"{len(v)} {kind} {1e3 * statistics.median(v):.1f} ms" for kind, v in by.items()
+        call_s = anchored(model)
+        for text in args.recipes:
+            free(device)
+            left = args.seconds - (time.monotonic() - start)
+            steps, computed = steps_for(
+                model, Recipe.of(text), args.steps, (left - 8) / (1.05 * call_s)
             )
-            say(f"  {part}: {each}")
-        for note in report.notes[:3]:
-            say(f"  {note}")
-        full = max(max(v) for v in medians.values())
-        least = min(min(v) for v in medians.values())
-        rows.append(
-            Row(name, model.tokens, blocks, text, steps, model.calls * steps, computed,
-                round(run.seconds, 2), round(1e3 * call_s, 1), round(whole, 1), True,
-                round(whole / run.seconds, 3), round(1e3 * full, 1), round(1e3 * least, 2),
-                round(report.flops_skipped, 4), run.peak_gib and round(run.peak_gib, 2),
-                **origin(device, f"python tools/wan22.py --steps {args.steps} --recipes {text}"))
-        )  # fmt: skip
-        if book is not None:
-            book.write(rows)
+            if not steps:
+                say(f"{text}: left out, {left:.0f} s left")
+                continue
+            say(f"{text}: {steps} steps, {computed} of {model.calls * steps} calls are computed")
+            found = generated(model, blocks, text, steps, computed, call_s)
+            command = f"python tools/wan22.py --steps {args.steps} --recipes {text}"
+            rows.append(Row(**found, **origin(device, command)))
+            if book is not None:
+                book.write(rows)
     say(f"{time.monotonic() - start:.0f} s")
 
 

@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from flashomni.engine import Recipe
 from flashomni.lab import results
 from flashomni.lab.e2e.table import GenerationRow
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import real_sizes
+import wan22
 from wan22 import Row as WanRow
 
 ABOUT = {"gpu": "card", "torch": "2", "triton": "3", "commit": "abc1234", "command": "bench"}
@@ -59,6 +62,30 @@ def test_rows_become_tables(kept, tmp_path):
     assert "6 of the 54 blocks" in lines[3] and "Full 1,234.5" in lines[3] and "1.75x" in lines[3]
     assert "1.50x" not in text and "40 of 40 blocks" in lines[-1] and "2.72x" in lines[-1]
     assert len({line.count("|") for line in lines[-3:]}) == 1
+
+
+@pytest.mark.slow
+def test_wan_is_generated_whole(tmp_path, monkeypatch, capsys):
+    """A small one: stock first, then the steps asked for, each of them in its transformer."""
+    path = tmp_path / "wan.csv"
+    command = ["wan22.py", "--device", "cpu", "--steps", "8", "--csv", str(path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--recipes", "fora:interval=3,warmup=0"])
+    wan22.main()
+    said = capsys.readouterr().out
+    assert "lossless: 0.0e+00" in said and "step 8 of 8" in said and "transformer_2:" in said
+    (row,) = results.read(path, WanRow)
+    assert (row["steps"], row["calls"], row["blocks"], row["estimated"]) == ("8", "16", "2", "True")
+    assert 0 < int(row["computed"]) < 16 and float(row["flops_skipped"]) > 0.2
+
+
+def test_steps_are_as_many_as_there_is_time_for():
+    """Fewer steps where fewer calls may be computed; none where not even the fewest fit."""
+    model = wan22.built(torch.device("cpu"), 1)
+    recipe = Recipe.of("fora:interval=3,warmup=0")
+    steps, computed = wan22.steps_for(model, recipe, 40, 1000)
+    assert steps == 40 and model.calls * 13 < computed < model.calls * 20
+    fewer, some = wan22.steps_for(model, recipe, 40, computed - 1)
+    assert fewer < 40 and some < computed and wan22.steps_for(model, recipe, 40, 1) == (0, 0)
 
 
 def test_a_csv_of_something_else_is_refused(kept, tmp_path):
