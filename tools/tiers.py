@@ -272,8 +272,9 @@ def compared(
     for model in models:
         assert flashomni.engine_of(model) is None
     return [
-        {"tier": tier, "out": out, "ms": 1e3 * statistics.median(took) / steps,
-         "full_ms": kind.get("full", 0.0) or max(kind.values()), "least_ms": min(kind.values())}
+        {"tier": tier, "out": out, "ms": round(1e3 * statistics.median(took) / steps, 3),
+         "full_ms": round(kind.get("full", 0.0) or max(kind.values()), 3),
+         "least_ms": round(min(kind.values()), 3)}
         for tier, out, took, kind in zip(("A", "C"), outs, seconds, kinds, strict=True)
     ]  # fmt: skip
 
@@ -293,21 +294,20 @@ def measure(case: str, args: argparse.Namespace, until: float) -> Iterator[list[
             continue
         found = compared(recipe, models, given, args.steps, args.rounds)
         again, _ = clocked(device, lambda: generation(models[0], given, args.steps))
-        a, c = (each["out"].float() for each in found)
         base = stock.float()
+        a, c = (each.pop("out").float() for each in found)
         off = float((a - c).square().mean())
         span = float(base.max() - base.min())
-        shared = {
+        both = {
+            "stock_ms": round(1e3 * (took + again) / 2 / args.steps, 3),
             "between": share(a - c, base),
-            "largest": float((a - c).abs().max()),
+            "largest": float(f"{float((a - c).abs().max()):.2e}"),
             "psnr_db": round(10 * math.log10(span**2 / off), 1) if off else math.inf,
         }
         yield [
-            Row(name, max(lengths.seen), blocks, recipe, each["tier"], args.steps, round(each["ms"], 3),
-                round(1e3 * (took + again) / 2 / args.steps, 3), round(each["full_ms"], 3),
-                round(each["least_ms"], 3), share(each["out"].float() - base, base),
-                shared["between"], float(f"{shared['largest']:.2e}"), shared["psnr_db"], **about)
-            for each in found
+            Row(name, max(lengths.seen), blocks, recipe, steps=args.steps, **tier, **both,
+                error=share(out - base, base), **about)
+            for tier, out in zip(found, (a, c), strict=True)
         ]  # fmt: skip
 
 
