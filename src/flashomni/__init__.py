@@ -43,6 +43,8 @@ if not TYPE_CHECKING:  # type checkers would take every name of a module with __
         """What code written for the authors' package looks for here; loaded on first use."""
         if name == "attention":
             return import_module("flashomni.attention")
+        if name == "Bar":  # needs the packages of the extra "lab"
+            return import_module("flashomni.lab.bars").Bar
         if name == "compare":  # needs the packages of the extra "lab"
             return import_module("flashomni.lab.fidelity.compare").compare
         if name == "zoo":  # where it was in version 0.1

@@ -189,24 +189,9 @@ def load_model(name: str, device: torch.device, dtype: str) -> Loaded:
 
 def progress_bars() -> Any:
     """Bars of what runs; nothing where nobody watches. Add tasks by :func:`bar_name`."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from flashomni.lab.bars import progress
 
-    return Progress(
-        TextColumn("{task.description:12}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    return progress(console, disable=not console.is_terminal)
 
 
 def bar_name(text: object) -> str:
