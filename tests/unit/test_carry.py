@@ -18,8 +18,11 @@ from tiny_models import build, output
 import flashomni
 from conftest import call
 from flashomni.engine import Recipe
+from flashomni.engine.grids import Grids
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.schedules import StepKind
+from flashomni.engine.state.storage import Storage
+from flashomni.engine.step_plan import StepPlan
 from flashomni.policies import Policy
 from flashomni.symbols import Symbols
 
@@ -149,6 +152,19 @@ def test_carry_of_models_without_an_adapter(name):
     given = (model, inputs, output(model, inputs))
     assert error_of(*given, recipe(1, summaries=4), output)[0] < 1
     assert error_of(*given, recipe(1, summaries=4, carry="off"), output)[0] > 10
+
+
+def test_carried_differences_go_on_as_they_changed():
+    """Of the last change of D a share a step; terms of fp16 are halved as they are kept."""
+    recipe = Recipe.of("topk", carry="extrapolate", extrapolation=0.4, in_computed=True)
+    plan = StepPlan(
+        kind=StepKind.DISPATCH, step=7, num_steps=10, branch="cond", records=False, probes=False,
+        optimistic=False, progress=torch.tensor(0.8), recipe=recipe, storage=Storage(),
+        backend=None, device=torch.device("cpu"), num_layers=1, grids=Grids().on,
+    )  # fmt: skip
+    torch.testing.assert_close(plan.carried((2, 5)), torch.tensor([1.0, 0.8]))
+    torch.testing.assert_close(plan.carried((2, 5), halved=True), torch.tensor([1.0, 1.6]))
+    assert plan.carried((5,)).tolist() == [1.0]
 
 
 def test_carry_where_the_output_is_cached(constant):

@@ -8,6 +8,7 @@ import torch
 import flashomni
 from conftest import STEPS, call
 from flashomni.engine import Recipe
+from flashomni.engine.state.cache import Fraction, LayerCache
 from flashomni.engine.state.span import Spans
 from flashomni.engine.state.storage import Storage
 from flashomni.models import find_adapter
@@ -61,6 +62,30 @@ def test_a_stream_that_the_model_changes_between_blocks_ends_a_span(spans):
     spans.finish(0)
     assert extents(spans) == [(0, 1), (1, 2)]
     assert spans.replay(0, first[0], ONE)[0].unique().tolist() == [1.0]
+
+
+def test_a_stream_that_is_written_to_between_blocks_is_not_kept(spans):
+    """In place nobody sees it but by its version: of that step nothing, then block by block."""
+    before, between, _ = chain(1, 2)
+    spans.record(0, before, between, 0)
+    between[0].add_(100)
+    spans.record(1, between, tuple(stream + 2 for stream in between), 0)
+    assert not spans.finish(0) and extents(spans) == []
+    update(spans, chain(1, 2), [0, 1], step=1)
+    assert extents(spans) == [(0, 1), (1, 2)]
+
+
+def test_a_layer_is_cached_whole_up_to_the_threshold():
+    """At it too; 0 never does. A number that may be under way is not waited for."""
+    cache = LayerCache()
+    for known, threshold, expected in ((0.5, 0.5, True), (0.51, 0.5, False), (0.0, 0.0, False)):
+        cache.degrade(known, 0, threshold, False)
+        assert cache.degraded is expected
+    cache.fraction, cache.measured = Fraction(torch.tensor(0.9)), 3
+    assert [cache.expected(step, 0.5, hopeful=True) for step in (3, 4, 5)] == [True, True, False]
+    assert not cache.expected(4, 0.5, hopeful=False)
+    cache.fraction = Fraction(torch.tensor(0.5))
+    assert cache.expected(5, 0.5, hopeful=True)
 
 
 def test_differences_survive_growth_and_end_with_a_split(spans):

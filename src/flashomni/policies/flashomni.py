@@ -44,7 +44,7 @@ class FlashOmni(Policy):
         share_heads: one S_c for all heads, from the sum over heads.
         similarity_gate: blocks whose tokens have a mean cosine below this are pooled badly, so
             they are always computed and visited; ``None`` gates nothing.
-        center_k: subtract the mean key before pooling.
+        center_k: subtract the mean key before the scores: the same map but for rounding.
         protect_text: text rows visit every key, and every row visits the text keys. Without it
             skipping treats text like the rest; caching leaves text alone either way.
         resolution: make the pooled map of means of so few tokens: 8, 16 or 32; 0 is whole blocks.

@@ -35,7 +35,8 @@ def pooled_map(
         q: ``[B, M, H, D]``.
         k: ``[B, N, Hkv, D]``; key heads are repeated for GQA.
         grid: padding behind ``kv_len`` takes part in no mean, blocks of padding alone get 0.
-        center_k: subtract the mean key first (it does not change a softmax over single tokens).
+        center_k: subtract the mean key first: the same map, with more of its digits where all keys
+            share a large part.
         softmax_scale: of the scores; ``D ** -0.5`` by default.
 
     Returns:

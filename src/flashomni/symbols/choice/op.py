@@ -64,7 +64,7 @@ class Rule:
         share_heads: one S_c for all heads, from the sum over heads (before the gate).
         gate: blocks whose tokens have a mean cosine below this are computed and visited, and take
             no part in tests on rows of P (SpargeAttn, arXiv 2502.18137); ``None`` gates nothing.
-        center_k: subtract the mean key before the scores.
+        center_k: subtract the mean key before the scores: the same map but for rounding.
         text_rows: text rows visit everything.
         text_columns: every row visits the text keys.
         diagonal: every row visits the blocks that hold its own tokens, beside what else it visits.
