@@ -1,6 +1,7 @@
 """What an adapter assumes of its inputs and of its model: any text mask, and stock modules."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 import flashomni
 from conftest import ONES, call, self_attention
 from flashomni.engine.linear import is_rms_norm
-from flashomni.models import adapters, find_adapter
+from flashomni.models import adapters, find_adapter, qwen_image
+from flashomni.models.blocks import Inputs
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -29,6 +31,28 @@ def test_any_text_mask_of_qwen_image(kind):
     torch.manual_seed(0)
     model, inputs = adapters()["QwenImageTransformer2DModel"].tiny()
     check_mask(model.eval(), {**inputs, "encoder_hidden_states_mask": MASKS[kind](77)})
+
+
+def test_the_text_mask_of_qwen_image_as_it_came_before_diffusers_039():
+    """The model joined it to one of all keys; a user's own is left to be refused."""
+    mask = MASKS["holes"](77).expand(2, -1).long()
+    joint = torch.cat([mask.bool(), torch.ones(2, 342, dtype=torch.bool)], 1)[:, None, None]
+    x, c = torch.zeros(2, 342, 8), torch.zeros(2, 77, 8)
+
+    def rest(given, **extra):
+        run = SimpleNamespace(
+            inputs={"encoder_hidden_states_mask": mask, "attention_kwargs": given},
+            shared=lambda make, *inputs: make(*inputs),
+        )
+        named = {"joint_attention_kwargs": extra, "encoder_hidden_states_mask": None}
+        return qwen_image._with_text_mask(run, Inputs(x, c, named)).rest
+
+    found = rest(None, attention_mask=joint, scale=0.5)
+    assert torch.equal(found["encoder_hidden_states_mask"], mask.bool())
+    assert found["joint_attention_kwargs"] == {"scale": 0.5}
+    found = rest({"attention_mask": joint}, attention_mask=joint)
+    assert found["joint_attention_kwargs"]["attention_mask"] is joint
+    assert rest(None)["encoder_hidden_states_mask"] is None
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "all padded in one item"])

@@ -12,6 +12,7 @@ keys, and ``kv_len`` says what the stock mask says.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,11 +34,15 @@ from flashomni.models.blocks import (
 )
 from flashomni.models.blocks.positions import of_image_shapes, rope_in_order
 
+MASK = "encoder_hidden_states_mask"
+GIVEN, EXTRA = "attention_kwargs", "joint_attention_kwargs"  # of the model, and of its blocks
+
 
 class QwenBlocks(MMDiT):
     """Modulation by Linears of the block itself; RoPE tables are complex, one for each stream."""
 
     def dual(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+        inputs = _with_text_mask(run, inputs)
         x, c, temb = inputs.x, inputs.c, inputs.rest["temb"]
         modulate_index = inputs.rest.get("modulate_index")
         vision, text = self.begin(run, inputs)
@@ -76,7 +81,7 @@ class QwenImage(MMDiTAdapter):
         dual_class="QwenImageTransformerBlock",
         attention=("Attention", "QwenDoubleStreamAttnProcessor2_0"),
         text="last",
-        mask="encoder_hidden_states_mask",
+        mask=MASK,
         unsorted=True,
         by_token={"modulate_index": 2},
         clip=True,
@@ -119,6 +124,24 @@ class QwenImage(MMDiTAdapter):
             "timestep": torch.full((2,), 0.5),
             "img_shapes": [[(1, height, width)]] * 2,
         }
+
+
+def _with_text_mask(run: LayerRun, inputs: Inputs) -> Inputs:
+    """The text's mask as diffusers gives it since 0.39.
+
+    Before, the model joined it to one of all keys, which its blocks got as an ``attention_mask``.
+    One that the user gives is left where it is, and refused.
+    """
+    extra = inputs.rest.get(EXTRA) or {}
+    if "attention_mask" not in extra or "attention_mask" in (run.inputs.get(GIVEN) or {}):
+        return inputs
+    others = {name: value for name, value in extra.items() if name != "attention_mask"}
+    mask = run.shared(_as_bool, run.inputs[MASK])
+    return replace(inputs, rest={**inputs.rest, EXTRA: others, MASK: mask})
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    return mask.bool()
 
 
 def _of_text(run: LayerRun, rope: Rope) -> Rope:

@@ -90,7 +90,10 @@ class ZImage(Adapter):
         return Geometry((frames // patch_t, height // patch, width // patch))
 
     def tiny(self) -> tuple[nn.Module, Mapping[str, Any]]:
-        return self.build("tiny"), {
+        model: Any = self.build("tiny")
+        for name in ("x_pad_token", "cap_pad_token"):
+            nn.init.zeros_(getattr(model, name))  # what memory held, in diffusers before 0.39
+        return model, {
             "x": torch.randn(2, 4, 1, 36, 32),
             "t": torch.full((2,), 0.5),
             "cap_feats": torch.randn(2, 40, 24),
