@@ -16,8 +16,10 @@ import flashomni
 from conftest import SPARSE, generation, make_tiny
 from flashomni import dispatch
 from flashomni.engine.unserved import Unserved, told
-from flashomni.kernels.attention import sdpa
+from flashomni.kernels.attention import _measured, sdpa
 from flashomni.kernels.attention.op import AttentionCall
+from flashomni.kernels.common import configs
+from flashomni.lab import doctor
 from flashomni.models.generic.attention import Attention
 from flashomni.symbols.wide import wide
 
@@ -91,6 +93,7 @@ def amd(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for asked in (hopper.hopper_refusals, hopper.is_hopper):
         asked.cache_clear()
     dispatch.forget_choices()
@@ -178,3 +181,39 @@ def test_a_learned_model_keeps_its_own_attention_there():
     q = torch.empty(1, 2, 300, 32, device="meta")
     why = Attention(q, q, q, None, None, None).why_not(None)
     assert why == "no kernel of ours takes float32 on meta"
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A card of that name and number, and nothing in the user's cache folder."""
+
+    def put(name, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return torch.device("cuda", 0)
+
+    monkeypatch.setenv("FLASHOMNI_CACHE", str(tmp_path))
+    for asked in (configs.places, _measured.entries):
+        asked.cache_clear()
+    yield put
+    for asked in (configs.places, _measured.entries):
+        asked.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "told"),
+    [
+        ("NVIDIA GeForce RTX 4090", (8, 9), "untuned: chosen on an H200; "),
+        ("NVIDIA A100", (8, 0), "of sm_80, untuned for this card; "),
+    ],
+)
+def test_doctor_says_which_tables_a_card_has(card, name, capability, told):
+    """Nobody takes an H200's tiles for those of the card at hand."""
+    assert doctor.tables(card(name, capability)) == told + doctor.UNMEASURED
+
+
+def test_doctor_tells_what_runs_a_call_from_what_is_chosen_for_some(amd):
+    """Torch's attention has the highest rank, and takes few calls."""
+    rows = {name: why for name, why, ops in doctor.in_short() if "attention" in ops.split(", ")}
+    assert rows["sdpa"] == doctor.CHOSEN and rows["sm90"].startswith("is for NVIDIA's cards")
+    assert [name for name, why in rows.items() if why == "yes"] == ["portable"]

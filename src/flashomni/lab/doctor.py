@@ -8,15 +8,40 @@ from pathlib import Path
 import torch
 
 from flashomni.kernels import OPS, refusals, registered
+from flashomni.kernels.attention._measured import entries
+from flashomni.kernels.common.configs import places, read
 from flashomni.lab.versions import versions
 from flashomni.models import Foreseen, foresee
+
+CHOSEN = "yes, for calls that it is worth taking for, or if it is named"
+UNMEASURED = "torch's attention not measured: flashomni tune-kernels"
 
 
 def facts() -> list[tuple[str, str]]:
     """Versions, device and commit: what, value."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = versions(device)
-    return [*found.items(), ("cuda devices", str(torch.cuda.device_count()))]
+    found = {**versions(device), "cuda devices": str(torch.cuda.device_count())}
+    if device.type == "cuda":
+        found["kernel tables"] = tables(device)
+    return list(found.items())
+
+
+def tables(device: torch.device) -> str:
+    """For which card the tiles of the portable kernels were chosen, and what is not measured here.
+
+    Args:
+        device: a CUDA device.
+    """
+    card, architecture, _ = places(device)
+    if read(card):
+        tiles = "of this card"
+    elif read(architecture):
+        tiles = f"of {architecture}, untuned for this card"
+    else:
+        tiles = "untuned: chosen on an H200"
+    told = entries(device)
+    dense = f"torch's attention measured for {len(told)} shapes" if told else UNMEASURED
+    return f"{tiles}; {dense}"
 
 
 def backends(op: str | None = None) -> list[tuple[str, str, str]]:
@@ -45,9 +70,12 @@ def in_short() -> list[tuple[str, str, str]]:
     absent: dict[tuple[str, str], list[str]] = {}
     for op in OPS:
         rows = backends(op)
-        best = next((name for _, name, why in rows if why == "yes"), "none")
+        chosen = {backend.name for backend in registered(op) if backend.prefers is not None}
+        best = next((n for _, n, why in rows if why == "yes" and n not in chosen), "none")
         taken.setdefault((best, "yes"), []).append(op)
         for _, name, why in rows:
+            if why == "yes" and name in chosen:
+                why = CHOSEN
             if why != "yes":
                 absent.setdefault((name, why), []).append(op)
     return [(*key, ", ".join(ops)) for key, ops in (taken | absent).items()]
