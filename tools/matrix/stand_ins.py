@@ -5,6 +5,7 @@ Only in the process of a check: what is replaced there, nobody else sees.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 WORDS = 900  # w0, w1, ...: prompts of these words differ in their tokens
@@ -38,6 +39,26 @@ WHOLE: dict[str, dict[str, Any]] = {  # models that the tests take whole, as sma
         },
         "mm_tokens_per_image": 4, "image_token_index": 1102,
     },
+    "Qwen2VLForConditionalGeneration": {
+        "text_config": {
+            "vocab_size": 152064, "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        },
+        "vision_config": {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2},
+    },
+    "Qwen3VLForConditionalGeneration": {
+        "text_config": {
+            "vocab_size": 152064, "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+            "out_hidden_size": 16, "deepstack_visual_indexes": [0],
+        },
+    },
     "SiglipVisionModel": {
         "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
         "num_attention_heads": 4, "image_size": 30, "patch_size": 2,
@@ -69,7 +90,9 @@ def put_in_place() -> None:
         cls = getattr(transformers, name, None)
         if cls is not None:
             cls.from_pretrained = classmethod(_whole)
-    transformers.Qwen2VLProcessor.from_pretrained = classmethod(_processor)
+    for name in ("Qwen2VLProcessor", "Qwen3VLProcessor"):
+        getattr(transformers, name).from_pretrained = classmethod(_processor)
+    transformers.AutoProcessor.from_pretrained = partial(_processor, transformers.Qwen2VLProcessor)
     transformers.SiglipImageProcessor.from_pretrained = classmethod(
         lambda cls, name, *a, **settings: cls(**settings)
     )
@@ -85,13 +108,16 @@ def _whole(cls: Any, name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _processor(cls: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """Pictures as Qwen's processor makes them, words as the stand-in does."""
-    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
     words = _tokenizer(cls, name)
+    third = cls.__name__.startswith("Qwen3")
     return cls(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
+        image_processor=Qwen2VLImageProcessor(
+            min_pixels=28 * 28, max_pixels=56 * 56, patch_size=16 if third else 14
+        ),
         tokenizer=words,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=Qwen3VLVideoProcessor() if third else Qwen2VLVideoProcessor(),
         chat_template=CHAT,
     )
 
@@ -104,6 +130,9 @@ def _tokenizer(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(WORDS))])}
+    if "Processor" in cls.__name__:  # which some take for as long as it is
+        first = min(VISION.values())
+        vocabulary |= {f"v{number}": number for number in range(len(vocabulary), first)}
     vocabulary |= VISION
     words = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
