@@ -154,6 +154,7 @@ def test_pipelines_survive_a_round_trip_to_disk(loaded, tmp_path):
     assert torch.equal(generate(again), stock)
 
 
+@pytest.mark.slow
 def test_what_is_saved_while_it_is_accelerated_is_the_stock_pipeline(loaded, tmp_path):
     """Hooks and caches stay behind, and the pipeline that was saved goes on."""
     stock = generate(loaded)

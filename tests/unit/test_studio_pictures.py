@@ -88,6 +88,7 @@ def test_a_preview_of_wan_is_where_it_is_heading():
     assert preview.why_not == ""
 
 
+@pytest.mark.slow
 def test_both_runs_of_wan_are_seen_while_they_go():
     """The dense one too; a video of both is the result."""
     call = {"height": 64, "width": 48, "num_frames": 9, "num_inference_steps": STEPS}
