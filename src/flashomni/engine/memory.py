@@ -108,11 +108,11 @@ def kept_bytes(recipe: Recipe, shapes: Shapes, device: str = "cuda") -> Bytes:
     storage = Storage(recipe.storage.history_dtype)
     on_host = recipe.storage.history_device == "host" and device == "cuda"
     grid = Grid(2, 2, text=(0, 1) if shapes.has_text else (0, 0))
-    wide = partial(kept_size, kept=storage, wide=True)
+    wide = partial(storage.nbytes, wide=True)
     tiles, carry, layers = 0, 0, 0
     for own, chosen in _divided(recipe, shapes):
         forecast, sparse = own.forecast, own.sparse
-        attention = sum(kept_size(*shapes.attention[place], storage) for place in chosen)
+        attention = sum(storage.nbytes(*shapes.attention[place]) for place in chosen)
         if sparse.carries:
             carry += attention * (2 if sparse.carry == "extrapolate" else 1)
         policy = own.policy_for(grid)
@@ -138,20 +138,6 @@ def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[Recipe, set[int]]
     division = Division.make(recipe, shapes.names)
     for number, own in enumerate(division.recipes):
         yield own, {place for place, of in enumerate(division.of) if of == number}
-
-
-def kept_size(shape: torch.Size, dtype: torch.dtype, kept: Storage, wide: bool = False) -> int:
-    """Bytes of a tensor as it is kept, a scale for each row of fp8 included.
-
-    Args:
-        shape: of the tensor, like ``dtype``.
-        kept: how.
-        wide: fp16 is kept as fp32 where nothing says otherwise (see :class:`History`).
-    """
-    dtype = torch.float32 if wide and dtype == torch.float16 else dtype
-    as_kept = kept.resolve(dtype)
-    scales = shape[:-1].numel() * 4 if as_kept.itemsize == 1 else 0
-    return shape.numel() * as_kept.itemsize + scales
 
 
 def ladder(

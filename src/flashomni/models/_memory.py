@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flashomni.engine import Recipe
 from flashomni.engine.arguments import by_name
-from flashomni.engine.memory import Shapes, kept_size
+from flashomni.engine.memory import Shapes
 from flashomni.engine.state.output import take_apart
 from flashomni.engine.state.storage import Storage
 from flashomni.models import Adapter, Site, find_adapter
@@ -176,5 +176,5 @@ def _named(site: Site, block: nn.Module, args: tuple, kwargs: dict) -> list[Tens
 def _history(tensors: list[Tensor], recipe: Recipe) -> int:
     """Bytes of the terms that are kept: one more than the order."""
     kept = Storage(recipe.storage.history_dtype)
-    total = sum(kept_size(tensor.shape, tensor.dtype, kept, wide=True) for tensor in tensors)
+    total = sum(kept.nbytes(tensor.shape, tensor.dtype, wide=True) for tensor in tensors)
     return total * (recipe.forecast.layer_order + 1)

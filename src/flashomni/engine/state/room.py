@@ -108,9 +108,7 @@ class Room:
         if branch in self.places:
             return
         wanted = self.keeping.on(o.device)
-        dtype = wanted.resolve(o.dtype)
-        scales = o.numel() // o.shape[-1] * 4 if dtype == torch.float8_e4m3fn else 0
-        nbytes = num_layers * terms * (o.numel() * dtype.itemsize + scales)
+        nbytes = num_layers * terms * wanted.nbytes(o.shape, o.dtype)
         host = torch.device("cpu")
         devices = [host] if wanted.lane is not None else [o.device, host]
         devices = list(dict.fromkeys(devices))

@@ -79,6 +79,17 @@ class Storage:
         """The dtype in which a tensor of ``dtype`` is kept."""
         return DTYPES.get(self.dtype, dtype)
 
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype, wide: bool = False) -> int:
+        """Bytes of a tensor as it is kept, the scales of fp8 included.
+
+        Args:
+            shape: of the tensor, like ``dtype``.
+            wide: fp16 is kept as fp32 where nothing says otherwise (see :class:`History`).
+        """
+        kept = self.resolve(torch.float32 if wide and dtype == torch.float16 else dtype)
+        scales = shape[:-1].numel() * torch.float32.itemsize if kept.itemsize == 1 else 0
+        return shape.numel() * kept.itemsize + scales
+
 
 class Kept:
     """One tensor between steps.
