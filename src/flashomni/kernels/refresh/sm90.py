@@ -12,9 +12,13 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashomni.dispatch import register
+from flashomni.kernels.attention._hopper.frame import (
+    allocate_barriers,
+    allocate_tiles,
+    init_barriers,
+)
 from flashomni.kernels.attention._hopper.messages import DEPTH, WORDS
 from flashomni.kernels.attention.op import AttentionCall
 from flashomni.kernels.attention.sm90 import (
@@ -52,46 +56,20 @@ def refresh_kernel(
     HAS_KV_LEN: gl.constexpr, ANCHORED: gl.constexpr, SUMMARIES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_desc.dtype
-    TILE_M: gl.constexpr = q_desc.block_type.shape[2]
     TILE_N: gl.constexpr = k_desc.block_type.shape[2]
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[3]
-    o_block: gl.constexpr = o_desc.block_type.shape
-    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, TILE_M, HEAD_DIM], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [K_STAGES, 1, 1, TILE_N, HEAD_DIM], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [V_STAGES, 1, 1, TILE_N, HEAD_DIM], v_desc.layout)
-    o_smem0 = gl.allocate_shared_memory(dtype, o_block, o_desc.layout)
-    o_smem1 = gl.allocate_shared_memory(dtype, o_block, o_desc.layout)
-
-    flag: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], flag)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], flag)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], flag)
-    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], flag)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], flag)
-    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], flag)
-    inbox_full = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], flag)
-    inbox_empty = gl.allocate_shared_memory(gl.int64, [DEPTH, 1], flag)
+    q_smem, k_ring, v_ring, o_smem0, o_smem1 = allocate_tiles(
+        q_desc, k_desc, v_desc, o_desc, Q_STAGES, K_STAGES, V_STAGES
+    )
+    barriers = allocate_barriers(Q_STAGES, K_STAGES, V_STAGES)
     word: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     inbox = gl.allocate_shared_memory(gl.int32, [DEPTH * WORDS, 1], word)
     bias_ring, summary = None, None
     if SUMMARIES > 0:
         bias_ring = gl.allocate_shared_memory(gl.float32, [K_STAGES, TILE_N], word)
         summary = (mean_k_desc, mean_v_desc, log_n, log_n_stride, bias_ring)
-    for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-    for i in gl.static_range(K_STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-    for i in gl.static_range(V_STAGES):
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(DEPTH):
-        mbarrier.init(inbox_full.index(i), count=1)
-        mbarrier.init(inbox_empty.index(i), count=2)
+    init_barriers(barriers, Q_STAGES, K_STAGES, V_STAGES)
 
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, inbox_full, inbox_empty)
     sizes = (num_tiles, tiles_m, num_heads, group, seqlen_kv)
     symbols = (kv_bits, kv_stride_b, kv_stride_h, kv_stride_m, row_words)
     gl.warp_specialize(

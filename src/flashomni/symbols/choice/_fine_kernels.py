@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashomni.symbols.choice._kernels import token_limits
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -60,17 +62,12 @@ def means_kernel(
 ):  # fmt: skip
     """Means of the parts of one block, fp16: of q ``[B, H, q_count, D]``, times the scale, or k.
 
-    Beside them the similarity of the block, if it is gated; PADDED_Q as in `pool_kernel`.
+    Beside them the similarity of the block, if it is gated.
     """
     block, head = tl.program_id(0), tl.program_id(1)
     h, b = head.to(tl.int64), tl.program_id(2).to(tl.int64)
-    valid = seqlen_kv
-    if kv_len is not None:
-        valid = tl.minimum(tl.load(kv_len + b), seqlen_kv)
+    limit, valid = token_limits(kv_len, b, seqlen_q, seqlen_kv, PADDED_Q)
     if block < rows:
-        limit = seqlen_q
-        if PADDED_Q:
-            limit = valid
         at = b * tl.num_programs(1) + h
         _means_of_block(
             q + b * q_stride_b + h * q_stride_h, q_means, q_similarity, at * q_count,
@@ -122,12 +119,7 @@ def map_kernel(
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     head, kv_head = b * num_heads + h, b * (num_heads // group) + h // group
-    valid = seqlen_kv
-    if kv_len is not None:
-        valid = tl.minimum(tl.load(kv_len + b), seqlen_kv)
-    limit = seqlen_q
-    if PADDED_Q:
-        limit = valid
+    limit, valid = token_limits(kv_len, b, seqlen_q, seqlen_kv, PADDED_Q)
     index, dim = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
     row = first + tl.program_id(0) * BLOCKS + index // Q_PADDED
     part = row * Q_PARTS + index % Q_PADDED

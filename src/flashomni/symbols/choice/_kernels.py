@@ -80,6 +80,21 @@ def _bit(bits, index, inside):
 
 
 @triton.jit
+def token_limits(kv_len, b, seqlen_q, seqlen_kv, PADDED_Q: tl.constexpr):
+    """Queries and keys of batch item b that are not padding.
+
+    PADDED_Q: padding of the keys is padding of the queries as well.
+    """
+    valid = seqlen_kv
+    if kv_len is not None:
+        valid = tl.minimum(tl.load(kv_len + b), seqlen_kv)
+    limit = seqlen_q
+    if PADDED_Q:
+        limit = valid
+    return limit, valid
+
+
+@triton.jit
 def _pool_block(
     x, means, similarity, at_block, limit, unit_limit, block, stride_s,
     BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -115,19 +130,11 @@ def pool_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_Q: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Means of one block of q, ``[B, H, Mb, D]``, or of k, ``[B, Hkv, Nb, D]``.
-
-    PADDED_Q: padding of the keys is padding of the queries as well.
-    """
+    """Means of one block of q, ``[B, H, Mb, D]``, or of k, ``[B, Hkv, Nb, D]``."""
     block, head = tl.program_id(0), tl.program_id(1)
     h, b = head.to(tl.int64), tl.program_id(2).to(tl.int64)
-    valid = seqlen_kv
-    if kv_len is not None:
-        valid = tl.minimum(tl.load(kv_len + b), seqlen_kv)
+    limit, valid = token_limits(kv_len, b, seqlen_q, seqlen_kv, PADDED_Q)
     if block < rows:
-        limit = seqlen_q
-        if PADDED_Q:
-            limit = valid
         at = (b * tl.num_programs(1) + h) * rows + block
         _pool_block(
             q + b * q_stride_b + h * q_stride_h, q_means, q_similarity, at, limit, seqlen_q, block,

@@ -18,19 +18,33 @@ def valid_keys(kv_len_ptr, batch, seqlen_kv, HAS_KV_LEN: gl.constexpr):
 
 
 @gluon.jit
+def read_row(tile, symbols, num_heads, tiles_m, MAX_WORDS: gl.constexpr):
+    """The row of S_s of a tile, a word a lane.
+
+    ``symbols`` are the words, their strides by batch, head and row, and the words of a row.
+    """
+    kv_bits, stride_b, stride_h, stride_m, row_words = symbols
+    # Offsets of 32 bits are enough: the backend's refusals see to it.
+    head = tile // tiles_m % num_heads
+    batch = tile // tiles_m // num_heads
+    row = kv_bits + (batch * stride_b + head * stride_h + tile % tiles_m * stride_m)
+    word = gl.arange(0, MAX_WORDS, layout=gl.BlockedLayout([MAX_WORDS // 32], [32], [1], [0]))
+    return gl.load(row + word, mask=word < row_words, other=0)
+
+
+@gluon.jit
 def read_symbols(tile, symbols, num_heads, tiles_m, MAX_WORDS: gl.constexpr):
     """The S_c byte of a tile and its row of S_s, a word a lane."""
     q_bits, kv_bits, q_stride_b, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_m, row_words = (
         symbols
     )
-    # Offsets of 32 bits are enough: the backend's refusals see to it.
     m = tile % tiles_m
     head = tile // tiles_m % num_heads
     batch = tile // tiles_m // num_heads
     q_byte = gl.load(q_bits + (batch * q_stride_b + head * q_stride_h + m // 8))
-    row = kv_bits + (batch * kv_stride_b + head * kv_stride_h + m * kv_stride_m)
-    word = gl.arange(0, MAX_WORDS, layout=gl.BlockedLayout([MAX_WORDS // 32], [32], [1], [0]))
-    return q_byte.to(gl.int32), gl.load(row + word, mask=word < row_words, other=0)
+    kv_symbols = (kv_bits, kv_stride_b, kv_stride_h, kv_stride_m, row_words)
+    words = read_row(tile, kv_symbols, num_heads, tiles_m, MAX_WORDS)
+    return q_byte.to(gl.int32), words
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.extra import libdevice
 from flashomni.kernels.attention._hopper.bits import (
     keep_valid,
     pick,
+    read_row,
     summary_weights,
     valid_keys,
 )
@@ -21,17 +22,6 @@ from flashomni.kernels.attention._hopper.producer import (
 )
 from flashomni.kernels.common.hopper import thread_barrier
 from flashomni.kernels.refresh._hopper.messages import IS_TILE, OF_LIVE, OF_REST, OF_SUMMARIES
-
-
-@gluon.jit
-def _row_of_words(tile, symbols, num_heads, tiles_m, MAX_WORDS: gl.constexpr):
-    """The row of S_s of a tile, a word a lane."""
-    kv_bits, stride_b, stride_h, stride_m, row_words = symbols
-    head = tile // tiles_m % num_heads
-    batch = tile // tiles_m // num_heads
-    row = kv_bits + (batch * stride_b + head * stride_h + tile % tiles_m * stride_m)
-    word = gl.arange(0, MAX_WORDS, layout=gl.BlockedLayout([MAX_WORDS // 32], [32], [1], [0]))
-    return gl.load(row + word, mask=word < row_words, other=0)
 
 
 @gluon.jit
@@ -92,7 +82,7 @@ def _stream(
     tile = gl.program_id(0)
     if IS_REDO:
         tile = gl.where(bad_tile < 0, num_tiles, bad_tile)
-    words = _row_of_words(gl.minimum(tile, num_tiles - 1), symbols, num_heads, tiles_m, MAX_WORDS)
+    words = read_row(gl.minimum(tile, num_tiles - 1), symbols, num_heads, tiles_m, MAX_WORDS)
     while tile < num_tiles:
         this = tile
         m = tile % tiles_m
@@ -170,9 +160,7 @@ def _stream(
         else:
             tile += gl.num_programs(0)
         # The next tile's symbols are on their way while the last load waits for its slot.
-        words = _row_of_words(
-            gl.minimum(tile, num_tiles - 1), symbols, num_heads, tiles_m, MAX_WORDS
-        )
+        words = read_row(gl.minimum(tile, num_tiles - 1), symbols, num_heads, tiles_m, MAX_WORDS)
         _load_values(v_desc, batch, kv_head, held, v_ring, barriers, count, TILE_N, V_STAGES)
     if ANCHORED and not IS_REDO:
         bad_tile = retire(sent, bad_tile, redo, inbox, inbox_empty, sizes, TILE_M)
