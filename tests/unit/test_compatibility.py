@@ -194,13 +194,14 @@ def test_the_rows_of_a_card_are_a_column(tmp_path, monkeypatch):
         name: page.works(rows)[0] for name, rows in page.by_name(MODELS).items() if page.works(rows)
     }
     names = sorted(kept)[:4]
-    rows = [{**kept[name], "kernels": {"sm90": 9}} for name in names]
+    rows = [{**kept[name], "kernels": {"sm90": 9}, "on": "a card"} for name in names]
     rows[1]["kernels"] = {"portable": 3, "reference": 1}
     rows[2] |= {"status": "wrong", "why": "fora is off by 3.0e-01 of the output's size"}
     rows[3] = {"case": rows[3]["case"], "status": "not built", "why": "RuntimeError: no"}
-    page.write_rows(tmp_path / "rows.json", rows, "cpu")
+    page.write_rows(tmp_path / "rows.json", rows, "cuda")
     page.keep_card(tmp_path / "rows.json")
     text = (tmp_path / "PAGE").read_text("utf-8")
+    assert page.card()[0].startswith("a card, diffusers ")
     assert "4 classes ran, 2 work, 1 with their largest self-attention on our kernels" in text
     assert f"Wrong: {names[2]}." in text and "| attention | card | errors |" in text
     lines = {

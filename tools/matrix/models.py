@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 import flashomni
 from flashomni import dispatch
 from flashomni.engine import Recipe
+from flashomni.lab.versions import device_name
 from flashomni.policies import make_policy
 from matrix.definition import error
 from matrix.jobs import words
@@ -58,6 +59,8 @@ def check(make: Callable[[], Any], device: str = "cpu", dtype: torch.dtype = tor
     """The row of one model."""
     model, inputs = make()
     row: dict[str, Any] = {"class": type(model).__name__, "device": device}
+    if device != "cpu":
+        row["on"] = device_name(torch.device(device))
     exact = output(model, inputs)
     if not torch.equal(exact, output(model, inputs)):
         return {**row, "status": "not run", "why": "stock itself differs from call to call"}

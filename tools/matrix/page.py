@@ -85,14 +85,12 @@ def write(rows: Sequence[Row], classes: Mapping[str, type]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row], device: str) -> None:
-    """Rows of a run in one file, with what they ran on."""
+    """Rows of a run in one file, with what they ran on: they say it, as only cases see a card."""
     import diffusers
     import torch
 
-    from flashomni.lab.versions import device_name
-
-    name = device_name(torch.device(device))
-    versions = f"{name}, diffusers {diffusers.__version__}, torch {torch.__version__}"
+    names = sorted({row["on"] for row in rows if "on" in row})
+    versions = f"{' and '.join(names) or device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
     write_text(path, json.dumps({"versions": versions, "rows": list(rows)}) + "\n")
 
 
