@@ -90,7 +90,8 @@ def write_rows(path: Path, rows: Sequence[Row], device: str) -> None:
     import torch
 
     names = sorted({row["on"] for row in rows if "on" in row})
-    versions = f"{' and '.join(names) or device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
+    where = " and ".join(names) or device
+    versions = f"{where}, diffusers {diffusers.__version__}, torch {torch.__version__}"
     write_text(path, json.dumps({"versions": versions, "rows": list(rows)}) + "\n")
 
 
