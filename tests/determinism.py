@@ -1,11 +1,9 @@
 """A small pipeline with random weights, recipes of every kind that skip on it, and its pictures."""
 
 import hashlib
-import sys
 
 import torch
 
-import flashomni
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.policies import make_policy
@@ -44,10 +42,3 @@ def pictures(pipe, seeds=(1,), size=64):
 def digest(pixels):
     """Of every bit."""
     return hashlib.sha256(pixels.cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-if __name__ == "__main__":  # recipes by name: the digest of the picture of each
-    pipe = pipeline()
-    for name in sys.argv[1:]:
-        with flashomni.accelerate(pipe, RECIPES[name]):
-            print(name, digest(pictures(pipe)), sep=": ")

@@ -12,6 +12,17 @@ import flashomni
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(flashomni.__file__).parents[1]
 FENCE = re.compile(r"^```\w+ example=(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# In front of code for :func:`run`: a machine without Triton.
+BAR_TRITON = """
+import sys
+
+class Bar:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Bar())
+"""
 
 
 def examples():

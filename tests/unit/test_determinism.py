@@ -4,19 +4,34 @@ Steps as recorded calls are tested in test_graphs.py, compiled models in test_ch
 test_parallel.py, a server's batches in test_serve.py.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from guide import BAR_TRITON, run
 
 import flashomni
 from determinism import RECIPES, digest, pictures, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDING = 1e-5  # of pixels in [0, 1], in fp32: the stock pipeline's own batches differ by 1e-6
+ELSEWHERE = """
+import flashomni
+from determinism import RECIPES, digest, pictures, pipeline
+from flashomni.kernels import refusals
+from flashomni.lab import doctor
+
+pipe = pipeline()
+for name in ("balanced", "tiles"):
+    with flashomni.accelerate(pipe, RECIPES[name]) as engine:
+        print(name, digest(pictures(pipe)), sep=": ")
+        assert "no attention kernel" not in str(engine.report())
+why = refusals("attention")
+assert set(why) == {"portable", "sm90", "sdpa"}, why
+assert why["portable"].startswith("cannot be imported: needs Triton, which is not installed")
+assert "needs Triton, which is not installed" in doctor.text()
+assert "triton" not in sys.modules
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +61,18 @@ def test_the_same_seed_gives_the_same_picture(pipe, stock, name):
 
 
 @pytest.mark.slow
-def test_it_is_the_same_in_another_process(pipe):
-    """Nothing depends on the order of a set or on an address; as many threads, though."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"}
-    names = ["balanced", "tiles"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "determinism.py", *names],
-        capture_output=True, text=True, env=env, cwd=ROOT / "tests",
-    )  # fmt: skip
+def test_it_is_the_same_in_another_process(pipe, monkeypatch):
+    """Nothing depends on the order of a set or on an address, nor, on the CPU, on Triton.
+
+    Without which `doctor` says what it needs, and everything but its kernels runs.
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    done = run("-c", f"{BAR_TRITON}\n{ELSEWHERE}", path=[ROOT / "tests"])
     assert done.returncode == 0, done.stderr
     told = dict(line.split(": ") for line in done.stdout.splitlines())
-    for name in names:
+    assert set(told) == {"balanced", "tiles"}
+    for name in told:
         with flashomni.accelerate(pipe, RECIPES[name]):
             assert told[name] == digest(pictures(pipe)), name
 
