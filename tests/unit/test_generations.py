@@ -184,6 +184,25 @@ def test_generations_that_never_end_are_capped(flux, caplog):
     assert any("generations are under way" in record.message for record in caplog.records)
 
 
+def test_a_run_that_was_stopped_in_its_first_step_leaves_nothing(flux):
+    """The next one begins at the same step, with timesteps of its own."""
+
+    class Stopped(Loop):
+        def first(self, steps):
+            self.scheduler.set_timesteps(steps)
+            call(self.transformer, {key: x * 2 for key, x in self.inputs.items()})
+
+    model, inputs = flux
+    loop = Stopped(model, euler(), inputs)
+    with flashomni.accelerate(loop, "taylorseer:interval=3,warmup=0"):
+        alone = loop(8)
+    with flashomni.accelerate(loop, "taylorseer:interval=3,warmup=0") as engine:
+        loop.first(8)
+        assert torch.equal(loop(8), alone)
+        assert {step["branch"] for step in engine.report().steps} == {"call"}
+        assert len(engine.report().steps) == 8
+
+
 def test_a_warm_up_call_does_not_leak_into_the_run_behind_it(tiny):
     """A step 0 that is announced again starts a generation."""
     model, inputs = tiny
