@@ -269,6 +269,40 @@ def test_a_shelf_for_strangers_loads_what_it_was_started_with(shelf):
     session.close()
 
 
+@pytest.mark.parametrize("only", [None, ["small"]], ids=str)
+def test_strangers_learn_of_no_file_by_a_recipe(kept, tmp_path, only):
+    """A page with any model, which only friends reach, may name a file; one with some may not."""
+    there = tmp_path / "there.safetensors"
+    there.touch()
+    shelf = Shelf("cpu", torch.float32, lambda *_: kept.loaded, only=only)
+    session, said = Session(shelf, "small"), set()
+    for path in (there, tmp_path / "missing"):
+        file = tmp_path / "recipe.json"
+        made = Recipe.of("flashomni", symbols=str(path), name="uploaded")
+        made.save(file)
+        if only is None:
+            assert session.choose(file).sparse.symbols == str(path)
+            continue
+        with pytest.raises(ValueError, match=r"sparse\.symbols must be left out") as refused:
+            session.choose(file)
+        said.add(str(refused.value).replace(str(path), ""))
+        with pytest.raises(ValueError, match=r"sparse\.symbols must be left out"):
+            session.turn("sparse.symbols", str(path))
+        assert session.recipe == session.base == Recipe.of("balanced")
+    assert len(said) == (only is not None)
+    session.close()
+
+
+def test_a_page_keeps_the_file_that_its_server_named(kept, tmp_path):
+    """Whoever starts it knows the file; a control that is moved does not refuse it."""
+    own = Recipe.of("flashomni", symbols=str(tmp_path / "own.safetensors"), name="own")
+    shelf = Shelf("cpu", torch.float32, lambda *_: kept.loaded, only=["small"])
+    session = Session(shelf, "small", own)
+    assert session.turn("policy.tau_q", 0.25).sparse.symbols == own.sparse.symbols
+    assert session.choose(own) == own
+    session.close()
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [({"steps": 0}, "steps"), ({"seed": -1}, "seed"), ({"size": {"height": 0}}, "height")],

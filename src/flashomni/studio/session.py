@@ -46,6 +46,7 @@ class Session:
         self._model = model
         self._shelved: Shelved | None = shelf.take(model)
         self.recipe = Recipe.of(recipe)
+        self._symbols = self.recipe.sparse.symbols  # a file that whoever serves the page named
         self.base, self.num_steps = self.recipe, self.shelved.num_steps
         self.outcome: Outcome | None = None
         self.rows: list[Row] = []
@@ -90,10 +91,20 @@ class Session:
         """Start from a recipe: a name, a file, or one that was made.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is none; or it reads a file of this machine, which strangers could so
+                find out about, on a page whose models are restricted (see :class:`Shelf`).
         """
-        self.recipe = self.base = Recipe.of(recipe)
+        self.recipe = self.base = self._allowed(Recipe.of(recipe))
         return self.recipe
+
+    def _allowed(self, recipe: Recipe) -> Recipe:
+        symbols = recipe.sparse.symbols
+        if self.shelf.only is not None and symbols not in ("", self._symbols):
+            raise ValueError(
+                "sparse.symbols must be left out on this page, whose recipes read no files, got "
+                f"{symbols!r}"
+            )
+        return recipe
 
     def turn(self, key: str, value: Any) -> Recipe:
         """Move a control (see :func:`knobs.turned`); a value that is refused changes nothing.
@@ -101,7 +112,7 @@ class Session:
         Raises:
             ValueError: it is not allowed.
         """
-        turned = knobs.turned(self.recipe, key, value, self.num_steps)
+        turned = self._allowed(knobs.turned(self.recipe, key, value, self.num_steps))
         if turned != self.recipe:
             name = self.base.name
             edited = name if name.endswith("-edited") else f"{name}-edited"
