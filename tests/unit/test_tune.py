@@ -266,9 +266,7 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
 
 def test_sparse_attention_that_did_not_pay_is_not_tried_with_more_steps():
     """With fewer there was more to win; with more nothing has been said yet."""
-    spent = Spent((), None, 1.0)
-    fake = SimpleNamespace(settings=FEW, _spent={4: spent}, driver=SimpleNamespace(model=None))
-    fake.settings = replace(FEW, sparse=1)
+    fake = SimpleNamespace(settings=replace(FEW, sparse=1), _pays={4: False})
     assert tuner.Tuner._spend(fake, None, 5) is None
     fake._stage = ""
     fake.driver = None

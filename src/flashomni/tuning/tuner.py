@@ -13,6 +13,7 @@ import torch
 
 from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
+from flashomni.lab.fidelity.compare import processor_time
 from flashomni.models import accelerate, find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver, OnLatents
@@ -109,7 +110,7 @@ class Tuner:
         )
         self._costs: Costs | None = None
         self._plans: dict[int, list[Candidate]] = {}
-        self._spent: dict[int, Spent | None] = {}  # by number of computed steps
+        self._pays: dict[int, bool] = {}  # sparse attention, by number of computed steps
         self._compiles = torch.device(pipe._execution_device).type == "cuda"
 
     @property
@@ -337,7 +338,8 @@ class Tuner:
         recipe = recipe_of(best.steps, steps, best, self.name)
         recipe = recipe.replace(tuned=self._tuned_on(count, verdict), groups=kept["groups"])
         spent = None if kept["spent"] is None else Spent.load(kept["spent"])
-        self._spent[count] = spent
+        if spent is not None:
+            self._pays[count] = bool(kept["groups"])
         return Point(count, recipe, best.label, best.predicted, value, verdict, spent)
 
     def _price(self, count: int) -> float:
@@ -349,9 +351,8 @@ class Tuner:
     def _spend(self, recipe: Recipe, count: int) -> Spent | None:
         """What sparse attention in computed steps is worth; ``None`` where nobody asks."""
         options = OPTIONS[: self.settings.sparse]
-        for fewer, spent in self._spent.items():
-            if fewer < count and spent is not None and spent.chosen is None:
-                return None  # a smaller error of forecasts hides less of what it loses
+        if any(fewer < count and not pays for fewer, pays in self._pays.items()):
+            return None  # a smaller error of forecasts hides less of what it loses
         try:
             layers = len(find_adapter(self.driver.model).sites(self.driver.model))
         except (ValueError, NotImplementedError):
@@ -360,15 +361,18 @@ class Tuner:
             return None
         self._stage = "sparse attention"
 
+        # Of a CPU that others use as well, a wait for a core is no cost of a recipe.
+        clock = time.perf_counter if self._compiles else processor_time
+
         def run(tried: Recipe) -> tuple[float, float]:
             numbers = range(min(self.settings.probed, len(self.prompts)))
             values, seconds = [], []
             with accelerate(self.driver.pipe, tried, graphs=False):
                 for number in (0,) * self._compiles + (*numbers,):  # first kernels compile
-                    start = time.perf_counter()
+                    start = clock()
                     latents = self.driver.generate(self.prompts[number], self.seed + number)
                     level = signal_to_noise(latents, self.recording(number).latents)
-                    seconds.append(time.perf_counter() - start)
+                    seconds.append(clock() - start)
                     values.append(level)
                     self._passed(count)
             first = int(self._compiles)
