@@ -1,6 +1,8 @@
 """Calls as graphs: the bits are the same, whatever happens in between; and why there are none."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import flashomni
 from conftest import ONES, SPARSE, STEPS, call, first_item, generation, residue, run
 from flashomni.engine import graphs
 from flashomni.engine.capture import Uncapturable, Watch
+from flashomni.engine.layer_step import LayerStep
 from flashomni.engine.state.mirror import mirror
 from flashomni.models import adapters
 
@@ -267,6 +270,30 @@ def test_what_is_read_is_held():
     with Watch(torch.device("cpu")) as watch:
         (ours.view(3) + 1) * torch.zeros(3)
     assert [tensor.data_ptr() for tensor in watch.held.values()] == [ours.data_ptr()]
+
+
+@pytest.mark.slow
+def test_what_only_kernels_read_is_held(flux, monkeypatch):
+    """No op of torch is given the progress of a step, but the kernels that choose read it."""
+    model, inputs = flux
+    real, read = LayerStep._site, []
+
+    def site(*args):
+        found = real(*args)
+        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # it is recorded
+            read.append(weakref.ref(found.progress))
+        return found
+
+    monkeypatch.setattr(LayerStep, "_site", site)
+    with accelerate(model, SPARSE) as engine:
+        for _ in range(2):
+            generation(engine, model, inputs)
+        gc.collect()
+        assert read and replays(engine)
+        assert all(progress() is not None for progress in read)
+        engine.reset()
+        gc.collect()
+        assert not any(progress() is not None for progress in read)
 
 
 def test_a_mirror_shares_tensors_and_nothing_else(flux):

@@ -18,6 +18,7 @@ from flashomni.engine.state.span import Streams
 from flashomni.engine.step_plan import StepPlan
 from flashomni.engine.trace import LayerRecord, StepRecord
 from flashomni.parallel import Shard
+from flashomni.symbols import Grid
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,14 @@ class Call:
         for plan, wanted in zip(self.plans, numbers, strict=True):
             for key in wanted:
                 plan.weights(key)
+
+    def given(self) -> list[Any]:
+        """What its kernels read that neither its arguments nor the branch hold.
+
+        A recording has to: Triton's launches are no ops of torch, which alone its recorder sees.
+        """
+        grids = [value for value in self.shared.values() if isinstance(value, Grid)]
+        return [*(plan.progress for plan in self.plans), *grids]
 
     def rewind(self) -> None:
         """Forget that the blocks have run."""

@@ -59,6 +59,7 @@ class Entry:
         state: of the branch behind it; ``None`` where it changes nothing.
         layers: the records of the layers.
         numbers: the coefficients that it used, of each group of layers.
+        held: what else it reads (see :meth:`Call.given`).
         refused: why it cannot be recorded.
         keeps: bytes that the branch keeps behind it, where it changes that.
         flops: of its largest block.
@@ -71,6 +72,7 @@ class Entry:
     state: dict[str, Any] | None = None
     layers: list[Any] = field(default_factory=list)
     numbers: list[dict] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
     refused: str = ""
     keeps: int = 0
     flops: int = 0
@@ -290,7 +292,7 @@ class Graphs:
             call.rewind()
             _put_back(branch, was)
             return
-        entry.numbers = call.numbers()
+        entry.numbers, entry.held = call.numbers(), call.given()
         entry.layers = list(call.record.layers)
         entry.state = mirror(_state_of(branch)) if call.changes else None
         call.rewind()
