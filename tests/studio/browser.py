@@ -20,6 +20,7 @@ try:
 except ModuleNotFoundError:
     expect = None  # then nothing of it runs
 
+pytest_plugins = ["chromium"]
 MODEL = "tiny-image"
 SIZE, STEPS = 64, 4
 PATIENCE = 60_000  # ms until a page is taken to be stuck

@@ -11,6 +11,7 @@ from flashomni.lab.fidelity.compare_page import Shown, write_page
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Timed
 from flashomni.models import adapters
 
+pytest_plugins = ["chromium"]
 WIDTHS = (390, 820, 1440)
 LONG = "a_very_long_name_without_any_place_to_break_it_" * 4
 METHODS = ["balanced:interval=3,order=1", f"diffusers.mag:steps={list(range(0, 50, 2))}", LONG]

@@ -1,4 +1,7 @@
-"""A Chromium that is there already; nothing is downloaded."""
+"""A Chromium that is there already; nothing is downloaded.
+
+No conftest.py: the other tests import from the one above by that name.
+"""
 
 import shutil
 
