@@ -153,6 +153,14 @@ def test_files_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
+@pytest.mark.parametrize("folder", ["tools", "studies", "tests"])
+def test_files_beside_the_package_stay_small(folder):
+    """Likewise."""
+    paths = (ROOT.parents[1] / folder).rglob("*.py")
+    sizes = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert sizes and {name: size for name, size in sizes.items() if size > 400} == {}
+
+
 @pytest.mark.slow
 def test_import_loads_no_heavy_library():
     """``import flashomni`` loads neither diffusers nor triton nor matplotlib."""
