@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,8 +178,12 @@ class Runner:
 
     def _keep(self, measured: Measured) -> None:
         self.found[measured.key] = measured
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(measured)) + "\n")
+        line = json.dumps(dataclasses.asdict(measured)) + "\n"
+        with self._path.open("ab+") as file:  # reads anywhere, writes at the end
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else f"\n{line}"  # behind one that was cut
+            file.write(line.encode())
 
     def _draw(self, model: str, name: Any, pixels: Tensor, drawn: Sequence[str]) -> None:
         """Keep the middle frame, for the sheet of pictures."""

@@ -16,6 +16,7 @@ from flashomni.lab import metrics, zoo
 from flashomni.lab.fidelity import Campaign, Result, parse_method, save_rows, summarise
 from flashomni.lab.fidelity.campaign import ATTEMPTS, BRACKET
 from flashomni.lab.fidelity.flops import count_flops
+from flashomni.lab.fidelity.judged import CAP_DB, judged
 from flashomni.lab.fidelity.methods import DEFAULTS
 from flashomni.lab.fidelity.page import frontier, pareto, write_page
 from flashomni.lab.fidelity.peers import PEERS
@@ -105,6 +106,15 @@ def test_a_method_is_what_it_says():
     assert parse_method("balanced").spec["recipe"]["name"] == "balanced"
     assert parse_method("balanced:interval=3").spec["recipe"]["schedule"]["interval"] == 3
     assert parse_method("fora").spec != parse_method("fora:interval=9").spec
+
+
+def test_rounding_is_not_identical():
+    """What differs by less than the decibels can say is not called the same bits."""
+    reference = torch.full((1, 3, 16, 16), 0.5)
+    near = judged(reference, reference + 6e-8, ("a", "b"), "", {})
+    assert near.psnr_db == CAP_DB and not near.identical
+    same = judged(reference, reference.clone(), ("a", "b"), "", {})
+    assert same.psnr_db == CAP_DB and same.identical
 
 
 @pytest.mark.parametrize(

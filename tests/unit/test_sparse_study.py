@@ -115,15 +115,21 @@ def test_what_nobody_timed_costs_no_number():
 
 
 def test_the_file_goes_on_where_it_was_cut(tmp_path):
-    from _paired import read
+    import json
+    import time
+
+    from _paired import Runner, read
+    from rich.progress import Progress
 
     path = tmp_path / "measured.jsonl"
     assert read(path) == []
-    import json
-
     row = measured("a", 0, 30.0, 0.5)
     path.write_text(json.dumps(dataclasses.asdict(row)) + '\n{"model": "tiny-im')
     assert read(path) == [row]
+    more = [measured("b", number, 30.0, 0.5) for number in range(2)]
+    for each in more:
+        Runner(tmp_path, time.monotonic(), Progress())._keep(each)
+    assert read(path) == [row, *more]
 
 
 def test_pairs_take_every_prompt_first():

@@ -286,7 +286,7 @@ class Campaign:
             steps=run.steps,
             seconds=run.seconds,
             dense_seconds=before,
-            psnr_db=None if found.psnr_db == CAP_DB else found.psnr_db,
+            psnr_db=None if found.identical else found.psnr_db,
             ssim=found.ssim,
             lpips=lpips,
             temporal_db=None if found.temporal_db == CAP_DB else found.temporal_db,

@@ -23,6 +23,7 @@ class Judged:
         temporal_db: PSNR of the changes from frame to frame, at most ``CAP_DB``; of videos.
         measures: scores that were asked for, by name; none after a failure.
         failure: why nothing can be said of the picture, or ``None``.
+        identical: whether every value is equal, which ``CAP_DB`` does not say.
     """
 
     psnr_db: float | None
@@ -30,6 +31,7 @@ class Judged:
     temporal_db: float | None
     measures: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
+    identical: bool = False
 
 
 def judged(
@@ -62,4 +64,5 @@ def judged(
         distance.ssim,
         temporal,
         {name: score(reference, pixels, prompt) for name, score in scores.items()},
+        identical=distance.identical,
     )
