@@ -83,7 +83,7 @@ CLI = {
         "--out", "--device", "--dtype",
     },
     "studio": {"--model", "--recipe", "--host", "--port", "--share", "--device", "--dtype"},
-    "tune-kernels": {"--head-dim", "--device", "--dtype"},
+    "tune-kernels": {"--head-dim", "--seconds", "--device", "--dtype"},
     "doctor": {"PIPE_FOLDER"},
     "bench op": {
         "OP", "--shape", "--density", "--device", "--dtype", "--backend", "--rounds", "--csv",

@@ -26,7 +26,6 @@ from flashomni.cli._common import (
     load_model,
     measures_of,
     pick_device,
-    pick_dtype,
     plain_errors,
     progress_bars,
     say,
@@ -38,6 +37,7 @@ from flashomni.cli.compare import compare
 from flashomni.cli.generate import generate
 from flashomni.cli.studio import studio
 from flashomni.cli.tune import tune
+from flashomni.cli.tune_kernels import tune_kernels
 from flashomni.util.files import check_folder
 from flashomni.util.words import clean, one_line
 
@@ -50,6 +50,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(generate)
 app.command()(compare)
 app.command()(tune)
+app.command()(tune_kernels)
 app.command()(studio)
 
 
@@ -272,35 +273,6 @@ def _show_models(name: str | None) -> None:
     if not table.row_count:
         raise ValueError(f"model must be one of {', '.join(tiers())}, got {name!r}")
     console.print(table)
-
-
-@app.command()
-def tune_kernels(
-    head_dim: Annotated[
-        list[int] | None, typer.Option(help="May be repeated; those of the models if none.")
-    ] = None,
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
-) -> None:
-    """Measure once whether torch's dense attention is faster than ours here, and remember it.
-
-    Kept in the user's cache folder ($FLASHOMNI_CACHE, or ~/.cache/flashomni) for this card, torch,
-    Triton and driver. Dense calls of the shapes where it was then run torch's attention.
-    """
-    with plain_errors():
-        from flashomni.kernels.attention._measured import is_faster
-        from flashomni.lab.ops.dense import HEAD_DIMS, measure_dense
-
-        target = pick_device(device)
-        table = Table("dtype", "head_dim", "tokens", "backend", "ms", "torch's ms", "runs")
-        kind = pick_dtype(dtype, target)
-        for row in measure_dense(target, [kind], head_dim or HEAD_DIMS):
-            runs = row.backend
-            if is_faster({"ours_ms": row.ours_ms, "sdpa_ms": row.sdpa_ms}):
-                runs = "sdpa"
-            cells = (row.head_dim, row.seqlen, row.backend, row.ours_ms, row.sdpa_ms, runs)
-            table.add_row(row.dtype, *map(str, cells))
-        console.print(table)
 
 
 @app.command()

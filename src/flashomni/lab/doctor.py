@@ -9,6 +9,7 @@ import torch
 
 from flashomni.kernels import OPS, refusals, registered
 from flashomni.kernels.attention._measured import entries
+from flashomni.kernels.common import tuned
 from flashomni.kernels.common.configs import places, read
 from flashomni.lab.versions import versions
 from flashomni.models import Foreseen, foresee
@@ -33,12 +34,18 @@ def tables(device: torch.device) -> str:
         device: a CUDA device.
     """
     card, architecture, _ = places(device)
-    if read(card):
+    own = tuned.of_card(device)
+    if own.when:
+        better = sum(map(len, own.tables.values()))
+        tiles = f"tuned here on {own.when}: {better} of {sum(map(len, own.tried.values()))} changed"
+    elif read(card):
         tiles = "of this card"
     elif read(architecture):
         tiles = f"of {architecture}, untuned for this card"
     else:
         tiles = "untuned: chosen on an H200"
+    if own.ignored:
+        tiles = f"{tiles} ({own.ignored})"
     told = entries(device)
     dense = f"torch's attention measured for {len(told)} shapes" if told else UNMEASURED
     return f"{tiles}; {dense}"

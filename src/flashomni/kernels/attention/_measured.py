@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,18 +19,11 @@ import torch
 
 import flashomni
 from flashomni.kernels.common.configs import places, read, slug
+from flashomni.kernels.common.tuned import cache_folder
 
 TABLE = "attention/sdpa"
 NOISE = 0.98  # a difference below 2 % is none
 SHORTEST = 1024  # tokens; nobody waits for less
-
-
-def cache_folder() -> Path:
-    """``$FLASHOMNI_CACHE``, or ``flashomni`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    mine = os.environ.get("FLASHOMNI_CACHE")
-    if mine:
-        return Path(mine)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashomni"
 
 
 def remembered(card: str) -> Path:

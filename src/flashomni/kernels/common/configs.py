@@ -9,7 +9,8 @@ An entry is looked for in up to three files, in this order, each entry for itsel
 
 A file maps a table (``attention/portable``: the op and the backend) to its entries, and an entry's
 key (``head_dim=128 bytes=2``) to the configuration. Tuning a card is a new file with what differs;
-``tools/sweep_portable.py`` measures candidates.
+``tools/sweep_portable.py`` measures candidates. What ``flashomni tune-kernels`` chose on a user's
+card comes before all three: :mod:`.tuned`.
 """
 
 from __future__ import annotations

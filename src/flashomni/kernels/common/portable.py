@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashomni.kernels.common.configs import DEFAULT, Config, places, tiles
+from flashomni.kernels.common import configs, tuned
+from flashomni.kernels.common.configs import DEFAULT, Config
 from flashomni.triton_host import DEVICE, INTERPRETED, RANK, available, refuse_device
 
 # Beside what is defined here.
@@ -38,8 +39,10 @@ def refuse_strides(**tensors: Tensor | None) -> list[str]:
 
 def config(op: str, tensor: Tensor, head_dim: int) -> Config:
     """How ``op`` tiles on this device, for head_dim (padded to a power of two) and element size."""
-    where = (DEFAULT,) if INTERPRETED else places(tensor.device)
-    return tiles(f"{op}/portable", where, padded(head_dim), tensor.element_size())
+    table, size = f"{op}/portable", (padded(head_dim), tensor.element_size())
+    if INTERPRETED:
+        return configs.tiles(table, (DEFAULT,), *size)
+    return tuned.tiles(table, tensor.device, *size)
 
 
 def padded(head_dim: int) -> int:
