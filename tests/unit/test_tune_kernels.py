@@ -242,7 +242,7 @@ def test_the_command_keeps_and_shows_each_choice(card, monkeypatch, capsys):
     monkeypatch.setattr(tiles_bench, "shared_memory", lambda device: BIG)
     command._tiles(card, torch.bfloat16, [80, 96], 60.0)
     told = " ".join(capsys.readouterr().out.split())
-    assert "attention 128 128x64x128 warps 4 stages 2: left out, its error is 1" in told
+    assert "attention 128 128x64x128 warps 8 stages 3: left out, its error is 1" in told
     assert "2.00x" in told and "shipped" in told
     written = json.loads(tuned.file_of("NVIDIA Nothing 1").read_text())
     assert written["tables"]["attention/portable"] == {ATTENTION.key: FAST._asdict()}

@@ -25,8 +25,8 @@ MAX_SUMS = 128  # of the 255 registers of a thread
 MARGIN = 1.02  # a difference below 2 % is none
 # tile_m, tile_n, warps, stages: a tile holds the whole head_dim
 ATTENTION = (
-    (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3),
-    (128, 64, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2),
+    (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3),
+    (64, 32, 8, 2), (64, 32, 4, 3), (128, 128, 8, 2),
 )  # fmt: skip
 # tile_m, tile_k, warps, stages: a tile is one head wide
 GEMM_Q = (
@@ -35,7 +35,7 @@ GEMM_Q = (
 )  # fmt: skip
 # tile_m, tile_n, tile_k, warps, stages: tile_k is cut down to head_dim
 GEMM_O = (
-    (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3), (128, 64, 32, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
     (128, 128, 32, 8, 3), (128, 256, 64, 8, 3),
 )  # fmt: skip
 
