@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tier_cases import CASES, Inputs
+from tier.cases import CASES, Inputs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 

@@ -1,0 +1,1 @@
+"""Parts of ``tools/tiers.py``: the models that it compares."""
