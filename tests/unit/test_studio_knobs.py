@@ -4,34 +4,15 @@ import dataclasses
 import json
 
 import pytest
-from studio_parts import small_shelf
 
 from flashomni.engine import Recipe
 from flashomni.engine.recipe import methods, presets
 from flashomni.policies import policies
 from flashomni.studio import knobs
-from flashomni.studio.session import Session
 
+pytest_plugins = ["studio_pages"]
 # Settings that are neither a value nor a list of numbers; the recipe's JSON has them.
 NO_CONTROL = {*knobs.NO_CONTROL, "forecast.fitted", "sparse.amounts", "policy.stride"}
-
-
-@pytest.fixture(scope="module")
-def shelf():
-    return small_shelf()
-
-
-@pytest.fixture(scope="module")
-def kept(shelf):
-    """Pages hold a pipeline only while they are open: this one stays for the module."""
-    return shelf.take("small")
-
-
-@pytest.fixture
-def session(shelf, kept):
-    session = Session(shelf, "small")
-    yield session
-    session.close()
 
 
 @pytest.mark.parametrize("name", [*presets(), *methods(), *policies()])

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
-from studio_parts import ASK, STEPS, last, small, small_shelf
+from studio_parts import STEPS, small
 
-from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.models import adapters
 from flashomni.studio import drawings, pictures
@@ -17,23 +16,7 @@ from flashomni.studio.preview import Preview
 from flashomni.studio.session import Session
 from flashomni.studio.shelf import Shelf
 
-
-@pytest.fixture(scope="module")
-def shelf():
-    return small_shelf()
-
-
-@pytest.fixture(scope="module")
-def kept(shelf):
-    """Pages hold a pipeline only while they are open: this one stays for the module."""
-    return shelf.take("small")
-
-
-@pytest.fixture(scope="module")
-def outcome(shelf, kept):
-    session = Session(shelf, "small", Recipe.of("balanced", min_steps=0))
-    yield last(session.generate(ASK)).value
-    session.close()
+pytest_plugins = ["studio_pages"]
 
 
 def test_a_preview_of_flow_matching_is_where_it_is_heading():

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from studio_parts import ASK, LATE, STEPS, last, small, small_shelf
+from studio_parts import ASK, LATE, STEPS, last, small
 
 from flashomni.engine import Recipe
 from flashomni.lab import metrics
@@ -20,30 +20,7 @@ from flashomni.studio.shelf import Shelf
 from flashomni.studio.tuning import tune_for
 from flashomni.studio.turns import Cancelled, Turns
 
-
-@pytest.fixture(scope="module")
-def shelf():
-    return small_shelf()
-
-
-@pytest.fixture(scope="module")
-def kept(shelf):
-    """Pages hold a pipeline only while they are open: this one stays for the module."""
-    return shelf.take("small")
-
-
-@pytest.fixture
-def session(shelf, kept):
-    session = Session(shelf, "small")
-    yield session
-    session.close()
-
-
-@pytest.fixture(scope="module")
-def outcome(shelf, kept):
-    session = Session(shelf, "small", Recipe.of("balanced", min_steps=0))
-    yield last(session.generate(ASK)).value
-    session.close()
+pytest_plugins = ["studio_pages"]
 
 
 def test_turns_are_first_come_first_served():
