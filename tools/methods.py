@@ -8,7 +8,8 @@ with ", calibrated" behind it gets the magnitude ratios or the polynomial that o
 ``tune`` prompt gives; they are printed. Rows that no run has keep what they hold.
 
 ``--jobs N`` looks at pictures in N processes, each of its share of the prompts, and takes all times
-behind that, alone. Methods come in the order ``--ours``, peers, others; with ``--missing-first``
+behind that, alone. Rows with a figure that cannot be are named and not written; then it ends with
+1. Methods come in the order ``--ours``, peers, others; with ``--missing-first``
 recipes without a row in the CSV come before them; ``MODEL@NAME`` is for that model alone.
 ``--dtype`` is what the stock pipeline and methods both run in. ``--ours`` names methods that are
 compared with every line of peers at their own measured time, ``--equal-time`` is the CSV of that.
@@ -23,10 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,6 +43,7 @@ from flashomni.lab import results, zoo
 from flashomni.lab.fidelity.compare import compare, processor_time
 from flashomni.lab.fidelity.comparison import Comparison, Picture, Summed
 from flashomni.lab.fidelity.equal_time import Equal, at_equal_time
+from flashomni.lab.fidelity.impossible import impossible
 from flashomni.util.files import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -92,23 +96,39 @@ def main() -> None:
     if options.write:
         if options.csv is None:
             parser.error("--write needs --csv")
-        PAGE.write_text(filled(page, cells_of(results.read(options.csv, Summed))), "utf-8")
+        PAGE.write_text(filled(page, cells_of(sound(results.read(options.csv, Summed)))), "utf-8")
         return
+    found: list[Comparison] = []
     if options.together:
         for model, comparison in together(options.together).items():
             if options.csv is not None:
                 comparison.save(options.csv, model)
             tell_equal(model, comparison, options)
-        return
+            found.append(comparison)
+        sys.exit(any(each.impossible for each in found))
     options.recipe = options.recipe or list(recipes_of(page))
     workers = Workers(options.jobs, options) if options.jobs > 1 else None
     for number, model in enumerate(options.model):
         comparison = measure(model, number, options, workers)
         tell_equal(model, comparison, options)
+        found.append(comparison)
         if options.pictures is not None:
             keep(options.pictures, model, comparison)
     if workers is not None:
         workers.close()
+    sys.exit(any(each.impossible for each in found))
+
+
+def sound(rows: list[results.Cells]) -> list[results.Cells]:
+    """The rows of a CSV.
+
+    Raises:
+        ValueError: one has a figure that cannot be.
+    """
+    for row in rows:
+        for words in impossible(SimpleNamespace(**row)):
+            raise ValueError(f"{row['model']}, {row['method']}: {words}")
+    return rows
 
 
 def tell_equal(model: str, comparison: Comparison, options: argparse.Namespace) -> None:

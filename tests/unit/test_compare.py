@@ -1,5 +1,6 @@
 """``flashomni.compare``: any pipeline, paired differences, equal time; measures by path."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -53,6 +54,7 @@ def test_a_pipeline_object_is_compared(pipe):
     assert list(rows) == ["lossless", "mine", *given[2:]] and len(found.pictures) == 5 * 3 * 2
     assert rows["lossless"].psnr_db > 60 > rows["mine"].worst_psnr_db
     assert (rows["mine"].computed, rows["steps=3"].computed) == (3, 3)
+    assert {p.num_steps for p in found.pictures} == {6, 3} and not found.impossible
     assert rows["lossless"].computed == 6  # its Dispatch steps leave nothing out
     assert rows["mine"].flops_skipped > 0.2 and rows["steps=3"].flops_skipped == 0.5
     assert all(row.seconds > 0 and "light=0." in row.measures for row in found.rows)
@@ -251,6 +253,28 @@ def test_rows_go_into_a_csv_once(tmp_path):
         found.save(tmp_path / "methods.csv", "tiny")
     lines = (tmp_path / "methods.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].startswith("tiny,a,recipes,")
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [
+        ("attention_spent", 5.5e9), ("attention_spent", -0.01), ("attention_spent", math.nan),
+        ("computed", 29), ("computed", -1), ("flops_skipped", 1.01), ("flops_skipped", -9e9),
+    ],
+)  # fmt: skip
+def test_a_figure_that_cannot_be_is_named_and_not_saved(tmp_path, figure, value):
+    """One picture of many spoils the row, whose mean might pass; the other rows are saved."""
+    sound = {"computed": 28, "flops_skipped": 0.0, "attention_spent": 1.0, "num_steps": 28}
+    pictures = [dataclasses.replace(picture("a", n, 1, 40.0), **sound) for n in range(48)]
+    pictures += [dataclasses.replace(each, method="b") for each in pictures]
+    pictures[7] = dataclasses.replace(pictures[7], **{figure: value})
+    times = [Timed(name, "recipes", 1.0, 1.0) for name in "ab"]
+    found = Comparison.of(pictures, times, CPU)
+    assert list(found.impossible) == ["a"] and f"prompt 7, seed 1: {figure}" in str(found)
+    found.save(tmp_path / "methods.csv", "tiny")
+    rows = (tmp_path / "methods.csv").read_text().splitlines()[1:]
+    assert len(rows) == 1 and rows[0].startswith("tiny,b,")
+    assert Comparison.merged([found], found).impossible == found.impossible
 
 
 @pytest.mark.parametrize("text", ["diffusers.mag:steps=[0,3,6]", "diffusers.mag:steps=[0]"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -120,7 +119,7 @@ class Workers:
 
 def _work(line: Any, number: int, jobs: int, options: argparse.Namespace) -> None:
     """One of the processes, until its line is closed."""
-    torch.set_num_threads(max((os.cpu_count() or 1) // jobs, 1))
+    torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))  # of cores it may use
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high")
     while True:

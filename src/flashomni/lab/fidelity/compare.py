@@ -271,6 +271,7 @@ class _Work:
             flops_skipped=1 - steps / self.num_steps if stock else attached.flops_skipped(),
             attention_spent=attached.attention_spent(),
             measures=found.measures,
+            num_steps=steps,
         )
 
     def _calls(self, size: int, steps: int) -> Iterator[tuple[int, int, Tensor]]:

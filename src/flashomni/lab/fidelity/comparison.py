@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flashomni.lab import results as files
+from flashomni.lab.fidelity.impossible import impossible
 from flashomni.lab.fidelity.judged import CAP_DB
 from flashomni.lab.versions import commit, device_name
 
@@ -35,6 +36,7 @@ class Picture:
         measures: scores that were asked for.
         seconds: that it took, and ``dense_seconds`` the stock pipeline's, where each picture is
             timed.
+        num_steps: of the generation, if known: no more can be computed.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Picture:
     measures: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
     dense_seconds: float | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,15 @@ class Comparison:
             if p.method == method and p.psnr_db is not None
         }
 
+    @property
+    def impossible(self) -> dict[str, str]:
+        """Methods with a figure that cannot be, and the first such picture, in words."""
+        found: dict[str, str] = {}
+        for each in self.pictures:
+            for words in impossible(each, each.num_steps):
+                found.setdefault(each.method, f"prompt {each.prompt}, seed {each.seed}: {words}")
+        return found
+
     def equal_time(
         self, rivals: Sequence[str] = ("peers", "stock"), methods: Sequence[str] | None = None
     ) -> list[Rivalry]:
@@ -248,11 +260,15 @@ class Comparison:
     def save(self, path: str | Path, model: str) -> None:
         """Put the rows into a CSV; older ones of the same model, method and device are replaced.
 
+        Not those with a figure that is :attr:`impossible`: where a counter is wrong, nobody knows
+        what else is.
+
         Args:
             path: of the file.
             model: what rows call the pipeline.
         """
-        rows = [Summed(**{**asdict(row), "model": model}) for row in self.rows]
+        sound = [row for row in self.rows if row.method not in self.impossible]
+        rows = [Summed(**{**asdict(row), "model": model}) for row in sound]
         files.replace(path, rows, ("model", "method", "device"))
 
     def __str__(self) -> str:
@@ -273,6 +289,7 @@ class Comparison:
             + f", worst {r.worst_db:+.2f} ({r.seconds:.3f} s, {r.rival_seconds:.3f} s)"
             for r in self.equal_time()
         ]
+        lines += [f"IMPOSSIBLE, not saved: {m}, {why}" for m, why in self.impossible.items()]
         lines += [f"not run, there was no time: {', '.join(self.left_out)}"] * bool(self.left_out)
         return "\n".join(lines)
 
