@@ -63,6 +63,25 @@ def test_the_same_pictures_and_no_weights_left(flux, feature, tier, first):
         assert len({name.rpartition(".")[0] for name in on_card}) <= 12, on_card
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("feature", STREAMED)
+def test_outputs_are_kept_from_the_first_call_on(flux, feature, first):
+    """In it the hook of the stream goes, and puts back the forward of the model that it found."""
+    stock, inputs = flux
+    recipe, found = FORA.replace(level="output"), []
+    for put in (None, STREAMED[feature]):
+        model = copy.deepcopy(stock)
+        if put is None or not first:
+            model.cuda()
+        elif first:
+            put(model, DEVICE)
+        with flashomni.accelerate(model, recipe) as engine:
+            if put is not None and not first:
+                put(model, DEVICE)
+            found.append([generation(engine, model, inputs, STEPS) for _ in range(2)])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("tier", OPTIONS)
 def test_steps_that_are_cached_bring_no_blocks(flux, tier, monkeypatch):
     """Only what is around the blocks comes, and the first block, which diffusers fetches ahead."""

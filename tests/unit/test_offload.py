@@ -267,3 +267,43 @@ def test_a_pipeline_whose_transformer_is_offloaded(feature, when):
         assert any("bypass" in step["layer_kinds"] for step in engine.report().steps)
     for each in made:
         torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
+
+
+def leaves_in_its_first_call(model):
+    """As the hook of a stream that fetches ahead does, in front of the one that brings weights."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Leaves(ModelHook):
+        def post_forward(self, module, output):
+            module._diffusers_hook.remove_hook("leaves", recurse=False)
+            return output
+
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(Leaves(), "leaves")
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.4])  # the step behind the hook's: a Dispatch, an Update
+@pytest.mark.parametrize("when", ["before", "after", "between"])
+def test_the_output_is_kept_whatever_hooks_come_and_go(when, warmup):
+    """No step is missed that stores it: what is forecast is never older than the plan has it."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    recipe = Recipe.of("fora", interval=2, warmup=warmup, level="output")
+
+    def made(put):
+        def offload(place):
+            if put == place:
+                MOVED["group offloading, a block at a time"](each, CPU)
+                leaves_in_its_first_call(each)
+
+        each = copy.deepcopy(model)
+        offload("before")
+        with flashomni.accelerate(each, recipe) as engine:
+            offload("after")
+            found = [generate(engine, each, inputs, "hidden_states")]
+            offload("between")
+            found.append(generate(engine, each, inputs, "hidden_states"))
+            kinds = [step["kind"] for step in engine.report().steps]
+        return torch.stack(found), kinds
+
+    (found, kinds), (expected, planned) = made(when), made(None)
+    assert torch.equal(found, expected)
+    assert kinds == planned and "dispatch" in kinds

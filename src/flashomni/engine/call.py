@@ -97,6 +97,8 @@ class Call:
         for plan, group in zip(self.plans, self.branch.groups, strict=False):  # arranged since
             if plan.stores:
                 whole = group.spans.finish(plan.step)
+                if plan.recipe.at_output:  # a hook put on since may have run the model without us
+                    whole = plan.step in self.branch.output.times
                 # Where a block's output was written to before it could be kept, nothing was stored.
                 group.stored = plan.step if whole else None
             group.mark(plan.sparse, plan.step)

@@ -173,7 +173,7 @@ class ModelForward(InsteadOfForward):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self.runtime.forward(args, kwargs, self.original)
 
-    def rise(self) -> None:
+    def rise_after(self) -> None:
         rise(self)  # a model that is not called needs no weights
 
 
@@ -303,10 +303,12 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
         for stand_in in installed:
             stand_in.rise()
 
-    def abort(*_: Any) -> None:
+    def leave(*_: Any) -> None:
         if runtime.running and runtime.last is not None:
             advise(sys.exc_info()[1], runtime.recipe, *runtime.last.nbytes())
         runtime.abort()
+        for stand_in in installed:
+            stand_in.rise_after()
 
     context = ContextHook(runtime)
     try:
@@ -326,7 +328,7 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
         pre, post, always = (
             CallHook(runtime, begin),
             CallHook(runtime, lambda _, output: runtime.end(output)),
-            CallHook(runtime, abort),
+            CallHook(runtime, leave),
         )
         handles.append(model.register_forward_pre_hook(pre, with_kwargs=True))
         handles.append(model.register_forward_hook(post))

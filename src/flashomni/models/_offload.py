@@ -88,7 +88,7 @@ class Once:
 
 
 def is_in_front(stand_in: InsteadOfForward) -> bool:
-    """Whether no hook of group offloading was put on since in front of what stands in."""
+    """Whether no hook of group offloading is in front of what stands in, put on since or left."""
     own = stand_in.module.__dict__
     forward = own.get("forward")
     hidden = forward is not stand_in and is_wrapper(forward) and "_hf_hook" not in own
@@ -96,7 +96,11 @@ def is_in_front(stand_in: InsteadOfForward) -> bool:
 
 
 def rise(stand_in: InsteadOfForward) -> None:
-    """In front of hooks of group offloading that were put on since."""
+    """In front of hooks of group offloading that were put on since.
+
+    Also where one that was behind went: diffusers then puts back the forward that this one wrapped.
+    The hook of streams goes so in its first call.
+    """
     if stand_in.active and not is_in_front(stand_in):
         stand_in.take_off()
         stand_in.put_on()

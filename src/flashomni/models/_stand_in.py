@@ -49,7 +49,10 @@ class InsteadOfForward:
                 holder[slot] = self.before or self.original
 
     def rise(self) -> None:
-        """Be in front of hooks that were put on since, if that matters."""
+        """Be in front of hooks that were put on since, if that matters: a call begins."""
+
+    def rise_after(self) -> None:
+        """The same behind a call, for the model: what it runs was looked up before it begins."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         """A copy of the module has its class's own forward."""
