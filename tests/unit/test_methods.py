@@ -8,9 +8,10 @@ import torch
 from schedule_runs import SETTINGS, Run, made
 
 import flashomni
-from conftest import call, self_attention
+from conftest import call, make_tiny, run, self_attention
 from flashomni.engine import Recipe
 from flashomni.engine.schedules import make_schedule, schedules
+from flashomni.kernels.elementwise import op as elementwise
 from flashomni.models import adapters
 from flashomni.policies import make_policy
 
@@ -220,3 +221,14 @@ def test_the_modulated_input_is_what_the_first_block_works_on(transformer):
     torch.testing.assert_close(probed, attended[:, -probed.shape[1] :])  # text may be in front
     for hook in own:
         hook.remove()
+
+
+@pytest.mark.parametrize("transformer", sorted(adapters()))
+def test_the_modulated_input_is_made_on_the_backend_that_was_chosen(transformer, monkeypatch):
+    """As all else is."""
+    asked, execute = set(), elementwise.execute
+    monkeypatch.setattr(
+        elementwise, "execute", lambda op, call, on=None: asked.add(on) or execute(op, call, on)
+    )
+    run(*make_tiny(transformer), cached("teacache"), steps=2, backend="reference")
+    assert asked == {"reference"}

@@ -57,6 +57,9 @@ class BlockForward(InsteadOfForward):
         self.runtime, self.index, self.site, self.spread = runtime, index, site, spread
         self.names = list(inspect.signature(site.run).parameters)[2:]  # behind run and block
         self.leaves = leaves
+        self._probe_options: dict[str, Any] = {}
+        if site.modulated is not None and "backend" in inspect.signature(site.modulated).parameters:
+            self._probe_options["backend"] = runtime.backend
         self._run: LayerRun | None = None
         self._front: InFront | None = None
 
@@ -107,7 +110,7 @@ class BlockForward(InsteadOfForward):
         def modulated() -> Tensor:
             assert site.modulated is not None
             bring(site.block)
-            return site.modulated(site.block, *args, **kwargs)
+            return site.modulated(site.block, *args, **kwargs, **self._probe_options)
 
         place = Place(streams, site.main, None if site.modulated is None else modulated)
         behind = list(runtime.block(self.index, place, compute, site.chain))

@@ -66,10 +66,10 @@ class Flux2Blocks(MMDiT):
         c = gated_residual(c, y, c_mlp_gate, backend=backend)
         return self._clipped(c), x
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+    def modulated(self, block: Any, inputs: Inputs, backend: str | None) -> Tensor:
         mod = inputs.rest["temb_mod_img"]
         shift, scale, *_ = _modulation(mod, 6, inputs.x.shape[0])
-        return modulate(block.norm1, inputs.x, scale, shift, backend=None)
+        return modulate(block.norm1, inputs.x, scale, shift, backend=backend)
 
     def single(self, run: LayerRun, block: Any, inputs: Inputs) -> Any:
         self.refuse_extra(inputs)

@@ -116,11 +116,13 @@ def run_block(
     return add(x, y, mlp_gate, run.backend)
 
 
-def modulated(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def modulated(
+    block: Any, hidden_states: Tensor, *args: Any, backend: str | None = None, **kwargs: Any
+) -> Tensor:
     """Tokens of the video after the first norm and modulation of a block."""
     temb = kwargs["temb"] if "temb" in kwargs else args[1]
     shift, scale, *_ = modulation(block.scale_shift_table, temb)
-    return scaled(block.norm1, hidden_states, scale, shift, None)
+    return scaled(block.norm1, hidden_states, scale, shift, backend)
 
 
 def self_attention(

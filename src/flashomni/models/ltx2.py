@@ -144,11 +144,13 @@ def run_block(
     return x, add(a, y, audio[5], backend)
 
 
-def modulated(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def modulated(
+    block: Any, hidden_states: Tensor, *args: Any, backend: str | None = None, **kwargs: Any
+) -> Tensor:
     """Tokens of the video after the first norm and modulation of a block."""
     temb = kwargs["temb"] if "temb" in kwargs else args[3]
     shift, scale, *_ = modulation(block.scale_shift_table, temb)
-    return scaled(block.norm1, hidden_states, scale, shift, None)
+    return scaled(block.norm1, hidden_states, scale, shift, backend)
 
 
 def _attend(run: LayerRun, attn: Any, x: Tensor, rest: dict[str, Any]) -> Tensor:

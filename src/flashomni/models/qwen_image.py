@@ -69,7 +69,7 @@ class QwenBlocks(MMDiT):
         c = c + c_gate * feed_forward(run, block.txt_mlp, norm_c)
         return self._clipped(c), self._clipped(x)
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+    def modulated(self, block: Any, inputs: Inputs, backend: str | None) -> Tensor:
         mod, _ = block.img_mod(inputs.rest["temb"]).chunk(2, dim=-1)
         index = inputs.rest.get("modulate_index")
         return block._modulate(block.img_norm1(inputs.x), mod, index)[0]

@@ -106,8 +106,8 @@ class SD3Blocks(MMDiT):
         y = feed_forward(run, block.ff_context, norm_c)
         return gated_residual(c, y, c_gate_mlp, backend=backend), x
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
-        return _modulated(block.norm1, inputs.x, inputs.rest["temb"], None).x
+    def modulated(self, block: Any, inputs: Inputs, backend: str | None) -> Tensor:
+        return _modulated(block.norm1, inputs.x, inputs.rest["temb"], backend).x
 
     def _picture_alone(self, run: LayerRun, attn: Any, vision: Stream, text: Stream) -> Tensor:
         """The picture's part of the joint attention, where nobody reads the text's."""

@@ -56,7 +56,11 @@ class SkyReelsV2(Wan):
         temb: Tensor,
         rotary_emb: Any,
         attention_mask: Tensor | None = None,
+        *,
+        backend: str | None = None,
     ) -> Tensor:
         """Tokens of the video after the first norm and modulation of a block."""
         temb = temb.transpose(1, 2) if temb.ndim == 4 else temb
-        return modulated(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return modulated(
+            block, hidden_states, encoder_hidden_states, temb, rotary_emb, backend=backend
+        )

@@ -79,10 +79,12 @@ def modulated_control(
     control_hidden_states: Tensor,
     temb: Tensor,
     rotary_emb: Any,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Control tokens after the first norm and modulation of a block."""
     x = _entered(block, hidden_states, control_hidden_states)
-    return modulated(block, x, encoder_hidden_states, temb, rotary_emb)
+    return modulated(block, x, encoder_hidden_states, temb, rotary_emb, backend=backend)
 
 
 def _entered(block: Any, x: Tensor, control: Tensor) -> Tensor:

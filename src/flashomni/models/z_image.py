@@ -164,12 +164,17 @@ def _begin(run: LayerRun, seqlen: int, mask: Tensor | None, freqs: Tensor) -> Ro
 
 
 def modulated(
-    block: Any, x: Tensor, attn_mask: Any, freqs_cis: Any, adaln_input: Any = None, *_: Any
+    block: Any,
+    x: Tensor,
+    attn_mask: Any,
+    freqs_cis: Any,
+    adaln_input: Any = None,
+    *_: Any,
+    backend: str | None = None,
 ) -> Tensor:
     """Tokens after the first norm and modulation of a block."""
-    return modulate(
-        block.attention_norm1, x, _modulation(block, adaln_input)[0], None, backend=None
-    )
+    scale = _modulation(block, adaln_input)[0]
+    return modulate(block.attention_norm1, x, scale, None, backend=backend)
 
 
 def _modulation(block: Any, adaln_input: Tensor | None) -> tuple[Tensor, ...]:

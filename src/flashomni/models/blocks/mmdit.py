@@ -230,9 +230,9 @@ class MMDiT:
         )
         return self.output(x, self._clipped(c))
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+    def modulated(self, block: Any, inputs: Inputs, backend: str | None) -> Tensor:
         """Vision tokens of a dual block after its first norm and modulation."""
-        return block.norm1(inputs.x, emb=inputs.rest["temb"])[0]
+        return adaptive_norm(block.norm1, inputs.x, inputs.rest["temb"], backend=backend)[0]
 
     def single(self, run: LayerRun, block: Any, inputs: Inputs) -> tuple[Tensor, ...]:
         """A block with one sequence, split again at the end."""
@@ -308,9 +308,16 @@ class _Named:
     def __call__(self, run: LayerRun, block: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return self._compute(run, block, self._inputs(args, kwargs))
 
-    def apply(self, probe: Callable[..., Tensor], block: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """``probe(block, inputs)`` of the same arguments."""
-        return probe(block, self._inputs(args, kwargs))
+    def apply(
+        self,
+        probe: Callable[..., Tensor],
+        block: Any,
+        *args: Any,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``probe(block, inputs, backend)`` of the same arguments."""
+        return probe(block, self._inputs(args, kwargs), backend)
 
     def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         rest = {**dict(zip(self._names, args, strict=False)), **kwargs}

@@ -36,7 +36,7 @@ class SharedBlocks(MMDiT):
             found.append(Reliance(name, block, (self.dual_class,), BLOCK))
         return found
 
-    def modulated(self, block: Any, inputs: Inputs) -> Tensor:
+    def modulated(self, block: Any, inputs: Inputs, backend: str | None) -> Tensor:
         return block.norm1(inputs.x, inputs.c, inputs.rest["temb"])[0]
 
     def attention_of(

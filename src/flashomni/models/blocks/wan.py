@@ -59,11 +59,17 @@ def run_block(
 
 
 def modulated(
-    block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: Any,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """Tokens of the video after the first norm and modulation of a block."""
     shift, scale, *_ = _modulation(block, temb)
-    return _modulate(block.norm1, hidden_states, scale, shift, None)
+    return _modulate(block.norm1, hidden_states, scale, shift, backend)
 
 
 def _modulation(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
