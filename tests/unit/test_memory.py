@@ -175,6 +175,14 @@ def test_what_would_not_help_is_not_lowered(monkeypatch):
         assert "layer_order=0" in note
 
 
+def test_what_a_generation_gained_is_judged_by_the_recipe_that_ran(monkeypatch):
+    """Not by the one that was asked for."""
+    judged = []
+    monkeypatch.setattr("flashomni.engine.gains.nothing", lambda _, recipe: judged.append(recipe))
+    _, recipe = kept(*tiny("FluxTransformer2DModel"), TILES, memory="16 KiB")
+    assert recipe.at_output and judged == [recipe] != [TILES]
+
+
 def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
     """Log and report say to what; the bytes hold; and it is what that recipe would have made."""
     model, inputs = tiny("FluxTransformer2DModel")

@@ -24,16 +24,20 @@ class Gains:
 
     Args:
         model: its name, for the log.
-        recipe: that it runs.
     """
 
-    def __init__(self, model: str, recipe: Recipe) -> None:
-        self._model, self._recipe = model, recipe
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._said: set[str] = set()
 
-    def look(self, steps: Sequence[StepRecord]) -> None:
-        """Told the calls of a generation that is over; nothing of it waits for the device."""
-        for text in (nothing(steps, self._recipe), dense_layers(steps)):
+    def look(self, steps: Sequence[StepRecord], recipe: Recipe) -> None:
+        """Told of a generation that is over; nothing of it waits for the device.
+
+        Args:
+            steps: its calls of the model.
+            recipe: that they followed.
+        """
+        for text in (nothing(steps, recipe), dense_layers(steps)):
             if text is not None and text not in self._said:
                 self._said.add(text)
                 log.warning("%s: %s", self._model, text)

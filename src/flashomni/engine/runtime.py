@@ -97,7 +97,7 @@ class Runtime:
         self.division, self.graphs = Division.make(recipe, layers), Graphs(False, model)
         self.redone, self.grids = Redone(len(layers)), Grids()
         self.unserved = Unserved(type(model).__name__, backend)
-        self.gains = Gains(type(model).__name__, recipe)
+        self.gains = Gains(type(model).__name__)
         self.generations = Generations()
         self.last: Generation | None = None
         self._call: Call | None = None
@@ -269,7 +269,7 @@ class Runtime:
                 generation.turns.settle()
         self._stop()
         if is_last:
-            self.gains.look(generation.trace.steps)
+            self.gains.look(generation.trace.steps, self.recipe)
         if is_last and log.isEnabledFor(logging.INFO):
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
 

@@ -45,8 +45,8 @@ class Site:
             many dims they have then: ``[B, R, ...]``.
         modulated: ``modulated(block, *args, **kwargs)`` gives the block's vision tokens after its
             first norm and modulation, for schedules that look there (TeaCache); ``None`` if there
-            is no such thing. Where it has a keyword ``backend`` it is told which one the user chose,
-            or ``None``.
+            is no such thing. A keyword ``backend`` that it has gets the one that was chosen, or
+            ``None``.
         sequence: the streams in front of it as they follow one another, where ranks may share
             them: :meth:`LayerRun.begin` and RoPE tables say so, and what else has an entry for each
             token is in ``by_token``. Empty where they may not.
