@@ -190,6 +190,7 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path):
         tune(loaded.pipe, PROMPTS, out=out, on_progress=stop, **options)
     assert not out.exists() and "forward" not in loaded.pipe.transformer.__dict__
     before, counts = counts[-1], []
+    stopped = json.loads((tmp_path / "mine.tune" / "state.json").read_text())["found"]["seconds"]
     stages = []
     again = tune(
         loaded.pipe, PROMPTS, out=out,
@@ -197,6 +198,7 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path):
         **options,
     )  # fmt: skip
     assert again.resumed > 0 and before > 2 * STEPS
+    assert again.seconds > stopped > 0  # of both runs
     assert "recording" not in stages and "gains" not in stages
     assert again.recipe.to_dict()["schedule"] == whole.recipe.to_dict()["schedule"]
     assert again.chosen.measured_db == pytest.approx(whole.chosen.measured_db, abs=1e-3)
@@ -243,7 +245,12 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
 
     def bought(run, recipe, layers, price, options):
         groups = ({"layers": "0:1", **options[0]},)
-        asked.append((run(recipe), run(recipe.replace(groups=list(groups))), layers, price))
+        sparse = recipe.replace(groups=list(groups))
+        tries = run(recipe, lambda *_: False), run(sparse, lambda *_: True)
+        asked.append((*tries, layers, price))
+        with monkeypatch.context() as patch:  # found before: not run again
+            patch.setattr(tuner, "timed", lambda *_: pytest.fail("was measured already"))
+            assert run(sparse, lambda *_: False) == tries[1]
         tried = Tried(groups, 0.1, 0.0, 1.0)
         return Spent((tried,), tried, 1.0)
 
@@ -255,10 +262,11 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
     monkeypatch.setattr(tuner, "spend", bought)
     monkeypatch.setattr(HeldBack, "run", timed)
     monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: price)
-    options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1)}
+    options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1, probed=2)}
     found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
     (plain, seconds), (sparse, _), layers, paid = asked[0]
-    assert (layers, paid) == (2, price) and seconds > 0 and plain != sparse
+    assert (layers, paid) == (2, price) and seconds > 0 and plain[0] != sparse[0]
+    assert (len(plain), len(sparse)) == (2, 1)  # what is of no use on the first is not run on more
     assert len(found.recipe.groups) == (price > 0) and found.recipe.at_output
     assert ("does not pay" in in_words(found.chosen)) == (price < 0)
     assert Recipe.load(tmp_path / "mine.json") == found.recipe

@@ -308,16 +308,22 @@ def test_a_note_that_is_wrong_is_refused(changes, message):
         TunedOn.load({**dataclasses.asdict(tuned()), "moon": 1})
 
 
-def halves(prices, seconds=10.0, level=40.0):
-    """Measures recipes: each layer of a group's policy saves and loses what ``prices`` says."""
+def halves(prices, runs=None, seconds=10.0, level=40.0):
+    """Measures recipes: each layer of a group's policy saves and loses what ``prices`` says.
 
-    def run(recipe):
+    The second prompt loses half as much; ``runs`` is told how many were run.
+    """
+    runs = [] if runs is None else runs
+
+    def run(recipe, useless):
         saved = lost = 0.0
         for group in recipe.groups:
             for layer in group.select([str(i) for i in range(6)]):
                 one = prices[group.policy.name][layer]
                 saved, lost = saved + one[0], lost + one[1]
-        return level - lost, seconds - saved
+        levels = [level - lost, level - 2 - lost / 2]
+        runs.append(1 if useless(levels[:1], seconds - saved) else 2)
+        return levels[: runs[-1]], seconds - saved
 
     return run
 
@@ -328,14 +334,21 @@ def test_sparse_attention_is_taken_in_the_layers_where_it_pays():
     options = sparse.OPTIONS[0], sparse.OPTIONS[2]
     cheap, dear, slow = (0.3, 0.2), (0.3, 0.9), (-0.1, 0.0)
     prices = {"topk": [cheap] * 2 + [dear] * 4, "flashomni": [slow] * 6}
-    found = sparse.spend(halves(prices), recipe, 6, 2.0, options)
+    found = sparse.spend(halves(prices, runs := []), recipe, 6, 2.0, options)
     assert [group["layers"] for group in found.chosen.groups] == ["0:2"]
-    assert found.chosen.surplus == pytest.approx(2 * (0.6 - 0.2)) and len(found.tried) == 2 + 3
+    assert found.chosen.surplus == pytest.approx(2 * (0.6 - 0.2 * 0.75))
+    assert runs == [2, 2, 1, 2, 2, 2]  # what saves nothing on one prompt is not run on the other
     assert sparse.Spent.load(json.loads(json.dumps(found.to_dict()))) == found
+    losses = {each.groups[0]["policy"]["name"]: each.loss_db for each in found.tried[:2]}
+    assert losses == pytest.approx({"topk": 0.75 * 4.0, "flashomni": 0.0})
     prices["topk"] = [cheap] * 6
     assert len(sparse.spend(halves(prices), recipe, 6, 2.0, options).chosen.groups) in (1, 3)
-    none = sparse.spend(halves(prices), recipe, 6, 0.5, options)
+    none = sparse.spend(halves(prices), recipe, 6, 0.3, options)
     assert none.chosen is None
+    prices["topk"] = [cheap] * 2 + [(0.3, 4.0)] * 4  # far beyond any price: one prompt says so
+    found = sparse.spend(halves(prices, runs := []), recipe, 6, 2.0, options)
+    assert [group["layers"] for group in found.chosen.groups] == ["0:2"]
+    assert runs == [2, 2, 1, 2, 1, 1]
     prices["topk"] = [slow] * 6
     assert len(sparse.spend(halves(prices), recipe, 6, 2.0, options).tried) == 2
 

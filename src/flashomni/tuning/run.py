@@ -28,7 +28,7 @@ class Tuned:
     Attributes:
         points: by number of computed steps, most first.
         chosen: the one that reaches the goal; of a Pareto front, the one that gains most.
-        seconds: that it took.
+        seconds: that it took; of an interrupted run before it, up to what that found last.
         bytes_each: of one recording, on the host and on disk.
         resumed: findings of an earlier run that were used.
     """

@@ -10,6 +10,8 @@ those steps whole, so there is nothing for them to save.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -31,7 +33,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 NOISE = 0.02  # of a generation's seconds: what saves less saves nothing
 HOPEFUL = 2  # kinds that are tried on thirds of the layers
-Run = Callable[[Recipe], tuple[float, float]]  # dB of the final latents, seconds
+HOPELESS = 6.0  # dB that a prompt loses beyond the price: no other prompt makes up for it
+Useless = Callable[[list[float], float], bool]
+# Measures a recipe: dB of the final latents by prompt, and the least seconds. Behind each prompt it
+# asks whether these so far are of no use; then the others are left out.
+Run = Callable[[Recipe, Useless], tuple[list[float], float]]
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,19 @@ def spend(
         price: dB that a second costs where steps are left out.
         options: policies and sparse settings to try.
     """
-    level, seconds = run(recipe)
+    levels, seconds = run(recipe, lambda levels, seconds: False)
     tried: list[Tried] = []
 
-    def attempt(*groups: Mapping[str, Any]) -> Tried:
-        decibel, taken = run(recipe.replace(groups=list(groups)))
-        saved = seconds - taken
-        tried.append(Tried(groups, saved, level - decibel, price * saved))
+    def judged(groups: tuple[Mapping[str, Any], ...], found: list[float], taken: float) -> Tried:
+        loss = statistics.fmean(a - b for a, b in zip(levels, found, strict=False))
+        return Tried(groups, seconds - taken, loss, price * (seconds - taken))
+
+    def attempt(*groups: Mapping[str, Any], hopeless: float = math.inf) -> Tried:
+        def useless(found: list[float], taken: float) -> bool:
+            return taken >= seconds or judged(groups, found, taken).surplus < -hopeless
+
+        found = run(recipe.replace(groups=list(groups)), useless)
+        tried.append(judged(groups, *found))
         return tried[-1]
 
     whole = [attempt({"layers": ":", **option}) for option in options]
@@ -125,7 +137,9 @@ def spend(
     hopeful = sorted(hopeful, key=lambda each: -each.surplus)[:HOPEFUL]
     taken: list[Mapping[str, Any]] = []
     for layers in thirds(num_layers) if hopeful else ():
-        found = [attempt({**each.groups[0], "layers": layers}) for each in hopeful]
+        found = [
+            attempt({**each.groups[0], "layers": layers}, hopeless=HOPELESS) for each in hopeful
+        ]
         best = max(found, key=lambda each: each.surplus)
         if best.surplus > 0:
             taken.append(best.groups[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flashomni.tuning.record import Recording
 from flashomni.util.files import write_text
 
 FILE = "state.json"
+SECONDS = "seconds"  # among the findings: what they took, over all runs
 
 
 class State:
@@ -20,13 +22,15 @@ class State:
         folder: made if it is not there.
         about: what the findings depend on, JSON values. A folder of something else is not
             continued: its findings are dropped.
+        begun: when this run began, of ``time.perf_counter``; now if left out.
 
     Attributes:
         resumed: how many findings there were.
         foreign: whether findings of something else were dropped.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], begun: float | None = None) -> None:
+        self._begun = time.perf_counter() if begun is None else begun
         self.folder, self._about = folder, json.loads(json.dumps(about, default=str))
         self._found: dict[str, Any] = {}
         self.foreign = False
@@ -36,7 +40,13 @@ class State:
             self._found = {} if self.foreign else dict(data["found"])
         except (OSError, ValueError, TypeError, KeyError):
             self._found = {}  # nothing there, or cut
+        self._before = float(self._found.pop(SECONDS, 0.0))
         self.resumed = len(self._found)
+
+    @property
+    def seconds(self) -> float:
+        """Of this run so far, and of earlier ones up to the last finding of each."""
+        return self._before + time.perf_counter() - self._begun
 
     def get(self, name: str) -> Any:
         """What was found under that name, or ``None``."""
@@ -44,7 +54,7 @@ class State:
 
     def put(self, name: str, value: Any) -> Any:
         """Keep a finding, and give it back."""
-        self._found[name] = value
+        self._found |= {name: value, SECONDS: self.seconds}
         text = json.dumps({"about": self._about, "found": self._found})
         write_text(self.folder / FILE, text)
         return value

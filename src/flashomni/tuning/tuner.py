@@ -13,8 +13,7 @@ import torch
 
 from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
-from flashomni.lab.fidelity.compare import processor_time
-from flashomni.models import accelerate, find_adapter
+from flashomni.models import find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver, OnLatents
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
@@ -23,8 +22,9 @@ from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
 from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
 from flashomni.tuning.settings import Point, Settings
-from flashomni.tuning.sparse import OPTIONS, Spent, spend
+from flashomni.tuning.sparse import OPTIONS, Spent, Useless, spend
 from flashomni.tuning.state import State, key
+from flashomni.tuning.timed import timed
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
@@ -77,7 +77,7 @@ class Tuner:
         self.prompts, self.held_back, self.seed = list(prompts), list(held_back), seed
         self.name, self.settings = name, settings
         self._on_progress, self._stage, self._total, self._done = on_progress, "", 0, 0
-        self._start = time.perf_counter()
+        start = time.perf_counter()
         self._on_latents = on_latents
         self.outline = Driver(pipe, call).outline(self.prompts[0])
         self.driver = Driver(pipe, call, lambda: self._advance(1))
@@ -99,7 +99,7 @@ class Tuner:
             "seed": seed,
             "probes": [settings.probes, settings.probed],
         }
-        self.state = State(folder, self.about)
+        self.state = State(folder, self.about, start)
         self._recordings: dict[int, Recording] = {}
         self._held = HeldBack(
             pipe,
@@ -115,8 +115,8 @@ class Tuner:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
-        return time.perf_counter() - self._start
+        """That tuning took so far, earlier runs that it goes on with included."""
+        return self.state.seconds
 
     def expect(self, counts: Sequence[int]) -> None:
         """Say how many calls of the model there will be, for points of these numbers of steps."""
@@ -360,23 +360,19 @@ class Tuner:
         if not options:
             return None
         self._stage = "sparse attention"
+        numbers = range(min(self.settings.probed, len(self.prompts)))
+        prompts = [(self.prompts[number], self.seed + number) for number in numbers]
 
-        # Of a CPU that others use as well, a wait for a core is no cost of a recipe.
-        clock = time.perf_counter if self._compiles else processor_time
-
-        def run(tried: Recipe) -> tuple[float, float]:
-            numbers = range(min(self.settings.probed, len(self.prompts)))
-            values, seconds = [], []
-            with accelerate(self.driver.pipe, tried, graphs=False):
-                for number in (0,) * self._compiles + (*numbers,):  # first kernels compile
-                    start = clock()
-                    latents = self.driver.generate(self.prompts[number], self.seed + number)
-                    level = signal_to_noise(latents, self.recording(number).latents)
-                    seconds.append(clock() - start)
-                    values.append(level)
-                    self._passed(count)
-            first = int(self._compiles)
-            return float(np.mean(values[first:])), min(seconds[first:])
+        def run(tried: Recipe, useless: Useless) -> tuple[list[float], float]:
+            name = f"sparse {key(tried.to_dict())}"
+            kept = self.state.get(name)
+            if kept is None:
+                found = timed(
+                    self.driver, tried, prompts, lambda n: self.recording(n).latents,
+                    useless, lambda: self._passed(count),
+                )  # fmt: skip
+                kept = self.state.put(name, found)
+            return kept["levels"], kept["seconds"]
 
         return spend(run, recipe, layers, self._price(count), options)
 
