@@ -27,6 +27,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,15 +108,13 @@ def main() -> None:
             found.append(comparison)
         sys.exit(any(each.impossible for each in found))
     options.recipe = options.recipe or list(recipes_of(page))
-    workers = Workers(options.jobs, options) if options.jobs > 1 else None
-    for number, model in enumerate(options.model):
-        comparison = measure(model, number, options, workers)
-        tell_equal(model, comparison, options)
-        found.append(comparison)
-        if options.pictures is not None:
-            keep(options.pictures, model, comparison)
-    if workers is not None:
-        workers.close()
+    with Workers(options.jobs, options) if options.jobs > 1 else nullcontext() as workers:
+        for number, model in enumerate(options.model):
+            comparison = measure(model, number, options, workers)
+            tell_equal(model, comparison, options)
+            found.append(comparison)
+            if options.pictures is not None:
+                keep(options.pictures, model, comparison)
     sys.exit(any(each.impossible for each in found))
 
 

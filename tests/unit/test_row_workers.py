@@ -2,9 +2,12 @@
 
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
@@ -20,15 +23,23 @@ class Threads(workers.Workers):
     """Threads in the place of processes, which do what a test says."""
 
     def __init__(self, jobs, act):
-        self.jobs, self._act, self._running, self.started = jobs, act, {}, []
+        self.jobs, self._act, self._running = jobs, act, {}
+        self.started, self.lines, self.ended = [], [], []
         for number in range(jobs):
             self._start(number)
 
     def _start(self, number):
+        self._end(number)
         mine, theirs = Pipe()
         self.started.append(number)
+        self.lines.append(mine)
         threading.Thread(target=self._act, args=(self, number, theirs), daemon=True).start()
-        process = SimpleNamespace(is_alive=lambda: True, kill=theirs.close, join=lambda: None)
+        process = SimpleNamespace(
+            is_alive=lambda: True,
+            kill=theirs.close,
+            join=lambda seconds=None: None,
+            close=lambda: self.ended.append(number),
+        )
         self._running[number] = (process, mine)
         return mine
 
@@ -83,6 +94,27 @@ def test_one_that_dies_goes_on_behind_what_killed_it():
     assert team.started.count(0) == 1 + workers.AGAIN
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_processes_and_their_lines_are_ended(raises):
+    """Each that was started, also those in whose place another came, and whatever is raised."""
+
+    def act(self, number, line):
+        told = line.recv()
+        if number == 0 and told.first == 0:
+            line.close()
+            return
+        for place in range(told.first, len(LISTED)):
+            line.send((place, share(number, place)))
+        line.send((None, None))
+
+    with suppress(KeyboardInterrupt), Threads(2, act) as team:
+        team.looked(asked(), lambda *_: None)
+        assert sorted(line.closed for line in team.lines) == [False, False, True]
+        if raises:
+            raise KeyboardInterrupt
+    assert all(line.closed for line in team.lines) and sorted(team.ended) == [0, 0, 1]
+
+
 def test_one_that_is_late_is_not_waited_for():
     """What all shares have when the time is up is there."""
     sent, end = threading.Barrier(3), threading.Event()
@@ -98,5 +130,6 @@ def test_one_that_is_late_is_not_waited_for():
     team = Threads(2, act)
     sent.wait(60)
     found = team.looked(asked(until=0.0), lambda *_: None)
+    assert [line.closed for line in team.lines] == [False, True] and team.ended == [1]
     end.set()
     assert {p.method for p in found.pictures} == {"a"} and found.left_out == ("b", "c", "d")

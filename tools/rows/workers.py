@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 
 class Workers:
-    """``jobs`` processes.
+    """``jobs`` processes, to be closed: ``with Workers(...) as workers``.
 
     Args:
         jobs: how many.
@@ -52,7 +52,14 @@ class Workers:
         for number in range(jobs):
             self._start(number)
 
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close(0.0 if raised[0] else LATE)
+
     def _start(self, number: int) -> connection.Connection:
+        self._end(number)
         mine, theirs = self._context.Pipe()
         work = (theirs, number, self.jobs, self.options)
         process = self._context.Process(target=_work, args=work, daemon=True)
@@ -61,6 +68,22 @@ class Workers:
         self._running[number] = (process, mine)
         return mine
 
+    def _end(self, number: int, seconds: float = 0.0) -> None:
+        """Leave nothing of a process, neither itself nor its line.
+
+        Args:
+            number: of the process; one that does not run is no matter.
+            seconds: that it has to end by itself, once its line is closed.
+        """
+        if number not in self._running:
+            return
+        process, line = self._running.pop(number)
+        line.close()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        process.close()
+
     def looked(self, asked: Asked, tell: Callable[[str, int], None]) -> Comparison:
         """Pictures of the methods that every process has passed before the time was up."""
         start = time.perf_counter()
@@ -68,8 +91,9 @@ class Workers:
         found: list[dict[int, list[Picture]]] = [{} for _ in range(shares)]
         left, again = {}, [AGAIN] * shares
         for number in range(shares):
-            process, line = self._running[number]
-            line = line if process.is_alive() else self._start(number)
+            process, line = self._running.get(number, (None, None))
+            if process is None or not process.is_alive():
+                line = self._start(number)
             line.send(asked)
             left[line] = number
         while left:
@@ -98,8 +122,7 @@ class Workers:
             if not heard:
                 break
         for number in left.values():  # too late
-            self._running[number][0].kill()
-            self._running[number][0].join()
+            self._end(number)
         pictures, left_out = [], []
         for place, each in enumerate(asked.listed):
             if all(share.get(place) for share in found):
@@ -109,12 +132,12 @@ class Workers:
         spent = time.perf_counter() - start
         return Comparison((), tuple(pictures), tuple(left_out), spent)
 
-    def close(self) -> None:
-        """End them."""
-        for process, line in self._running.values():
-            line.close()
-            process.join(LATE)
-            process.kill()
+    def close(self, seconds: float = LATE) -> None:
+        """End them; each has so many seconds to end by itself."""
+        for _, line in self._running.values():
+            line.close()  # all of them first: they end side by side
+        for number in list(self._running):
+            self._end(number, seconds)
 
 
 def _work(line: Any, number: int, jobs: int, options: argparse.Namespace) -> None:
