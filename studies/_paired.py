@@ -251,6 +251,11 @@ class Mean:
         error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
         return cls(statistics.fmean(means), error, len(values), len(means))
 
+    @property
+    def counted(self) -> str:
+        """Pairs, and in brackets of how many prompts."""
+        return f"{self.count} ({self.prompts})"
+
     def __str__(self) -> str:
         if not self.count:
             return ""

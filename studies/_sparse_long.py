@@ -173,23 +173,23 @@ def page(rows: Sequence[dict], ms: dict[str, float], command: str) -> str:
         f"{TOKENS:,}) grows with their square and the rest with them, at the fidelity of these "
         "clips.",
         "",
-        "| series | steps | dense steps of time | PSNR, dB | pairs | gain, dB | at 118K, of time | "
-        "gain there, dB |",
+        "| series | steps | dense steps of time | PSNR, dB | pairs (prompts) | gain, dB | "
+        "at 118K, of time | gain there, dB |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         gain = _signed(row, "gain_db")
         lines.append(
             f"| {row['series']} | `{row['steps']}` | {row['dense_steps']:.2f} | "
-            f"{row['psnr_db']:.1f} ± {row['psnr_db_se']:.1f} | {row['pairs']} of {row['prompts']} "
-            f"| {gain} | {row['dense_steps_118k']:.2f} | {_signed(row, 'gain_db_118k')} |"
+            f"{row['psnr_db']:.1f} ± {row['psnr_db_se']:.1f} | {row['pairs']} ({row['prompts']}) | "
+            f"{gain} | {row['dense_steps_118k']:.2f} | {_signed(row, 'gain_db_118k')} |"
         )
     return "\n".join([
         *lines, "",
         f"Made by `{command}` on {rows[0]['device']}, torch {rows[0]['torch']}, diffusers "
         f"{rows[0]['diffusers']}, commit {rows[0]['commit'].replace(' ', ' and ')}, bfloat16. "
-        "Pairs of prompt and seed, of so many prompts; `±` is the standard error of the mean over "
-        "prompts, seeds of a prompt averaged first.",
+        "Pairs of prompt and seed, in brackets the prompts; `±` is the standard error of the mean "
+        "over prompts, seeds of a prompt averaged first.",
     ]) + "\n"  # fmt: skip
 
 

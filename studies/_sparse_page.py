@@ -175,7 +175,7 @@ def page(
         "",
         f"Cost: {study.x_label}. Gain: over today's way where it costs as much.",
         "",
-        "| model | series | method | cost | pairs | PSNR, dB | gain, dB | FLIP |",
+        "| model | series | method | cost | pairs (prompts) | PSNR, dB | gain, dB | FLIP |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
@@ -185,7 +185,7 @@ def page(
         gain, psnr = Mean.of(_gain(points, table, point)), Mean.of(table.psnr(point.method))
         lines.append(
             f"| {point.model} | {point.series} | `{point.method}` | "
-            f"{table.cost(point.method):.3f} | {_counted(psnr)} | {psnr} | {gain} | {seen} |"
+            f"{table.cost(point.method):.3f} | {psnr.counted} | {psnr} | {gain} | {seen} |"
         )
     kept = [line for model in tables for line in shown(model, work)]
     if kept:
@@ -206,8 +206,8 @@ def page(
         "",
         f"Made by `{command}` on {first.device}, torch {first.torch}, diffusers "
         f"{first.diffusers}, commit {commits}, {first.dtype} with TF32 products; "
-        f"{first.steps} steps. Pairs of prompt and seed, of so many prompts; differences are of "
-        "the pairs that both sides have. `±` is the standard error of the mean over prompts, "
+        f"{first.steps} steps. Pairs of prompt and seed, in brackets the prompts; differences are "
+        "of the pairs that both sides have. `±` is the standard error of the mean over prompts, "
         "seeds of a prompt averaged first.",
     ]
     return "\n".join(lines) + "\n"
@@ -216,7 +216,7 @@ def page(
 def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
     """The best that costs no more than a limit, against today's way there."""
     lines = ["## Carry and the rest, against today's way", "",
-             "| model | cost at most | today | best of the ladder | method | pairs | "
+             "| model | cost at most | today | best of the ladder | method | pairs (prompts) | "
              "gain, dB |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
@@ -231,7 +231,7 @@ def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
             before = {pair: before[pair] for pair in after if pair in before}
             lines.append(
                 f"| {model} | {limit:.2f} | {Mean.of(before)} | {Mean.of(after)} | "
-                f"`{best}` | {_counted(gain)} | {gain} |"
+                f"`{best}` | {gain.counted} | {gain} |"
             )
     return _unless_empty(lines)
 
@@ -240,7 +240,7 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
     """Each rule at its best threshold, against our best, on the same pairs."""
     lines = ["## Published rules, each with its best threshold", "",
              "The same dense steps. The gain is ours over the rule, at equal limits.", "",
-             "| model | cost at most | rule | PSNR, dB | threshold | pairs | "
+             "| model | cost at most | rule | PSNR, dB | threshold | pairs (prompts) | "
              "ours is better by, dB |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
@@ -258,7 +258,7 @@ def _published(points: Sequence[Point], tables: Tables) -> list[str]:
                 threshold = rule.partition(":")[2].partition(",")[0]
                 lines.append(
                     f"| {model} | {limit:.2f} | {name} | {Mean.of(table.psnr(rule))} | "
-                    f"{threshold} | {_counted(gain)} | {gain} |"
+                    f"{threshold} | {gain.counted} | {gain} |"
                 )
     return _unless_empty(lines)
 
@@ -270,8 +270,8 @@ def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
              "on a ramp that costs as much (between two measured ones). Cost: FLOPs of all ops, of "
              "dense.",
              "",
-             "| model | series | computed steps | cost | pairs | PSNR, dB | caching alone | "
-             "gain, dB |",
+             "| model | series | computed steps | cost | pairs (prompts) | PSNR, dB | "
+             "caching alone | gain, dB |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for model, table in tables.items():
         ramps = _of(points, model, "caching")
@@ -291,7 +291,7 @@ def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
                 alone = "no ramp so cheap" if cost < low else "no ramp so dear"
             steps = point.method.partition("computed=")[2].partition(",")[0]
             lines.append(
-                f"| {model} | {point.series} | {steps} | {cost:.3f} | {_counted(Mean.of(psnr))} | "
+                f"| {model} | {point.series} | {steps} | {cost:.3f} | {Mean.of(psnr).counted} | "
                 f"{Mean.of(psnr)} | {alone} | {gain} |"
             )
     return _unless_empty(lines)
@@ -300,11 +300,6 @@ def _on_caching(points: Sequence[Point], tables: Tables) -> list[str]:
 def _unless_empty(section: list[str]) -> list[str]:
     """A section that ends with a table, if the table has a row."""
     return [] if section[-1].startswith("|---") else [*section, ""]
-
-
-def _counted(mean: Mean) -> str:
-    """Pairs, and of how many prompts."""
-    return f"{mean.count} of {mean.prompts}"
 
 
 def _best(table: Table, methods: Sequence[str], limit: float) -> str | None:

@@ -1,8 +1,10 @@
 """The study of sparse attention: pairs, means, what it says of numbers that are known."""
 
+import csv
 import dataclasses
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,13 @@ def test_seeds_of_a_prompt_are_no_independent_pairs():
     assert mean == Mean(16.0, 4.0, 3, 2)
     alone = Mean.of({(0, 0): 10.0, (0, 1): 14.0})
     assert alone.value == 12.0 and math.isnan(alone.error) and str(alone) == "12.0"
+
+
+def test_of_how_many_prompts_pairs_are():
+    """More pairs than prompts are no fraction of them."""
+    from _paired import Mean
+
+    assert Mean.of({(0, 0): 1.0, (0, 1): 2.0, (1, 0): 3.0}).counted == "3 (2)"
 
 
 def test_differences_are_of_pairs_that_both_have():
@@ -162,7 +171,7 @@ def test_what_the_page_says(tmp_path):
     assert sparse.reached(asked, Table(rows, True)) == []
     write(sparse.STUDY, asked, tables, tmp_path / "work", tmp_path, "python studies/sparse.py")
     text = (tmp_path / "sparse.md").read_text()
-    assert "| tiny-image | 0.40 |" in text and "| 2 of 2 |" in text
+    assert "| tiny-image | 0.40 |" in text and "| 2 (2) |" in text
     best = next(line for line in text.splitlines() if line.startswith("| tiny-image | 0.47 |"))
     gain = float(best.rpartition("|")[0].rpartition("|")[2].split()[0])
     assert 13 < gain < 16
@@ -262,3 +271,21 @@ def test_it_measures_keeps_and_goes_on(monkeypatch, tmp_path):
     assert timed["tiny-image"].cost(some[0].method) > 0
     assert sparse.reached(some, timed["tiny-image"]) == some[:1]
     assert sorted(policies()) == before and (tmp_path / "tiny-image-agreement.json").exists()
+
+
+def test_the_page_of_long_clips_is_what_its_rows_say():
+    """Word by word, so that a change of its maker is a change of the page."""
+    from _sparse_long import page, times
+
+    def read(cell):
+        with suppress(ValueError):
+            return float(cell)
+        return cell
+
+    pages = ROOT / "docs" / "studies"
+    with (pages / "sparse_long.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{name: read(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {name: int(row[name]) for name in ("pairs", "prompts")}
+    made = page(rows, times(), "python studies/sparse.py --long")
+    assert made == (pages / "sparse_long.md").read_text("utf-8")
