@@ -3,8 +3,9 @@
 ``python tools/tiers.py --csv FILE`` on a card: two models that share their weights, one accelerated
 by the adapter of its class, the other by what its first call shows; generations of both and of
 stock in turn, from the same noise. Real widths and sequences, random weights; fewer blocks where
-time is short. ``--csv FILE --write`` makes docs/results/tiers.csv and the table of docs/models.md
-of it; ``--device cpu`` is a try on small models.
+time is short. ``--csv FILE --write`` puts its rows into docs/results/tiers.csv, where those of the
+same model and recipe are replaced, and makes the table of docs/models.md; ``--device cpu`` is a try
+on small models.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import flashomni
 from flashomni import Blocks
+from flashomni.lab import results
 from flashomni.lab.results import Book, origin, read
 from flashomni.models import adapters
 from flashomni.util.files import write_text
@@ -142,6 +144,7 @@ def generation(model: nn.Module, given: Inputs, steps: int, engine: Any = None) 
             engine.step(step, steps)
         at = {cls.latents: x, time_of: given[time_of] * (1 - step / steps)}
         out = model(**{**given, **at}, return_dict=False)[0]
+        out = torch.stack(out) if isinstance(out, list) else out
         x[tuple(slice(0, size) for size in out.shape)] -= out / steps
     return x
 
@@ -251,19 +254,36 @@ def table(rows: list[dict[str, str]]) -> str:
             f"{ms(a['full_ms'])}, {ms(c['full_ms'])} | {ms(a['least_ms'])}, {ms(c['least_ms'])} | "
             f"{differ(a)} | {float(a['error']):.1e}, {float(c['error']):.1e} |"
         )
-    first = rows[0]
     return "\n".join(
         [
             *lines,
             "",
-            f"{first['gpu']}, torch {first['torch']}, bf16, {first['steps']} steps, milliseconds; "
-            "one process, generations in turn, no CUDA graphs, random weights. *Differ*: norm of "
-            "the difference of the two outputs as a share of stock's, and PSNR over its range. "
-            "*From stock*: likewise, without and with the adapter: of random weights, so no "
-            "measure of quality.",
+            f"{'; '.join(origins(rows))}; bf16, milliseconds; one process, generations in turn, no "
+            "CUDA graphs, random weights. *Differ*: norm of the difference of the two outputs as a "
+            "share of stock's, and PSNR over its range. *From stock*: likewise, without and with "
+            "the adapter: of random weights, so no measure of quality.",
             "",
         ]
     )
+
+
+def origins(rows: list[dict[str, str]]) -> list[str]:
+    """What rows were measured on, with their models where that is not one for all."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        about = f"{row['gpu']}, torch {row['torch']}, {row['steps']} steps"
+        found.setdefault(about, {})[row["model"]] = None
+    if len(found) == 1:
+        return list(found)
+    return [f"{' and '.join(models)}: {about}" for about, models in found.items()]
+
+
+def taken(path: Path) -> None:
+    """Keep the rows of a run, in the place of those of the same model and recipe."""
+    new = read(path, Row)
+    fresh = {(row["model"], row["recipe"]) for row in new}
+    old = [row for row in read(KEPT, Row) if (row["model"], row["recipe"]) not in fresh]
+    write_text(KEPT, results.text(results.columns(Row), [*old, *new]))
 
 
 def differ(row: dict[str, str]) -> str:
@@ -295,7 +315,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         if args.csv is not None:
-            write_text(KEPT, args.csv.read_text("utf-8"))
+            taken(args.csv)
         write_text(PAGE, page(PAGE.read_text("utf-8")))
         return
     warnings.filterwarnings("ignore")

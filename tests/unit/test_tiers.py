@@ -66,3 +66,24 @@ def test_rows_and_their_table(tmp_path, monkeypatch):
     lines = [line for line in section.splitlines() if line.startswith("| small")]
     assert len(lines) == 2 and "old" not in section
     assert "2.0e-03, 51 dB" in lines[1] and "(315 tokens, 3 blocks)" in lines[0]
+
+
+def test_a_run_replaces_its_own_rows_alone(tmp_path, monkeypatch):
+    """Those of a model and recipe; the table says what each model was measured on."""
+    about = dict.fromkeys(("gpu", "torch", "triton", "commit", "command"), "old")
+    old = tiers.Row(
+        "FLUX", 4608, 57, "topk", "A", 10, 9.0, 8.0, 9.0, 1.0, 0.1, 0.0, 0.0, 60.0, **about
+    )
+    pair = [old, dataclasses.replace(old, tier="C", ms=6.0)]
+    other = [dataclasses.replace(row, model="Wan") for row in pair]
+    new = [dataclasses.replace(row, model="Wan", gpu="new", ms=3.0) for row in pair]
+    monkeypatch.setattr(tiers, "KEPT", tmp_path / "kept.csv")
+    tiers.Book(tiers.KEPT, tiers.Row).write([*pair, *other])
+    tiers.Book(tmp_path / "run.csv", tiers.Row).write(new)
+    tiers.taken(tmp_path / "run.csv")
+    rows = tiers.read(tiers.KEPT, tiers.Row)
+    assert [(row["model"], row["gpu"]) for row in rows] == [("FLUX", "old")] * 2 + [
+        ("Wan", "new")
+    ] * 2
+    text = tiers.table(rows)
+    assert "FLUX: old, torch old, 10 steps; Wan: new, torch old, 10 steps; bf16" in text

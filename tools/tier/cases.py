@@ -94,4 +94,73 @@ def ltx() -> tuple[str, str, Inputs, Callable[[], Inputs]]:
     return name, "LTXVideoTransformer3DModel", {}, inputs
 
 
-CASES = {"flux": flux, "wan": wan, "qwen": qwen, "hunyuan15": hunyuan15, "ltx": ltx}
+def z_image() -> tuple[str, str, Inputs, Callable[[], Inputs]]:
+    def inputs() -> Inputs:
+        return {
+            "x": torch.randn(1, 16, 1, 128, 128),
+            "t": torch.full((1,), 1.0),
+            "cap_feats": torch.randn(1, 128, 2560),
+        }
+
+    return "Z-Image 1024²", "ZImageTransformer2DModel", {"n_layers": 12}, inputs
+
+
+def flux2() -> tuple[str, str, Inputs, Callable[[], Inputs]]:
+    def inputs() -> Inputs:
+        one, side = torch.arange(1), torch.arange(64)
+        return {
+            "hidden_states": torch.randn(1, 4096, 128),
+            "encoder_hidden_states": torch.randn(1, 512, 15360),
+            "timestep": torch.full((1,), 1.0),
+            "img_ids": torch.cartesian_prod(one, side, side, one).float(),
+            "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(512)).float(),
+            "guidance": torch.full((1,), 4.0),
+        }
+
+    size = {"num_layers": 2, "num_single_layers": 10}
+    return "FLUX.2-dev 1024²", "Flux2Transformer2DModel", size, inputs
+
+
+def sd3() -> tuple[str, str, Inputs, Callable[[], Inputs]]:
+    def inputs() -> Inputs:
+        return {
+            "hidden_states": torch.randn(1, 16, 128, 128),
+            "encoder_hidden_states": torch.randn(1, 333, 4096),
+            "pooled_projections": torch.randn(1, 2048),
+            "timestep": torch.full((1,), 1000.0),
+        }
+
+    size = adapters()["SD3Transformer2DModel"].sizes["medium"]
+    return "SD3.5 medium 1024²", "SD3Transformer2DModel", dict(size), inputs
+
+
+def cogvideox() -> tuple[str, str, Inputs, Callable[[], Inputs]]:
+    def inputs() -> Inputs:
+        angles = torch.rand(13 * 30 * 45, 32, dtype=torch.float32).repeat_interleave(2, dim=1)
+        return {
+            "hidden_states": torch.randn(1, 13, 16, 60, 90),
+            "encoder_hidden_states": torch.randn(1, 226, 4096),
+            "timestep": torch.full((1,), 1000.0),
+            "image_rotary_emb": (angles.cos(), angles.sin()),
+        }
+
+    size = adapters()["CogVideoXTransformer3DModel"].sizes["published"]
+    return (
+        "CogVideoX 5B 480p, 49 frames",
+        "CogVideoXTransformer3DModel",
+        {**size, "num_layers": 8},
+        inputs,
+    )
+
+
+CASES = {
+    "hunyuan15": hunyuan15,
+    "qwen": qwen,
+    "ltx": ltx,
+    "z-image": z_image,
+    "flux2": flux2,
+    "sd3": sd3,
+    "cogvideox": cogvideox,
+    "wan": wan,
+    "flux": flux,
+}
