@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
 import warnings
 from collections import Counter
@@ -29,8 +30,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from matrix import jobs
+
+if __name__ == "__main__" and any("cuda" in word for word in sys.argv[1:]):
+    jobs.hide_cards()  # before anything is imported that could ask for one
+
 import torch
-from matrix import jobs, models, page, small
+from matrix import models, page, small
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -36,7 +36,8 @@ def hide_cards() -> None:
     (diffusers' tests) asks for cards as it is imported. NVML answers torch without CUDA.
     """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    os.environ[HIDDEN] = os.environ.get(VISIBLE, "all")
+    if os.environ.get(VISIBLE) != "" or HIDDEN not in os.environ:  # else they are hidden already
+        os.environ[HIDDEN] = os.environ.get(VISIBLE, "all")
     os.environ[VISIBLE] = ""
 
 
