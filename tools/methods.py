@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that make pictures")
     parser.add_argument("--ours", nargs="*", default=["balanced"], help="at equal time with peers")
     parser.add_argument("--missing-first", action="store_true", help="before all that has a row")
+    parser.add_argument(
+        "--guided", action="store_true", help="two calls a step: the page's CFG rows"
+    )
     parser.add_argument("--in-turn", action="store_true", help="time pictures, all methods on each")
     parser.add_argument("--processor-time", action="store_true", help="a clock of a busy machine")
     parser.add_argument("--part", help="I/N: of the prompts; with --in-turn")
@@ -107,7 +110,7 @@ def main() -> None:
             tell_equal(model, comparison, options)
             found.append(comparison)
         sys.exit(any(each.impossible for each in found))
-    options.recipe = options.recipe or list(recipes_of(page))
+    options.recipe = options.recipe or list(recipes_of(page, options.guided))
     with Workers(options.jobs, options) if options.jobs > 1 else nullcontext() as workers:
         for number, model in enumerate(options.model):
             comparison = measure(model, number, options, workers)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 RECIPE = "recipe"
 CALIBRATED = ", calibrated"
+GUIDED = " (true CFG)"  # two calls a step: rows of their own run
 MEASURED = {"tiny-image": "measured, picture", "tiny-video": "measured, video"}
 
 
@@ -25,8 +26,9 @@ def in_words(row: dict[str, str], dense: float) -> str:
 
 
 def _run_of(row: dict[str, str]) -> tuple[str, ...]:
-    """What rows of one run have in common: times of others are another machine's."""
-    return row["model"], row.get("device", ""), row.get("commit", "")
+    """What rows of one run have in common: times of others are another machine's, or guided."""
+    guided = GUIDED if row["method"].endswith(GUIDED) else ""
+    return row["model"], row.get("device", ""), row.get("commit", ""), guided
 
 
 def cells_of(rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -56,11 +58,15 @@ def _rows(page: str) -> Iterator[tuple[int, list[str], list[str]]]:
             yield number, cells, head
 
 
-def recipes_of(page: str) -> Iterator[str]:
-    """What the page's tables name to measure, as :func:`Recipe.of` takes it."""
+def recipes_of(page: str, guided: bool = False) -> Iterator[str]:
+    """What the page's tables name to measure, as :func:`Recipe.of` takes it; what guides by two
+    calls is apart.
+    """
     for _, cells, head in _rows(page):
-        found = re.fullmatch(rf"`([^`]+)`({re.escape(CALIBRATED)})?", cells[head.index(RECIPE)])
-        if found:
+        found = re.fullmatch(
+            rf"`([^`]+)`({re.escape(CALIBRATED)}|{re.escape(GUIDED)})?", cells[head.index(RECIPE)]
+        )
+        if found and guided == (found[2] == GUIDED):
             yield found[1] + (found[2] or "")
 
 

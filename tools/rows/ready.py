@@ -14,7 +14,9 @@ from flashomni.lab.fidelity.calibrate import calibrate
 from flashomni.lab.fidelity.methods import Method, of_recipe, parse_method
 from flashomni.lab.generation import Generation
 
-from .page import CALIBRATED
+from .page import CALIBRATED, GUIDED
+
+TWO_CALLS = {"true_cfg_scale": 3.0, "negative_prompt": "blurred"}
 
 
 class Listed(NamedTuple):
@@ -44,6 +46,7 @@ class Ready(NamedTuple):
         """Load it."""
         loaded = zoo.load(model, options.device, getattr(torch, options.dtype))
         change = {} if options.size is None else dict.fromkeys(("height", "width"), options.size)
+        change |= TWO_CALLS if options.guided else {}
         prompts = split.pick(model, loaded.prompts, "report", count)
         return cls(model, loaded, prompts, {**loaded.call, **change}, options.steps)
 
@@ -52,7 +55,9 @@ class Ready(NamedTuple):
         try:
             if listed.kind == "peer":
                 return parse_method(listed.name)
-            return of_recipe(listed.called, listed.recipe or Recipe.of(listed.name))
+            return of_recipe(
+                listed.called, listed.recipe or Recipe.of(listed.name.removesuffix(GUIDED))
+            )
         except NotImplementedError as error:
             print(f"{listed.name}: {error}", flush=True)
             return None
