@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from flashomni.engine.call import Call, Place
 from flashomni.engine.layer import LayerRun
@@ -53,6 +54,8 @@ def run_block(
         branch.prefetch(index + 1, call.plans[of[index + 1]].stores)
     record = LayerRecord(layers[index], plan.kind.value)
     run = LayerRun(index, branch.layers[index], plan, record, call.shared, cacheable=inner)
+    _bring_carry(call, index)
+    run.ahead = partial(_bring_carry, call, index + 1)
     behind = compute(run)
     call.record.layers.append(record)
     if plan.stores:
@@ -61,6 +64,23 @@ def run_block(
         else:
             group.spans.close(plan.step)
     return behind
+
+
+def _bring_carry(call: Call, index: int) -> None:
+    """Start the way of D back from the host, to a block that runs.
+
+    Earlier than that it would only take memory: what lies on the host of the block before must be
+    used up, and a copy takes no longer than what is computed from there to where D is added.
+    """
+    of = call.branch.division.of
+    if index >= len(of):
+        return
+    plan, group = call.plans[of[index]], call.branch.group_of(index)
+    if not plan.recipe.sparse.carries:
+        return
+    is_replayed = plan.kind is StepKind.DISPATCH and bool(group.spans.times(index))
+    if not is_replayed:
+        call.branch.prefetch_carry(index, plan.sparse.refreshes)
 
 
 def _look_inside(call: Call, schedule: Schedule, index: int, place: Place) -> None:

@@ -178,8 +178,8 @@ class LayerRun(LayerCarry):
                 is cached is the gated O, in which the projection is linear.
             key_orders: int64 ``[B, T]`` and a position in the whole sequence each: which of the T
                 keys and values from there on comes first, second, ...
-            meanwhile: called once, while O is on its way back from other ranks: for what does not
-                need it.
+            meanwhile: called once, while O is on its way back from other ranks, and not at all
+                where it has no way to go: for what does not need it.
 
         Returns:
             ``[B, S, H, D]``, gated. Cached tiles are undefined, or the forecast where the output
@@ -200,7 +200,9 @@ class LayerRun(LayerCarry):
             site = self._site(q, k, v, scale, guide)
             self._find_room(q)
             self._choose(site)
-            o = self._to_rows(self._attend_computed(q, k, v, flops, options), meanwhile)
+            o = self._attend_computed(q, k, v, flops, options)
+            self._settle()
+            o = self._to_rows(o, meanwhile)
             if self._difference is not None:
                 self._difference = self._to_rows(self._difference)
             o = self._gated(o, gate)
@@ -297,7 +299,9 @@ class LayerRun(LayerCarry):
         self._record.add("gemm_o", flops, 1.0 + extra)
         if weights is None:
             return project_joined(linear, self._carried(o, row_offset), always)
-        return self._carried(project_joined(linear, o, always), row_offset, weights)
+        y = project_joined(linear, o, always)
+        del o, always  # D is on its way, and these are as large as five of it
+        return self._carried(y, row_offset, weights)
 
     def _update_o(
         self,

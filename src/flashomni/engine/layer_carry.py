@@ -12,6 +12,7 @@ Letters in shapes: B batch, S tokens, R rows of one stream, H num_heads, D head_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +22,21 @@ from flashomni.engine.layer_step import LayerStep
 from flashomni.engine.linear import Weights
 from flashomni.engine.state.cache import History
 from flashomni.engine.state.columns import Carry, every_column
+from flashomni.engine.state.storage import parts
 from flashomni.kernels import Summary, refresh, sparse_attention, summarise
 from flashomni.kernels.elementwise.op import weighted_sum
 from flashomni.symbols import Symbols
 
 
 class LayerCarry(LayerStep):
-    """A layer that skips in computed steps, and carries what that misses."""
+    """A layer that skips in computed steps, and carries what that misses.
 
+    Attributes:
+        ahead: starts the way of the next layer's D back from the host; called where that of this
+            one is used up, so that no more than one lies beside the layer.
+    """
+
+    ahead: Callable[[], None] | None = None
     _difference: Tensor | None = None  # D of this step [B, S, H, D], in a refresh
     _adds: bool = False  # whether attention of this step was sparse, so that D is missing
 
@@ -118,13 +126,20 @@ class LayerCarry(LayerStep):
         if self._difference is not None:
             rows = self._difference[:, row_offset : row_offset + value.shape[1]]
             if weights is not None:
-                heads = rows.flatten(2)
-                rows = torch.nn.functional.linear(heads, weights.weight[:, : heads.shape[-1]])
+                rows = _projected(rows, weights.weight)
             if self.recipe.sparse.measure and carry.has(row_offset, projected):
                 self._record.error = self._missed(carry.stream(row_offset, projected), rows)
             carry.put(row_offset, rows, projected, step)
-            return value + rows
-        return self._sum(carry.stream(row_offset, projected), value)
+            return value.add_(rows) if projected else value + rows  # O may be in a history
+        total = self._sum(carry.stream(row_offset, projected), value)
+        if self.ahead is not None:
+            self.ahead()
+        return total
+
+    def _settle(self) -> None:
+        """Attention was launched: what the layer before sent to the host is there by then."""
+        if self._cache.carry is not None:
+            self._cache.carry.settle()
 
     def _sum(self, history: History, base: Tensor) -> Tensor:
         """``base`` and D as it is carried to this step."""
@@ -154,3 +169,19 @@ class LayerCarry(LayerStep):
         visited = record.kv_density + share if share else record.kv_density
         record.add("attention", flops, record.q_density * visited)
         return symbols
+
+
+def _projected(rows: Tensor, weight: Tensor) -> Tensor:
+    """D of all heads behind the projection, in its own memory where that has the size.
+
+    Args:
+        rows: ``[B, R, H, D]``, written over.
+        weight: ``[N, H * D + E]`` of the projection.
+    """
+    heads = rows.flatten(2)
+    weight = weight[:, : heads.shape[-1]]
+    if weight.shape[0] != heads.shape[-1]:
+        return torch.nn.functional.linear(heads, weight)
+    for each in parts(heads):
+        heads[:, each] = torch.nn.functional.linear(heads[:, each], weight)
+    return heads

@@ -106,12 +106,14 @@ class LayerRanks:
 
         Args:
             o: ``[B, S, h, D]``.
-            meanwhile: what needs no O: it is computed while O is under way.
+            meanwhile: what needs no O: it is computed while O is under way, if it is.
         """
-        sent = None if self._shard is None else self._shard.send_rows(o, self._num_heads)
+        if self._shard is None:
+            return o
+        sent = self._shard.send_rows(o, self._num_heads)
         if meanwhile is not None:
             meanwhile()
-        return o if sent is None else sent.wait()
+        return sent.wait()
 
     def all_rows(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` of this rank's ``[B, R, ...]``, the same bits on every rank."""

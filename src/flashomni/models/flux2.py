@@ -8,13 +8,14 @@ has one Linear for queries, keys, values and the MLP, and one for both outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flashomni.engine import LayerRun
-from flashomni.engine.linear import split_linear
+from flashomni.engine.linear import Projection, split_linear
 from flashomni.kernels.elementwise.op import gated_residual
 from flashomni.models import Geometry, adapter
 from flashomni.models.blocks import (
@@ -89,11 +90,11 @@ class Flux2Blocks(MMDiT):
         sizes = [attn.inner_dim] * 3 + [attn.mlp_hidden_dim * attn.mlp_mult_factor]
         to_q, to_k, to_v, mlp_in = split_linear(attn.to_qkv_mlp_proj, norm_x, sizes)
         run.count("mlp", (mlp_in,), batch * seqlen)
-        mlp = Later(lambda: attn.mlp_act_fn(mlp_in(norm_x)))
+        mlp = Later(partial(_up, attn, mlp_in, norm_x))
         tables = self._tables(run, inputs, (num_text, seqlen))
         stream = Stream(norm_x, (0, seqlen), to_q, to_k, to_v, attn.norm_q, attn.norm_k, tables)
         o = joint_attention(run, attn, [stream], attn.to_out, meanwhile=mlp)
-        y = run.project_o(o, attn.to_out, row_offset=0, always=mlp.value)
+        y = run.project_o(o, attn.to_out, row_offset=0, always=mlp.take())
         return self._clipped(gated_residual(x, y, gate, backend=run.backend))
 
 
@@ -156,6 +157,10 @@ class Flux2(MMDiTAdapter):
             "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(text)).float(),
             "guidance": torch.full((2,), 3.5),
         }
+
+
+def _up(attn: Any, mlp_in: Projection, x: Tensor) -> Tensor:
+    return attn.mlp_act_fn(mlp_in(x))
 
 
 def _modulation(mod: Tensor, count: int, batch: int) -> tuple[Tensor, ...]:

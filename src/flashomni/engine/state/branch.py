@@ -141,6 +141,11 @@ class Branch:
         if index < len(self.layers):
             self.layers[index].prefetch(stores)
 
+    def prefetch_carry(self, index: int, refreshes: bool) -> None:
+        """Layer ``index`` runs next, if there is one and it is not cached whole."""
+        if index < len(self.layers):
+            self.layers[index].prefetch_carry(refreshes)
+
     def measured(self) -> Fraction | None:
         """A call is over: send what its forecasts were off by on its way to the host.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashomni.engine.state.storage import Kept, Storage
+from flashomni.engine.state.storage import Kept, Storage, parts
 from flashomni.kernels.elementwise.op import differences, weighted_sum
 from flashomni.symbols import Symbols
 
@@ -49,8 +49,17 @@ class History:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def push(self, value: Tensor, step: int, minus: Tensor | None = None) -> list[Tensor]:
-        """Add the value (less ``minus``) of ``step``; return the terms f_0 .. f_i known by now."""
+    def push(
+        self, value: Tensor, step: int, minus: Tensor | None = None, own: bool = False
+    ) -> list[Tensor]:
+        """Add the value (less ``minus``) of ``step``; return the terms f_0 .. f_i known by now.
+
+        Args:
+            value: of the step.
+            step: later than the one before; else a new history begins.
+            minus: what to subtract.
+            own: whether ``value`` is the history's from now on, and need not be copied.
+        """
         if self.times and step <= self.times[-1]:
             self.times, self._kept = (), []
         old = [kept.get() for kept in self._kept[: self.order]][: len(self.times)]
@@ -59,7 +68,10 @@ class History:
         dtype = torch.float32 if self._wide and is_half else value.dtype
         if self._halved and is_half:
             gaps = [2 * gap for gap in gaps]
-        terms = differences(value, minus, old, gaps, dtype, backend=self.storage.backend)
+        if own and minus is None and self.storage.lane is not None and dtype == value.dtype:
+            terms = self._differences_in_place(value, old, gaps)
+        else:
+            terms = differences(value, minus, old, gaps, dtype, backend=self.storage.backend)
         self.times = (*self.times, step)[-len(terms) :]
         self._dtype = value.dtype
         while len(self._kept) < min(len(terms), self.keep):
@@ -67,6 +79,17 @@ class History:
         for kept, term in zip(self._kept, terms, strict=False):
             kept.put(term)
         return terms
+
+    def _differences_in_place(
+        self, value: Tensor, old: list[Tensor], gaps: list[float]
+    ) -> list[Tensor]:
+        """The same terms, in the memory of ``value`` and of ``old``, which came from the host."""
+        for rows in parts(value) if old else ():
+            before = [term[:, rows] for term in old]
+            new = differences(value[:, rows], None, before, gaps, backend=self.storage.backend)
+            for term, part in zip(before, new[1:], strict=True):
+                term.copy_(part)
+        return [value, *old]
 
     def terms(self) -> list[Tensor]:
         """The terms that are kept, on their device."""
@@ -85,9 +108,9 @@ class History:
         off = self.predict(coefficients).float() - true
         return off.square().sum(), true.square().sum()
 
-    def prefetch(self) -> None:
-        """The terms are needed soon."""
-        for kept in self._kept:
+    def prefetch(self, count: int | None = None) -> None:
+        """The terms are needed soon; or the first ``count`` of them."""
+        for kept in self._kept[:count]:
             kept.prefetch()
 
     def tensors(self) -> list[Tensor]:
@@ -231,7 +254,7 @@ class LayerCache:
         self.history = self.bias_terms = None
 
     def prefetch(self, stores: bool) -> None:
-        """The layer runs soon: bring back what it needs from the host.
+        """The layer runs soon: bring back what its tiles need from the host.
 
         Args:
             stores: whether it adds to its history, or only dispatches.
@@ -240,10 +263,19 @@ class LayerCache:
             self.history.prefetch()
         if self.bias_terms is not None and not stores:
             self.bias_terms.prefetch()
-        if self.carry is not None:
-            self.carry.prefetch()
         if self.beside is not None:
             self.beside.prefetch(stores)
+
+    def prefetch_carry(self, refreshes: bool) -> None:
+        """The layer runs next: bring back D, which is as large as two of its activations.
+
+        Args:
+            refreshes: whether D is made anew.
+        """
+        if self.carry is not None:
+            self.carry.prefetch(refreshes)
+        if self.beside is not None:
+            self.beside.prefetch_carry(refreshes)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""

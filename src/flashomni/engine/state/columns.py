@@ -88,12 +88,12 @@ class Carry:
         return symbols.kv_bits is own.kv_bits and symbols.grid == own.grid
 
     def put(self, row_offset: int, value: Tensor, projected: bool, step: int) -> None:
-        """D of the rows of one stream, made in a refresh."""
+        """D of the rows of one stream, made in a refresh; ``value`` is the carry's from now on."""
         history, was = self._streams.get(row_offset, (None, projected))
         if history is None or was is not projected:
             keep = self._order + 1
             history = History(self._order, keep, self._storage, halved=True)
-        history.push(value, step)
+        history.push(value, step, own=True)
         self._streams[row_offset] = history, projected
 
     def has(self, row_offset: int, projected: bool) -> bool:
@@ -119,10 +119,15 @@ class Carry:
             )
         return history
 
-    def prefetch(self) -> None:
-        """It is needed soon."""
+    def prefetch(self, refreshes: bool) -> None:
+        """It is needed soon: all of it, or what the differences of a refresh are taken to."""
         for history, _ in self._streams.values():
-            history.prefetch()
+            history.prefetch(self._order if refreshes else None)
+
+    def settle(self) -> None:
+        """Long work was launched behind what went to the host: its memory may go."""
+        if self._storage.lane is not None:
+            self._storage.lane.flush()
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept, for accounting."""

@@ -8,6 +8,7 @@ copies. No call here waits for the device.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,15 @@ DTYPES = {
     "float8": torch.float8_e4m3fn,
 }
 IN_FLIGHT = 2  # tensors on their way to the host, whose device memory is still held
+PART = 2**25  # bytes of what passes over a large tensor make at a time, where they write into it
+
+
+def parts(x: Tensor) -> Iterator[slice]:
+    """The rows of ``x [B, R, ...]``, so many at a time that a part has about ``PART`` bytes."""
+    rows = x.shape[1]
+    count = max(1, min(rows, -(-x.nbytes // PART)))
+    size = max(1, -(-rows // count))
+    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 class Lane:
@@ -32,6 +42,10 @@ class Lane:
         self.device, self._stream = device, torch.cuda.Stream(device)
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
+    def room(self, like: Tensor) -> Tensor:
+        """Host memory for a tensor of this shape and dtype."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
     def send(self, value: Tensor, host: Tensor) -> None:
         """``host[:] = value``; the memory of ``value`` is held until that is done."""
         self._release(IN_FLIGHT - 1)
@@ -42,15 +56,19 @@ class Lane:
         value = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return value, self._copy(value, host)
 
+    def wait(self, event: torch.cuda.Event) -> None:
+        """What is launched from now on runs behind a copy."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
     def flush(self) -> None:
-        """Let go of what was sent."""
+        """Let go of what was sent: what is launched from now on may have its memory."""
         self._release(0)
 
     def _release(self, count: int) -> None:
         """Leave at most ``count`` in flight. Memory is reused only behind the copy out of it."""
         while len(self._leaving) > count:
             value, done = self._leaving.popleft()
-            torch.cuda.current_stream(self.device).wait_event(done)
+            self.wait(done)
             del value
 
     def _copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
@@ -107,14 +125,17 @@ class Kept:
 
     def put(self, tensor: Tensor) -> None:
         """Keep ``tensor``, which nobody may write to afterwards."""
+        lane = self._storage.lane
+        if lane is not None and self._coming is not None:  # nobody asked for it
+            lane.wait(self._coming[1])
         self._dtype, self._coming = tensor.dtype, None
         packed, self._scale = _pack(tensor, self._storage.resolve(tensor.dtype))
-        lane = self._storage.lane
         if lane is None:
             self._payload = packed
             return
+        packed = packed.contiguous()
         if self._payload is None or self._payload.shape != packed.shape:
-            self._payload = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._payload = lane.room(packed)
         lane.send(packed, self._payload)
 
     def prefetch(self) -> None:
@@ -124,14 +145,17 @@ class Kept:
             self._coming = lane.bring(self._payload)
 
     def get(self) -> Tensor:
-        """The tensor on its device, in the dtype in which it came; not to be written to."""
+        """The tensor on its device, in the dtype in which it came.
+
+        Not to be written to, but for what came from the host: that is a copy, and the caller's.
+        """
         assert self._payload is not None, "nothing was put"
-        packed = self._payload
-        if self._storage.lane is not None:
+        packed, lane = self._payload, self._storage.lane
+        if lane is not None:
             self.prefetch()
             assert self._coming is not None
             packed, arrived = self._coming
-            torch.cuda.current_stream(packed.device).wait_event(arrived)
+            lane.wait(arrived)
             self._coming = None
         if self._scale is None:
             return packed.to(self._dtype)

@@ -132,19 +132,29 @@ def joint_attention(
 
 
 class Later:
-    """Computes something once, when it is called.
+    """Computes something once: when it is called, or when it is taken.
+
+    It holds neither what it computes from nor the value for longer than it has to: those are the
+    widest tensors of a block.
 
     Args:
         make: what.
     """
 
-    value: Tensor
-
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
+        self._make: Callable[[], Tensor] | None = make
+        self._value: Tensor | None = None
 
     def __call__(self) -> None:
-        self.value = self._make()
+        if self._make is not None:
+            self._value, self._make = self._make(), None
+
+    def take(self) -> Tensor:
+        """The value, which goes with whoever takes it: once."""
+        self()
+        value, self._value = self._value, None
+        assert value is not None, "taken before"
+        return value
 
 
 def valid_first(mask: Tensor) -> Tensor:

@@ -221,6 +221,7 @@ class MMDiT:
         x, norm_x = residual_norm(
             x, y, gate, block.norm2, scale_mlp, shift_mlp, backend=run.backend
         )
+        del y
         x = gated_residual(x, feed_forward(run, block.ff, norm_x), gate_mlp, backend=run.backend)
         c, norm_c = residual_norm(
             c, c_y, c_gate, block.norm2_context, c_scale, c_shift, backend=run.backend
@@ -241,9 +242,11 @@ class MMDiT:
         x = join_tokens(c, x) if self.text == "first" else join_tokens(x, c)
         norm_x, gate = adaptive_norm(block.norm, x, inputs.rest["temb"], backend=run.backend)
         streams = self._single_streams(run, block.attn, norm_x, inputs, vision, text)
-        up = Later(lambda: self.up(run, block, norm_x))
+        up = Later(partial(self.up, run, block, norm_x))
         o = joint_attention(run, block.attn, streams, block.proj_out, meanwhile=up)
-        y = run.project_o(o, block.proj_out, row_offset=0, always=up.value)
+        del norm_x, streams  # beside the MLP there is no room to spare
+        y = run.project_o(o, block.proj_out, row_offset=0, always=up.take())
+        del o
         x = self._clipped(gated_residual(x, y, gate, backend=run.backend))
         return self.output(x[:, slice(*vision)], x[:, slice(*text)])
 
