@@ -25,7 +25,7 @@ from flashomni.policies._trained import TRAINED
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from methods import by_importance, keep, together
+from methods import by_importance, keep, sound, together
 from rows import page as page_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,12 +100,16 @@ def test_every_recipe_of_the_page_is_one():
     assert len(found) == len(set(found)) >= 16
     for name in found:
         Recipe.of(name.removesuffix(page_of.CALIBRATED))
+    guided = list(page_of.recipes_of(PAGE.read_text("utf-8"), guided=True))
+    assert len(guided) == 2 and not set(guided) & set(found)
+    assert all(Recipe.of(name.removesuffix(page_of.GUIDED)).guidance for name in guided)
 
 
 def test_the_tool_fills_cells_and_nothing_else():
     page = (
         "text\n\n| a | recipe | measured, picture |\n|---|---|---|\n"
         "| 1 | `fora` |  |\n| 2 | `x`, calibrated | y |\n| 3 | - | z |\n"
+        "| 4 | `both` (true CFG) | v |\n| 5 | [own](files) | w |\n"
     )
     assert list(page_of.recipes_of(page)) == ["fora", "x, calibrated"]
     line = {
@@ -114,12 +118,17 @@ def test_the_tool_fills_cells_and_nothing_else():
         "dense_seconds": "9", "speedup": "4.5", "attention_spent": "0.305",
     }  # fmt: skip
     odd = {**line, "method": "x, calibrated", "psnr_db": "not finite", "dense_seconds": "5"}
-    last = {**line, "method": "last", "dense_seconds": "4"}
-    cells = page_of.cells_of([line, odd, last, {**line, "model": "other", "dense_seconds": "1"}])
+    last = {**line, "method": "own", "dense_seconds": "4"}
+    other = {**line, "model": "other", "dense_seconds": "1"}
+    both = {**line, "method": "both (true CFG)", "dense_seconds": "18"}  # two calls: 9x of its own
+    cells = page_of.cells_of([line, odd, last, other, both])
     cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, attention 0.30, 2.50x"
     assert page_of.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
         "| y |", "| not finite |"
-    )
+    ).replace("| v |", f"| {cell.replace('2.50x', '9.00x')} |").replace("| w |", f"| {cell} |")
+    wrong = dict.fromkeys(results.columns(Summed), "1") | {"attention_spent": "269335634.9"}
+    with pytest.raises(ValueError, match=r"1, 1: attention_spent 2\.69336e"):
+        sound([wrong])
 
 
 def test_what_has_no_row_comes_first(tmp_path):

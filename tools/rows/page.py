@@ -74,7 +74,7 @@ def filled(page: str, figures: dict[str, dict[str, str]]) -> str:
     """The page with these figures, column -> recipe -> cell, in the rows of their recipes."""
     lines = page.splitlines()
     for number, cells, head in _rows(page):
-        name = cells[head.index(RECIPE)].replace("`", "")
+        name = re.sub(r"\[(.*)\]\(.*\)", r"\1", cells[head.index(RECIPE)].replace("`", ""))
         for column, known in figures.items():
             if column in head and name in known:
                 cells[head.index(column)] = known[name]
