@@ -25,6 +25,7 @@ from flashomni.models import adapters, find_adapter
 from flashomni.policies import make_policy
 from flashomni.symbols import Grid, Symbols
 
+pytest_plugins = ["process_settings"]
 STEPS = 10
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ADAPTERS = sorted(adapters())

@@ -346,6 +346,7 @@ def test_a_copy_of_the_model_is_the_stock_model():
         assert torch.equal(other(**given)[0], stock[0])
 
 
+@pytest.mark.usefixtures("diffusers_attention")
 def test_an_attention_backend_of_the_user_is_kept():
     """Set before: whole-layer caching around it, and no adapter; the report says so."""
     model, given = adapters()["FluxTransformer2DModel"].tiny()
@@ -367,6 +368,7 @@ def test_an_attention_backend_of_the_user_is_kept():
         assert engine.report().tier == "adapter"
 
 
+@pytest.mark.usefixtures("diffusers_attention")
 def test_a_backend_that_is_set_later_is_kept_from_the_next_generation_on():
     """A model without an adapter follows; the report says whose attention ran."""
     from tiny_models import build, output
