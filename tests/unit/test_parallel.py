@@ -103,9 +103,9 @@ def test_the_forecast_is_in_front_of_a_projection_that_is_called(ranks, case):
 
 @on_ranks
 def test_bytes_follow_from_the_shapes(ranks):
-    """q, k, v and o, each of all the rank's rows and heads, fp32."""
+    """q, k, v and o in fp32, of each the half that is for the other rank."""
     rows, width, batch = (78 + 18 * 19) // 2, 4 * 16, 2
-    once = 4 * 4 * batch * rows * width
+    once = 4 * 4 * batch * rows * width // 2
     for number, found in enumerate(ranks):
         assert found["lossless"]["bytes"] == once * STEPS * LAYERS
         (note,) = found["lossless"]["note"]

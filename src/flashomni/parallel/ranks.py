@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Message = tuple[Tensor, int]  # and the rank at its other end
 
 
 class Ranks:
@@ -20,7 +21,7 @@ class Ranks:
         rank: the own place in it.
         size: how many there are.
         exchanges: all-to-alls since the last :meth:`restart`.
-        nbytes: what this rank put into them, its own part included.
+        nbytes: what this rank sent to others in them, or broadcast.
         gathers: all-gathers since then.
         broadcasts: of outputs since then.
         device: where tensors have to be, for what they have to tell each other.
@@ -37,22 +38,32 @@ class Ranks:
         """Count from 0."""
         self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
 
-    def exchange(self, x: Tensor, takes: Sequence[int], sends: Sequence[int]) -> tuple[Tensor, Any]:
-        """Start to send ``sends[r]`` values of ``x`` to rank r, and to take ``takes[r]`` from it.
+    def exchange(self, sends: Sequence[Message], takes: Sequence[Message]) -> Callable[[], None]:
+        """Start an all-to-all of tensors where they lie: none is packed, and the own part stays.
 
         Args:
-            x: ``[sum(sends)]``.
+            sends: contiguous, and not to be changed before the end; a rank takes those for it in
+                this order.
+            takes: contiguous, what is written to.
 
         Returns:
-            ``[sum(takes)]``, and the work to wait for before it is read.
+            What waits for it. On a GPU the device waits, not the process.
         """
-        out = x.new_empty(sum(takes))
         self.exchanges += 1
-        self.nbytes += x.numel() * x.element_size()
-        work = dist.all_to_all_single(
-            out, x, list(takes), list(sends), group=self.group, async_op=True
+        self.nbytes += sum(x.numel() * x.element_size() for x, _ in sends)
+        places = dist.get_process_group_ranks(self.group)
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, x, places[rank], self.group) for x, rank in sends]
+            + [dist.P2POp(dist.irecv, x, places[rank], self.group) for x, rank in takes]
         )
-        return out, work
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            held.clear()
+
+        held = [x for x, _ in sends]  # they are read until then
+        return wait
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """``x`` of every rank: the same bits on all of them."""
@@ -91,8 +102,8 @@ class Ranks:
         if self.broadcasts:
             calls = f"{self.broadcasts} broadcasts of outputs"
         return [
-            f"rank {self.rank} of {self.size}, whose share these figures are: it put "
-            f"{self.nbytes:,} bytes into {calls}"
+            f"rank {self.rank} of {self.size}, whose share these figures are: it sent "
+            f"{self.nbytes:,} bytes in {calls}"
         ]
 
 

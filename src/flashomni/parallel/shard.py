@@ -1,9 +1,9 @@
 """A call of a model whose sequence is spread over ranks: rows outside of attention, heads inside.
 
 Outside of attention a rank holds its own rows of each stream, with all heads; inside it holds all
-rows in the model's own order, of its own heads (DeepSpeed Ulysses, arXiv 2309.14509). The copy that
-changes the layout has to be made in any case: it sorts rows as well. Heads that do not divide are
-shared out unevenly, so that no rank attends to heads that are none.
+rows in the model's own order, of its own heads (DeepSpeed Ulysses, arXiv 2309.14509). What goes
+there is received in its place, a message a stream; what comes back is sent from its place. Heads
+that do not divide are shared out unevenly, so that no rank attends to heads that are none.
 
 Letters in shapes: B batch, R rows of this rank, S rows of the whole sequence, H num_heads,
 h heads of this rank, D head_dim.
@@ -21,17 +21,25 @@ from flashomni.parallel.layout import Layout
 from flashomni.parallel.ranks import Ranks
 from flashomni.symbols import Symbols
 
+Place = tuple[int, slice]  # an item of the batch, and rows of it
+
 
 class Sent:
     """Rows or heads that are under way.
 
     Args:
         shape: of what was sent, ``[B, R, H, D]`` or ``[B, S, h, D]``.
-        wait: waits for what comes instead, and lays it out.
+        out: what comes instead.
+        arrive: waits until it is there.
     """
 
-    def __init__(self, shape: torch.Size, wait: Callable[[], Tensor]) -> None:
-        self.shape, self.wait = shape, wait
+    def __init__(self, shape: torch.Size, out: Tensor, arrive: Callable[[], None]) -> None:
+        self.shape, self._out, self._arrive = shape, out, arrive
+
+    def wait(self) -> Tensor:
+        """What came."""
+        self._arrive()
+        return self._out
 
 
 class Shard:
@@ -84,48 +92,52 @@ class Shard:
 
     def send_heads(self, x: Tensor) -> Sent:
         """Start ``[B, R, H, D]`` -> ``[B, S, h, D]``."""
-        batch, rows, num_heads, head_dim = x.shape
+        batch, _, num_heads, head_dim = x.shape
         shares = [len(self.heads(num_heads, rank)) for rank in range(self.size)]
-        sends = [rows * batch * share * head_dim for share in shares]
-        takes = [count * batch * shares[self.rank] * head_dim for count in self._counts]
-        packed = x.new_empty(sum(sends))
-        for part, heads in zip(packed.split(sends), x.split(shares, 2), strict=True):
-            part.view(rows, batch, -1, head_dim).copy_(heads.transpose(0, 1))
-        received, work = self.ranks.exchange(packed, takes, sends)
-
-        def wait() -> Tensor:
-            work.wait()
-            out = x.new_empty(batch, self.layout.seqlen, shares[self.rank], head_dim)
-            for rank, part in enumerate(received.split(takes)):
-                theirs = part.view(self._counts[rank], batch, -1, head_dim).transpose(0, 1)
-                for (first, last), (start, stop) in self.layout.pieces(rank):
-                    out[:, start:stop] = theirs[:, first:last]
-            return out
-
-        return Sent(x.shape, wait)
+        out = x.new_empty(batch, self.layout.seqlen, shares[self.rank], head_dim)
+        parts = x.split(shares, 2)
+        packed = {rank: parts[rank].contiguous() for rank in self._others}
+        sends = [(x[at], rank) for rank, x in packed.items() for at in self._own(batch)]
+        takes = [(out[at], rank) for rank in self._others for at in self._whole(rank, batch)]
+        arrive = self.ranks.exchange(sends, takes)
+        for mine, whole in zip(self._own(batch), self._whole(self.rank, batch), strict=True):
+            out[whole] = parts[self.rank][mine]
+        return Sent(x.shape, out, arrive)
 
     def send_rows(self, o: Tensor, num_heads: int) -> Sent:
-        """Start ``[B, S, h, D]`` -> ``[B, R, H, D]``."""
-        batch, _, own, head_dim = o.shape
+        """Start ``[B, S, h, D]`` -> ``[B, R, H, D]``; ``o`` is not to be changed meanwhile."""
+        batch, _, _, head_dim = o.shape
         shares = [len(self.heads(num_heads, rank)) for rank in range(self.size)]
-        rows = self._counts[self.rank]
-        sends = [count * batch * own * head_dim for count in self._counts]
-        takes = [rows * batch * share * head_dim for share in shares]
-        packed = o.new_empty(sum(sends))
-        for rank, part in enumerate(packed.split(sends)):
-            mine = part.view(self._counts[rank], batch, own, head_dim).transpose(0, 1)
-            for (first, last), (start, stop) in self.layout.pieces(rank):
-                mine[:, first:last] = o[:, start:stop]
-        received, work = self.ranks.exchange(packed, takes, sends)
+        rows, o = self._counts[self.rank], o.contiguous()
+        out = o.new_empty(batch, rows, num_heads, head_dim)
+        parts = out.split(shares, 2)
+        sends = [(o[at], rank) for rank in self._others for at in self._whole(rank, batch)]
+        came = {rank: o.new_empty(batch, rows, shares[rank], head_dim) for rank in self._others}
+        takes = [(x[at], rank) for rank, x in came.items() for at in self._own(batch)]
+        arrive = self.ranks.exchange(sends, takes)
+        for mine, whole in zip(self._own(batch), self._whole(self.rank, batch), strict=True):
+            parts[self.rank][mine] = o[whole]
 
-        def wait() -> Tensor:
-            work.wait()
-            out = o.new_empty(batch, rows, num_heads, head_dim)
-            for part, heads in zip(received.split(takes), out.split(shares, 2), strict=True):
-                heads.copy_(part.view(rows, batch, -1, head_dim).transpose(0, 1))
-            return out
+        def wait() -> None:
+            arrive()
+            for rank, x in came.items():
+                parts[rank].copy_(x)
 
-        return Sent(o.shape, wait)
+        return Sent(o.shape, out, wait)
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _own(self, batch: int) -> list[Place]:
+        """Where this rank's streams lie in what it holds: contiguous, an item of the batch each."""
+        pieces = [own for own, _ in self.layout.pieces(self.rank)]
+        return [(item, slice(*piece)) for item in range(batch) for piece in pieces]
+
+    def _whole(self, rank: int, batch: int) -> list[Place]:
+        """Where a rank's streams lie in the whole sequence, in the same order."""
+        pieces = [whole for _, whole in self.layout.pieces(rank)]
+        return [(item, slice(*piece)) for item in range(batch) for piece in pieces]
 
     def everywhere(self, symbols: Symbols, num_heads: int) -> Symbols:
         """S_c of all heads, the same bits on every rank; S_s visits nothing, and is not to be read.
