@@ -1,10 +1,12 @@
-"""One of two processes, a card each: bf16 on two cards against one, for every adapter that can.
+"""One of several processes, a card each: bf16 on several cards against one, model by model.
 
-``python two_cards.py RANK STORE OUT [SECONDS]``: each rank runs everything alone first.
+``python two_cards.py RANK STORE OUT``: each rank runs everything alone first. Two ranks share the
+tokens of every model that can be shared, and then the branches of those that are called once a
+branch; four do both at once. Without CUDA it runs on CPUs, with gloo.
 """
 
+import argparse
 import json
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,11 @@ from flashomni.models import adapters
 STEPS = 5
 FIRST = ("FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "QwenImageTransformer2DModel",
          "WanTransformer3DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel")  # fmt: skip
-TOPK = Recipe.of("topk", q_density=0.5, kv_density=0.6, interval=3, warmup=0.2, order=1)
+BRANCHES = ("QwenImageTransformer2DModel", "WanTransformer3DModel")  # called for one after another
+RECIPES = {
+    "lossless": Recipe.of("lossless"),
+    "topk": Recipe.of("topk", q_density=0.5, kv_density=0.6, interval=3, warmup=0.2, order=1),
+}
 
 
 def generate(model, inputs, latents, engine=None):
@@ -30,6 +36,22 @@ def generate(model, inputs, latents, engine=None):
         now = {**inputs, latents: inputs[latents] * (1 - 0.03 * step)}
         outputs.append(torch.stack(list(model(**now, return_dict=False)[0])).float())
     return torch.stack(outputs)
+
+
+def guided(model, inputs, latents, engine=None):
+    """Latents of all steps with true CFG, of two texts."""
+    text = inputs["encoder_hidden_states"]
+    x, found = inputs[latents], []
+    for step in range(STEPS):
+        outputs = []
+        for branch, words in (("cond", text), ("uncond", text.flip(1))):
+            if engine is not None:
+                engine.step(step, STEPS, branch)
+            now = {**inputs, latents: x, "encoder_hidden_states": words}
+            outputs.append(model(**now, return_dict=False)[0])
+        x = x - 0.02 * (outputs[1] + 3.0 * (outputs[0] - outputs[1]))
+        found.append(x.float())
+    return torch.stack(found)
 
 
 def on(device, dtype, inputs):
@@ -45,19 +67,19 @@ def error(x, reference):
     return float((x - reference).norm() / reference.norm())
 
 
-def compare(adapter, device):
-    """Errors against fp32 of stock bf16 and of two cards, lossless; then of topk, two to one."""
+def compare(adapter, device, run=generate, **ranks):
+    """Errors against fp32 of stock bf16, of one card and of several; and of several to one."""
     torch.manual_seed(0)
     model, inputs = adapter.tiny()
     model, latents = model.eval().to(device), adapter.latents
-    exact = generate(model, on(device, torch.float32, inputs), latents)
+    exact = run(model, on(device, torch.float32, inputs), latents)
     model, inputs = model.to(torch.bfloat16), on(device, torch.bfloat16, inputs)
-    stock, found = generate(model, inputs, latents), {}
-    for name, recipe in (("lossless", "lossless"), ("topk", TOPK)):
+    stock, found = run(model, inputs, latents), {}
+    for name, recipe in RECIPES.items():
         with flashomni.accelerate(model, recipe, graphs=False) as engine:
-            one = generate(model, inputs, latents, engine)
-        with flashomni.accelerate(model, recipe, ulysses=dist.get_world_size()) as engine:
-            two = generate(model, inputs, latents, engine)
+            one = run(model, inputs, latents, engine)
+        with flashomni.accelerate(model, recipe, **ranks) as engine:
+            two = run(model, inputs, latents, engine)
         spread = [torch.empty_like(two) for _ in range(dist.get_world_size())]
         dist.all_gather(spread, two)
         found[name] = {
@@ -70,28 +92,58 @@ def compare(adapter, device):
     return found
 
 
-def main(rank, store, out, seconds=150.0):
-    start, device = time.monotonic(), torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+def jobs(size):
+    """What to compare, the most used first: its name, the model's, and how it is shared out."""
+    if size == 4:
+        return [(f"{name} cfg=2 ulysses=2", name, {"run": guided, "cfg": 2, "ulysses": 2})
+                for name in BRANCHES]  # fmt: skip
+    rest = sorted(set(adapters()) - set(FIRST))
+    shared = [
+        name
+        for name in (*FIRST, *rest)
+        if all(site.sequence for site in adapters()[name].sites(adapters()[name].tiny()[0]))
+    ]
+    found = [(name, name, {"ulysses": size}) for name in shared]
+    cfg = [(f"{name} cfg=2", name, {"run": guided, "cfg": 2}) for name in BRANCHES]
+    return [*found[: len(FIRST)], *cfg, *found[len(FIRST) :]]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rank", type=int)
+    parser.add_argument("store")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", type=int, default=2, help="ranks: 2 or 4")
+    parser.add_argument("--seconds", type=float, default=300.0, help="no job begins after these")
+    parser.add_argument("--share", type=int, default=0, help="which jobs")
+    parser.add_argument("--of", type=int, default=1, help="how many shares there are")
+    asked = parser.parse_args()
+    start, found = time.monotonic(), {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu", asked.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl", f"file://{store}", timedelta(seconds=60), world_size=2, rank=rank, device_id=device
+        "nccl" if device.type == "cuda" else "gloo",
+        f"file://{asked.store}",
+        timedelta(seconds=120),
+        world_size=asked.size,
+        rank=asked.rank,
+        device_id=device if device.type == "cuda" else None,
     )
-    names = [*FIRST, *(name for name in sorted(adapters()) if name not in FIRST)]
-    found = {}
+    device = device if device.type == "cuda" else torch.device("cpu")
     with torch.no_grad():
-        for name in names:
-            late = torch.tensor(time.monotonic() - start > seconds, device=device).float()
+        for name, model, how in jobs(asked.size)[asked.share :: asked.of]:
+            late = torch.tensor(float(time.monotonic() - start > asked.seconds), device=device)
             dist.all_reduce(late)
-            adapter = adapters()[name]
-            if late or not all(site.sequence for site in adapter.sites(adapter.tiny()[0])):
+            if late:
                 continue
             try:
-                found[name] = compare(adapter, device)
-            except Exception as error:  # both ranks fail alike, or the next collective ends them
-                found[name] = {"error": f"{type(error).__name__}: {error}"}
-    Path(out).write_text(json.dumps(found))
+                found[name] = compare(adapters()[model], device, **how)
+            except Exception as problem:  # both ranks fail alike, or the next collective ends them
+                found[name] = {"error": f"{type(problem).__name__}: {problem}"}
+            asked.out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:]))
+    main()
