@@ -118,7 +118,6 @@ def main():
     parser.add_argument("--share", type=int, default=0, help="which jobs")
     parser.add_argument("--of", type=int, default=1, help="how many shares there are")
     asked = parser.parse_args()
-    start, found = time.monotonic(), {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu", asked.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -131,6 +130,7 @@ def main():
         device_id=device if device.type == "cuda" else None,
     )
     device = device if device.type == "cuda" else torch.device("cpu")
+    start, found = time.monotonic(), {}
     with torch.no_grad():
         for name, model, how in jobs(asked.size)[asked.share :: asked.of]:
             late = torch.tensor(float(time.monotonic() - start > asked.seconds), device=device)
