@@ -1,7 +1,8 @@
 """A recorder that works anywhere: it repeats torch's ops on the addresses of the first run.
 
 What a CUDA graph would get wrong goes wrong here too: numbers of the host are those of the
-recording, tensors are found where they were then, and nothing happens before the first replay.
+recording, tensors are found where they were then, nothing happens before the first replay, and a
+replay writes over what later recordings of its pool have made.
 """
 
 import weakref
@@ -42,10 +43,18 @@ class Tape:
 
     nbytes = 1000
 
-    def __init__(self, ops, held):
-        self._ops, self._held = ops, held
+    def __init__(self, ops, held, pool):
+        self._ops, self._held, self._pool = ops, held, pool
+
+    def spoil(self):
+        """Others have written to the memory of what it made."""
+        for _, _, _, results, is_new in self._ops:
+            for tensor in results if is_new else ():
+                tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
 
     def replay(self):
+        for later in self._pool.behind(self):  # may lie where this one keeps what it drops again
+            later.spoil()
         for func, args, kwargs, results, is_new in self._ops:
             out = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
             if is_new:
@@ -57,7 +66,21 @@ class Pool:
     """Given up with the last recording in it, as that of CUDA graphs is."""
 
     def __init__(self):
-        self.used, self.tapes = False, weakref.WeakSet()
+        self.used, self._tapes = False, []
+
+    @property
+    def tapes(self):
+        """Those that somebody still has, in the order in which they were recorded."""
+        self._tapes = [tape for tape in self._tapes if tape() is not None]
+        return [tape() for tape in self._tapes]
+
+    def add(self, tape):
+        self._tapes.append(weakref.ref(tape))
+
+    def behind(self, tape):
+        """Those that were recorded later."""
+        tapes = self.tapes
+        return tapes[tapes.index(tape) + 1 :]
 
 
 class TapeRecorder:
@@ -73,7 +96,7 @@ class TapeRecorder:
         return Pool()
 
     def record(self, run, pool):
-        assert len(pool.tapes) or not pool.used, "the pool is gone"
+        assert pool.tapes or not pool.used, "the pool is gone"
         pool.used = True
         log, watch = Log(), Watch(torch.device("cpu"))
         try:
@@ -85,10 +108,7 @@ class TapeRecorder:
             for storage, content in log.saved.values():
                 storage.copy_(content)
         self.count += 1
-        for _, _, _, results, is_new in log.ops:
-            for tensor in results if is_new else ():
-                # Nothing has been computed before the first replay.
-                tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.zero_()
-        tape = Tape(log.ops, list(watch.held.values()))
-        pool.tapes.add(tape)
+        tape = Tape(log.ops, list(watch.held.values()), pool)
+        tape.spoil()  # nothing has been computed before the first replay
+        pool.add(tape)
         return out, tape

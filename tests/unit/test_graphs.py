@@ -83,6 +83,14 @@ def check_generations(model, inputs, recipe):
     assert residue(model) == []
 
 
+@pytest.mark.parametrize(
+    "recipe", [f"topk:q_density=.5,kv_density=.6,interval=3,warmup=.4,order={n}" for n in (0, 1)]
+)
+def test_a_plain_full_step_comes_again_behind_all_others(flux, recipe):
+    """The recording of the first step is the last one's too: it leaves what others made alone."""
+    check_generations(*flux, recipe)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES[1:], ids=IDS[1:])
 def test_two_generations_in_turn_have_recordings_of_their_own(flux, recipe):

@@ -8,7 +8,8 @@ A recording holds addresses and numbers, so it stands for one call alone: the st
 the branch, shapes and options of the inputs, which layers S_q caches whole, and *what was called
 before since the caches were empty*. The last is a chain: each key names the recording whose caches
 it reads, and only a call whose caches are at fixed addresses is recorded. Memory that a recording
-uses in passing is used again by later ones of its chain only, which never run before it.
+uses in passing is used again by later ones, which no chain runs before it. Plain full steps have
+memory of their own: they run again behind any other, and would write over what that has left.
 
 A *slot* has recordings of one sort of generation and branch. While a generation runs, the slot is
 its own; generations in turn have a slot each, and the next one takes a slot that is free.
@@ -26,11 +27,10 @@ from torch import Tensor, nn
 
 from flashomni.engine.arguments import cloned, filled, refuse_inputs, shape_of
 from flashomni.engine.capture import CudaRecorder, Recorder, Replay, Uncapturable
-from flashomni.engine.learner import Learner
-from flashomni.engine.recipe import Recipe
+from flashomni.engine.recordable import look_at, modes
+from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import START
 from flashomni.engine.state.mirror import mirror
-from flashomni.parallel import Ranks
 
 MODES = (True, False, "auto")
 MAX_GRAPHS = 256  # of one model
@@ -63,6 +63,7 @@ class Entry:
         refused: why it cannot be recorded.
         keeps: bytes that the branch keeps behind it, where it changes that.
         flops: of its largest block.
+        returns: whether it may run again behind recordings that were made later.
     """
 
     uses: int = 0
@@ -76,14 +77,21 @@ class Entry:
     refused: str = ""
     keeps: int = 0
     flops: int = 0
+    returns: bool = False
 
 
 class Slot:
-    """Recordings of one branch of one generation at a time."""
+    """Recordings of one branch of one generation at a time.
 
-    def __init__(self, key: Hashable, pool: Any) -> None:
-        self.key, self.pool = key, pool
+    Args:
+        key: the sort of its calls.
+        make_pool: makes the memory of those that return, and that of all others.
+    """
+
+    def __init__(self, key: Hashable, make_pool: Callable[[], Any]) -> None:
+        self.key, self._make_pool = key, make_pool
         self.entries: dict[Hashable, Entry] = {}
+        self._pools: dict[bool, Any] = {}
         self._owner: Any = lambda: None
 
     @property
@@ -93,6 +101,12 @@ class Slot:
 
     def give(self, branch: Any) -> None:
         self._owner, branch.slot = weakref.ref(branch), self
+
+    def pool_of(self, entry: Entry) -> Any:
+        """Memory to record it in; torch gives up a pool with the last recording in it."""
+        if not any(x.graph for x in self.entries.values() if x.returns == entry.returns):
+            self._pools[entry.returns] = self._make_pool()
+        return self._pools[entry.returns]
 
     @property
     def nbytes(self) -> int:
@@ -160,7 +174,7 @@ class Graphs:
         if device != self._device:
             self.clear()
             self._device, self.recorder = device, self._recorder_for(device)
-        reason, state = _look_at(self._model, self._ours)
+        reason, state = look_at(self._model, self._ours)
         if state != self._state:
             self._slots, self._state = [], state
         self._off = refused or reason
@@ -190,7 +204,7 @@ class Graphs:
             self._why[reason] = None
             branch.at = None
             return forward(*args, **kwargs)
-        sort = (shape, *call.sort, *_modes())
+        sort = (shape, *call.sort, *modes())
         if sort in self._too_large:
             return forward(*args, **kwargs)
         slot = self._slot(branch, sort)
@@ -199,7 +213,7 @@ class Graphs:
             return forward(*args, **kwargs)
         changes = call.changes
         key = (before, call.key)
-        entry = slot.entries.setdefault(key, Entry())
+        entry = slot.entries.setdefault(key, Entry(returns=call.key is StepKind.FULL))
         if (
             entry.graph is None
             and entry.uses
@@ -231,7 +245,7 @@ class Graphs:
             idle = [each for each in self._slots if each.free]
             for each in idle[: max(len(self._slots) + 1 - MAX_SLOTS, 0)]:
                 self._slots.remove(each)
-            slot = Slot(sort, self.recorder.make_pool())
+            slot = Slot(sort, self.recorder.make_pool)
             self._slots.append(slot)
         else:
             self._slots.remove(slot)
@@ -283,12 +297,11 @@ class Graphs:
         _put_back(branch, was)
         call.prepare(entry.numbers)
         try:
-            entry.output, entry.graph = recorder.record(lambda: forward(*args, **kwargs), slot.pool)
+            pool = slot.pool_of(entry)
+            entry.output, entry.graph = recorder.record(lambda: forward(*args, **kwargs), pool)
         except Uncapturable as error:
             entry.refused, entry.inputs = str(error), []
             self._why[entry.refused] = None
-            if not slot.count:  # torch gives up a pool with the last recording in it
-                slot.pool = recorder.make_pool()
             call.rewind()
             _put_back(branch, was)
             return
@@ -312,22 +325,6 @@ class Graphs:
         return cloned(entry.output)
 
 
-def why_none(recipe: Recipe, learner: Learner | None, ranks: Ranks | None = None) -> str:
-    """Why no call under a recipe can be recorded; empty if that is not known before."""
-    schedule = recipe.schedule
-    if learner is not None:
-        return "the model has no adapter, and is learned while it runs"
-    if ranks is not None:
-        return "the sequence is spread over ranks"
-    if recipe.storage.history_device == "host":
-        return "histories are kept on the host"
-    if recipe.guidance.acts:
-        return "guidance leaves whole branches out"
-    if schedule.decides or schedule.learns or schedule.measures:
-        return f"schedule {schedule.name!r} looks at values inside the steps"
-    return ""
-
-
 def _state_of(branch: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(branch).items() if key not in LIVE}
 
@@ -349,49 +346,3 @@ def _put_back(branch: Any, state: dict[str, Any], measured: bool = False) -> Non
             cache.fraction = fraction
     for group, steps in zip(branch.groups, computed, strict=True):
         group.computed = steps
-
-
-def _modes() -> tuple:
-    """What of torch's state changes what a call does."""
-    return (
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _look_at(model: nn.Module, ours: Callable[[Any], bool]) -> tuple[str, Hashable]:
-    """Why the calls of a model cannot be recorded, and what they rely on: where its weights lie."""
-    places: list[int] = []
-    if model.training:
-        return "the model is in training mode", None
-    for name, module in model.named_modules():
-        what = _refuse_module(module, ours)
-        if what:
-            return f"{name or type(model).__name__} {what}", None
-        places.append(id(type(module)))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and type(tensor.data) is not Tensor:
-                return f"{name} holds a {type(tensor.data).__name__}", None
-            places.append(0 if tensor is None else tensor.data_ptr())
-    return "", tuple(places)
-
-
-def _refuse_module(module: nn.Module, ours: Callable[[Any], bool]) -> str:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if not all(map(ours, hooks)):
-        return "carries a forward hook"
-    for slot in ("forward", "_old_forward"):
-        stand_in = module.__dict__.get(slot)
-        if stand_in is not None and not ours(stand_in):
-            return "carries a hook"
-    if getattr(module, "_hf_hook", None) is not None:
-        return "is offloaded or hooked by accelerate"
-    if not all(map(ours, getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())):
-        return "carries a hook of diffusers"
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return "is compiled"
-    if type(module).__module__.partition(".")[0] == "peft":
-        return "is a LoRA layer"
-    return ""

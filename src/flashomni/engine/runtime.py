@@ -27,7 +27,7 @@ from flashomni.engine.clock import Clock, Position
 from flashomni.engine.gains import Gains
 from flashomni.engine.generations import MAX_GENERATIONS, Generations
 from flashomni.engine.geometry import Asked
-from flashomni.engine.graphs import Graphs, why_none
+from flashomni.engine.graphs import Graphs
 from flashomni.engine.grids import Grids
 from flashomni.engine.groups import Division
 from flashomni.engine.layer import LayerRun
@@ -36,6 +36,7 @@ from flashomni.engine.memory import Budget
 from flashomni.engine.model_output import model_output
 from flashomni.engine.one_call import OneCall
 from flashomni.engine.recipe import Recipe
+from flashomni.engine.recordable import why_none
 from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.sharding import Sharding, agreed_on
