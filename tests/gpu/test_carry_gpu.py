@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 import flashomni
 from conftest import STEPS, generation, run
@@ -79,6 +80,36 @@ def test_carry_in_host_memory_is_the_same(flux):
     assert torch.equal(got, expected)
     assert host.cache_bytes_host > 0.9 * (device.cache_bytes - host.cache_bytes) > 0
     assert any("host memory" in note for note in host.notes)
+
+
+def test_carry_in_host_memory_takes_few_buffers_of_the_device():
+    """Of ``[tokens, hidden]``, at the peak, beside the same recipe without carry: about three."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
+    small = adapters()["FluxTransformer2DModel"].sizes["tiny"]
+    model = FluxTransformer2DModel(**small | sizes).eval().to("cuda", torch.bfloat16)
+    given = {"device": "cuda", "dtype": torch.bfloat16}
+    inputs = {
+        "hidden_states": torch.randn(1, 8192, 16, **given),
+        "encoder_hidden_states": torch.randn(1, 128, 24, **given),
+        "pooled_projections": torch.randn(1, 20, **given),
+        "timestep": torch.full((1,), 0.5, **given),
+        "img_ids": torch.cartesian_prod(*map(torch.arange, (1, 64, 128))).to(**given),
+        "txt_ids": torch.zeros(128, 3, **given),
+        "guidance": torch.full((1,), 3.5, **given),
+    }
+
+    def peak(recipe):
+        run(model, inputs, recipe)
+        torch.cuda.reset_peak_memory_stats()
+        run(model, inputs, recipe)
+        return torch.cuda.max_memory_allocated()
+
+    unit = (8192 + 128) * 256 * 2
+    recipe = RECIPE + ",degrade_below=1,layer_order=0"
+    without = recipe.replace("carry=extrapolate,refresh=3,", "")
+    beside = peak(recipe + ",history_device=host") - peak(without)
+    assert beside <= 3.5 * unit
 
 
 def test_a_graph_that_host_memory_prevents_says_so(flux):

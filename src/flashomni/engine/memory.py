@@ -70,7 +70,7 @@ class Bytes:
         tiles: of attention, and what they add behind the projection.
         carry: differences that sparse attention carries.
         on_host: whether tiles and carry lie in host memory.
-        passing: of those, what is on the device while a layer and the one before it run.
+        passing: of those, what is on the device while a layer runs; branches run in turn.
     """
 
     output: int = 0
@@ -93,7 +93,7 @@ class Bytes:
 
     def times(self, branches: int) -> Bytes:
         """Of several branches."""
-        names = ("output", "layers", "tiles", "carry", "passing")
+        names = ("output", "layers", "tiles", "carry")
         return replace(self, **{name: branches * getattr(self, name) for name in names})
 
 
@@ -109,25 +109,38 @@ def kept_bytes(recipe: Recipe, shapes: Shapes, device: str = "cuda") -> Bytes:
     on_host = recipe.storage.history_device == "host" and device == "cuda"
     grid = Grid(2, 2, text=(0, 1) if shapes.has_text else (0, 0))
     wide = partial(storage.nbytes, wide=True)
-    tiles, carry, layers = 0, 0, 0
+    tiles, carry, layers, refreshed = 0, 0, 0, 0
     for own, chosen in _divided(recipe, shapes):
         forecast, sparse = own.forecast, own.sparse
         attention = sum(storage.nbytes(*shapes.attention[place]) for place in chosen)
         if sparse.carries:
-            carry += attention * (2 if sparse.carry == "extrapolate" else 1)
+            terms = 2 if sparse.carry == "extrapolate" else 1
+            carry += attention * terms
+            each = (_refreshed(storage, *shapes.attention[place], terms) for place in chosen)
+            refreshed = max(refreshed, *each, 0)
         policy = own.policy_for(grid)
-        if policy.caches and policy.name != "cached" and not recipe.at_output:
+        whole = sparse.degrade_below >= 1 and policy.known_fraction(grid) is not None
+        if policy.caches and policy.name != "cached" and not whole and not recipe.at_output:
             # Of projected tiles: what differences need of O, and every term behind the projection.
             tiles += (2 * forecast.order + 1) * attention
         if own.skips and not recipe.at_output:
             size = (forecast.layer_order + 1) * sum(wide(*each) for each in shapes.streams)
             layers += size * shapes.runs(chosen)
-    passing = 2 * (tiles + carry) // max(sum(s.numel() > 0 for s, _ in shapes.attention), 1)
+    passing = 2 * tiles // max(sum(s.numel() > 0 for s, _ in shapes.attention), 1) + refreshed
     output = 0
     if recipe.skips and recipe.at_output:
         terms = recipe.forecast.layer_order + 1
         output = terms * sum(wide(*each) for each in shapes.output)
     return Bytes(output, layers, tiles, carry, on_host, passing)
+
+
+def _refreshed(storage: Storage, shape: torch.Size, dtype: torch.dtype, terms: int) -> int:
+    """D of one layer on the device while it is made anew, where it is kept on the host.
+
+    D itself, what its differences are taken to, and all that the layer before has sent away. Steps
+    between refreshes bring back no more than the terms of one layer at a time.
+    """
+    return shape.numel() * dtype.itemsize + (2 * terms - 1) * storage.nbytes(shape, dtype)
 
 
 def _divided(recipe: Recipe, shapes: Shapes) -> Iterator[tuple[Recipe, set[int]]]:
