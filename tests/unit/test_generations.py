@@ -45,6 +45,19 @@ def test_a_second_pipeline_has_a_count_of_its_own(small, before):
         assert kinds(engine) == expected and "d" in expected and expected[-1] == "f"
 
 
+def test_a_report_counts_the_generations_and_is_of_the_last(flux):
+    """A pipeline may make several in one call; those that are not told of are not hidden."""
+    model, inputs = flux
+    with flashomni.accelerate(model, CACHING) as engine:
+        for number in (1, 2, 1):
+            generation(engine, model, inputs, steps=4)
+            report = engine.report()
+            assert (report.generation, len(report.steps)) == (number, 4)
+            assert ("generation 2, the last one: " in str(report)) == (number == 2)
+            if number == 2:
+                engine.reset()
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("recipe", [CACHING, SPARSE], ids=["whole", "tiles"])
 def test_two_requests_in_turn_give_what_each_gives_alone(tiny, recipe):

@@ -38,7 +38,7 @@ STABLE = {
     "flashomni.Recipe.save": "path",
     "flashomni.Recipe.to_dict": "",
     "flashomni.Summary": "model recipe steps layers seconds_by_kind flops_dense flops_executed "
-    "flops_skipped cache_bytes cache_bytes_host notes tier groups",
+    "flops_skipped cache_bytes cache_bytes_host notes tier groups generation",
     "flashomni.Symbols": "q_bits kv_bits grid",
     "flashomni.Symbols.dense": "grid batch num_heads device",
     "flashomni.Symbols.kv_mask": "",

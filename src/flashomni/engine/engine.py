@@ -63,7 +63,8 @@ class Engine:
                 "these are the figures of the one that was"
             )
             notes = [note, *notes]
-        return replace(summary, tier=runtime.tier, notes=notes)
+        number = 1 if runtime.last is None else runtime.last.number
+        return replace(summary, tier=runtime.tier, notes=notes, generation=number)
 
     def save_symbols(self, path: str | Path) -> None:
         """Write the symbols that the last generation chose last, as safetensors.

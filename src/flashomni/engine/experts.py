@@ -129,6 +129,7 @@ def merged(reports: Mapping[str, Summary], finished: Mapping[str, bool]) -> Summ
             f"caches, {when}: {', '.join(sizes)}",
             *(f"{name}: {note}" for name, r in reports.items() for note in r.notes),
         ],
+        generation=max(r.generation for r in reports.values()),
         tier=first.tier if all(r.tier == first.tier for r in rest) else _tiers(reports),
         groups=[
             {**group, "transformer": name} for name, r in reports.items() for group in r.groups

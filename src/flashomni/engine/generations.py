@@ -17,6 +17,7 @@ class Generations:
 
     def __init__(self) -> None:
         self._of: dict[Hashable, Generation] = {}
+        self._begun = 0
 
     def __len__(self) -> int:
         return len(self._of)
@@ -30,7 +31,7 @@ class Generations:
         return generation if generation is not None and generation.continues(position) else None
 
     def add(self, generation: Generation) -> bool:
-        """Remember a new one, and forget those that have ended.
+        """Remember a new one, give it its number, and forget those that have ended.
 
         Returns:
             Whether one that has not ended had to go, the oldest.
@@ -46,6 +47,8 @@ class Generations:
         for gone in self._of.keys() - alive.keys():
             self._of[gone].leave()
         self._of = {**alive, generation.key: generation}
+        self._begun += 1
+        generation.number = self._begun
         return too_many
 
     def done(self, pipe: Any) -> None:
@@ -66,5 +69,6 @@ class Generations:
             generation.arrange(division)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all, and how many there were."""
         self._of.clear()
+        self._begun = 0

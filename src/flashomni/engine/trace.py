@@ -115,6 +115,9 @@ class Summary:
         notes: what deserves attention: a run too short to gain anything, projections that ran
             dense and why.
         tier: how much of the model is known: ``generic``, ``declared`` or ``adapter``.
+        generation: how many generations there were since the engine was put on or reset. All
+            figures are of the last one, also where one call of a pipeline makes several
+            (``VisualClozePipeline`` two).
     """
 
     model: str
@@ -130,6 +133,7 @@ class Summary:
     notes: list[str]
     tier: str = "adapter"
     groups: list[dict[str, Any]] = field(default_factory=list)
+    generation: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -185,6 +189,8 @@ class Summary:
             f"{self.flops_skipped:.1%} of the transformer blocks' FLOPs skipped, "
             f"cache {in_bytes(self.cache_bytes)}"
         ]
+        if self.generation > 1:
+            lines[0] = f"generation {self.generation}, the last one: {lines[0]}"
         if self.cache_bytes_host:
             lines[0] += f" and {in_bytes(self.cache_bytes_host)} in pinned host memory"
         for kind, figures in self.seconds_by_kind.items():

@@ -163,6 +163,8 @@ def summary_figures(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if data["cache_bytes_host"]:
         rows.append(("cache in host memory", in_bytes(data["cache_bytes_host"])))
+    if data.get("generation", 1) > 1:
+        rows.append(("generation", f"{data['generation']}, the last one"))
     return [*rows, ("tier", str(data["tier"]))]
 
 

@@ -56,11 +56,13 @@ class Generation:
         room: where D is kept, if anything is carried.
         guidance: which calls of further branches are left out, if any are.
         turns: which of them other ranks run, if any do.
+        number: of the generations on its model, from 1.
     """
 
     geometry: Geometry | None = None
     room: Room | None = None
     turns: Turns | None = None
+    number: int = 1
 
     def __init__(self, position: Position, division: Division, backend: str | None = None) -> None:
         self.key: Hashable = position.key
