@@ -288,7 +288,8 @@ def _write_long(work: Path, out: Path) -> None:
 
 def run(options: Options, asked: dict[str, list[Point]]) -> dict[str, Table]:
     """Measure until the time is over; tables by model."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if options.device == "cuda":  # of the process; on a CPU it has other products round, too
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     deadline = time.monotonic() + options.seconds
     with Progress() as progress:
         runner = Runner(options.work, deadline, progress)
