@@ -12,7 +12,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from flashomni.kernels.attention._forecast_tiles import TILE_M, forecast_kernel
-from flashomni.kernels.attention.portable import attention_kernel, list_kernel
+from flashomni.kernels.attention._key_blocks import list_kernel
+from flashomni.kernels.attention.portable import attention_kernel
 from flashomni.kernels.common import portable
 from flashomni.kernels.common.configs import DEFAULT, Config, tiles
 from flashomni.kernels.elementwise import portable as elementwise

@@ -73,7 +73,7 @@ def test_attention_scale_need_not_be_positive(scale):
 
 def test_key_block_lists():
     """Visited blocks with a valid key, ascending; -1 for cached rows; strides of 0 honoured."""
-    from flashomni.kernels.attention.portable import key_block_lists
+    from flashomni.kernels.attention._key_blocks import key_block_lists
 
     kv_len = torch.tensor([1000, 130, 0], dtype=torch.int32)
     grid = Grid(200, 1000, block_m=16, block_n=16, kv_len=kv_len)

@@ -34,7 +34,7 @@ def bench_ranks(
     Raises:
         ValueError: a name is not known, or there is more than one baseline.
     """
-    from flashomni.cli.bench import built, timed
+    from flashomni.cli._models import built, timed
     from flashomni.lab.e2e.methods import parse_recipe
     from flashomni.lab.e2e.ranks import exchange_seconds, methods_on, stocks_on
     from flashomni.lab.e2e.stock import make_stocks

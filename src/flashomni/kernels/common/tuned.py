@@ -25,7 +25,8 @@ from flashomni.kernels.common import configs
 from flashomni.kernels.common.configs import Config
 
 SOURCES = (
-    "attention/portable.py", "common/portable.py", "gemm_o/portable.py", "gemm_q/portable.py",
+    "attention/_key_blocks.py", "attention/portable.py", "common/portable.py",
+    "gemm_o/portable.py", "gemm_q/portable.py",
 )  # fmt: skip
 AGAIN = "`flashomni tune-kernels` chooses anew"
 
