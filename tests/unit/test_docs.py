@@ -128,6 +128,22 @@ def test_the_commands_of_a_page_exist(page):
                 assert (ROOT / words[0]).exists(), line
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_commands_in_a_sentence_exist(page):
+    """Words of code like `flashomni bench e2e --model hunyuan-33k`, with the options they name."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for words in re.findall(r"`flashomni ([^`]+)`", text):
+        if words.startswith("symbols "):  # what a file of them begins with
+            continue
+        command, rest = typer.main.get_command(app), words.split()
+        while rest and hasattr(command, "commands"):
+            assert rest[0] in command.commands, words
+            command = command.commands[rest.pop(0)]
+        known = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
+        named = {word.partition("=")[0] for word in rest if word.startswith("--")}
+        assert named <= known | {"--help"}, words
+
+
 def parse(words, line):
     """Its settings as typer parses them; nothing is run."""
     command, path = typer.main.get_command(app), "flashomni"

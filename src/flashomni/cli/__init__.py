@@ -86,7 +86,7 @@ def evaluate(
     ] = "tiny-image",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A recipe, steps=N, or a peer; may be repeated. A default set if none."),
+        typer.Option(help="As of `compare`; may be repeated. A default set if none."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="May be repeated; the model's own if left out.")

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 console = Console(markup=False, emoji=False, highlight=False)
 DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeName = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BackendName = Annotated[str | None, typer.Option(help="Take exactly this kernel backend.")]
+BackendName = Annotated[
+    str | None, typer.Option(help="Take exactly this one; `flashomni show backends` lists them.")
+]
 MeasureNames = Annotated[
     list[str] | None,
     typer.Option(

@@ -251,9 +251,12 @@ def bench_sparsity(
     ] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="FC (caching), BSS (skipping) or both; may be repeated. All if none."),
+        typer.Option(
+            help="FC (query blocks cached), BSS (key blocks skipped) or both; may be repeated. "
+            "All if none."
+        ),
     ] = None,
-    dispatch_steps: Annotated[int, typer.Option(help="Dispatch steps of each point.")] = 3,
+    dispatch_steps: Annotated[int, typer.Option(help="Sparse steps of each point.")] = 3,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     backend: BackendName = None,
@@ -262,7 +265,7 @@ def bench_sparsity(
     csv: CsvPath = None,
     plot: PlotPath = None,
 ) -> None:
-    """Time of a Dispatch step against sparsity: caching alone, skipping alone, both.
+    """Time of a sparse (Dispatch) step by how much it skips: caching, skipping, both.
 
     Each point runs one dense step, one Update and a few Dispatch steps of the real pipeline with
     the policy topk; times are divided by our own dense steps. The first run compiles.

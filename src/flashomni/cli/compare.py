@@ -46,13 +46,21 @@ def usual_rivals(num_steps: int) -> list[str]:
 
 def compare(
     methods: Annotated[
-        list[str], typer.Argument(help="Recipes, steps=N, or peers (diffusers.mag:...).")
+        list[str],
+        typer.Argument(
+            help="Recipes; steps=N, the stock pipeline with fewer; peers, which are methods of "
+            "others (diffusers.mag:threshold=.06)."
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     rival: Annotated[
-        list[str] | None, typer.Option(help="May be repeated; fewer steps and MagCache if none.")
+        list[str] | None,
+        typer.Option(
+            help="Compared with each method at equal time; may be repeated. Fewer steps and "
+            "MagCache if none."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="May be repeated; the model's own if left out.")

@@ -40,7 +40,7 @@ def generate(
         str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     recipe: Annotated[
-        str, typer.Option(help="A preset, a policy's name, or a recipe's .json.")
+        str, typer.Option(help="A name of `flashomni show recipe`, or a recipe's .json.")
     ] = "balanced",
     compare: Annotated[
         bool, typer.Option("--compare", help="Run the stock pipeline too, and report both.")

@@ -30,7 +30,7 @@ def studio(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="A preset, a policy's name, or a recipe's .json.")
+        str, typer.Option(help="A name of `flashomni show recipe`, or a recipe's .json.")
     ] = "balanced",
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")

@@ -61,10 +61,10 @@ def tune(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
 ) -> None:
-    """Tune a recipe: record, plan, try, and compare with the ramp on prompts kept back.
+    """Tune a recipe: record, plan, try, and compare with a plain one on prompts kept back.
 
     Goes on where it was stopped: what is found lies in a folder beside the recipe. Ends with 1, and
-    writes no recipe, where the ramp is not beaten.
+    writes no recipe, where a ramp of as many computed steps, what presets have, is not beaten.
     """
     with plain_errors():
         target = pick_device(device)
