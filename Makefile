@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints/ci.txt
 STAMP := $(VENV)/.installed
 
-# Tests run in as many processes as there are cores, each with one thread; eight are enough.
+# Tests run in as many processes as there are cores, each with one thread; eight are enough. Python
+# keeps what it compiled, also where a container says otherwise: every process would compile it anew.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Tests of portable kernels: to import the others takes longer than many a kernel.
 INTERPRETED = $(shell grep -lE 'with_gpu_marks|mark\.triton' tests/unit/test_*.py)

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 import flashomni
-from conftest import ADAPTERS, SPARSE, STEPS, call, generation, residue, run, self_attention
+from conftest import (
+    ADAPTERS,
+    SPARSE,
+    STEPS,
+    call,
+    generation,
+    residue,
+    run,
+    self_attention,
+    sparse_run,
+)
 from flashomni.models import adapters, find_adapter
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -18,7 +28,7 @@ def test_model_offloading_works_in_any_order(tiny, offload_first):
     from accelerate.hooks import remove_hook_from_module
 
     model, inputs = tiny
-    expected, _ = run(model, inputs, SPARSE)
+    expected, _ = sparse_run(model)
     if offload_first:
         cpu_offload_with_hook(model, "cpu")
     engine = flashomni.accelerate(model, SPARSE)
@@ -84,7 +94,7 @@ def test_a_diffusers_cache_is_refused_until_it_is_disabled(tiny, name):
     import diffusers
 
     model, inputs = tiny
-    expected, _ = run(model, inputs, SPARSE)
+    expected, _ = sparse_run(model)
     settings = {
         "FirstBlockCacheConfig": {"threshold": 0.1},
         "PyramidAttentionBroadcastConfig": {

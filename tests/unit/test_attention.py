@@ -166,6 +166,7 @@ def test_without_symbols_it_is_dense(backend, scale):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_passes_opcheck():
     """One opaque node in the graph; schema, fake and functionalisation are right."""
     q, k, v = tensors((1, 130, 130, 2, 2, 32), torch.float32, "cpu")

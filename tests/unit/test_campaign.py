@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluation import calm, campaign, result, silent, small  # noqa: F401
+from small_pipes import small
+from test_evaluation import calm, campaign, result, silent  # noqa: F401
 
 from flashomni.lab import metrics
 from flashomni.lab.fidelity import parse_method, summarise
@@ -143,7 +144,7 @@ def test_pictures_too_small_for_ssim_have_a_psnr(loaded, tmp_path):
 DIGEST = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_evaluation import small
+from small_pipes import small
 from flashomni.lab.fidelity.identity import weights_digest
 print(weights_digest(small().pipe))
 """

@@ -169,6 +169,7 @@ def test_another_transformer_is_noticed(tiny):
     engine.remove()
 
 
+@pytest.mark.slow
 def test_a_deep_copy_is_the_stock_model(tiny):
     """It runs its own weights, without the engine, and can be accelerated itself."""
     model, inputs = tiny

@@ -314,6 +314,7 @@ def test_a_comparison_that_cannot_be_made_is_still_reported(
     assert page.index("<h2>Notes</h2>") < page.index('class="fo-speed"')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [True, False])
 def test_kernels_compile_before_anything_is_timed(model, tmp_path, monkeypatch, compiles):
     """Both sides run shortly, with every kind of step; the time is said and not counted."""

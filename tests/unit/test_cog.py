@@ -94,6 +94,7 @@ def pipeline(request):
     return pipe, generate, 1 if request.param == "cogvideox" else 2
 
 
+@pytest.mark.slow
 def test_a_whole_pipeline(pipeline):
     """lossless is stock; guidance in the batch, or a branch; a sparse recipe repeats its bits."""
     pipe, generate, calls = pipeline

@@ -147,6 +147,7 @@ def test_a_model_that_is_refused_says_why():
     assert row["status"] == "refused" and "no ModuleList of blocks" in row["why"]
 
 
+@pytest.mark.slow
 def test_cases_run_alone_and_once(tmp_path):
     """One that dies, hangs or raises has a row as well; what has a row is not run again."""
     ran = []

@@ -139,6 +139,7 @@ def test_attention(arch, dtype, head_dim, anchored, tmp_path):
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "dtype", "head_dim"), TARGETS)
 def test_attention_with_summaries(arch, dtype, head_dim, tmp_path):
     """Visits of summaries come behind the others, in a loop of their own."""
@@ -152,6 +153,7 @@ def test_attention_with_summaries(arch, dtype, head_dim, tmp_path):
     check(compiled, arch, tmp_path, may_spill=32)  # 255 registers before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [(1, 1, 1, 1), ("i32", "i32", 1, 1)], ids=["one", "column"])
 def test_attention_with_a_single_summary(bits):
     """Triton takes strides that are 1 as constants: of one block of queries, and of keys."""

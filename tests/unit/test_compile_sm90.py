@@ -133,6 +133,7 @@ def may_spill(request):
     return (MAY_SPILL_LATER if MOVES_OPERANDS.value else MAY_SPILL).get(name, 0)
 
 
+@pytest.mark.slow
 def test_fits_and_does_not_spill(kernel, may_spill):
     """Registers and shared memory suffice; ptxas neither spills nor serialises wgmma."""
     assert kernel.spilled_bytes <= may_spill
@@ -140,6 +141,7 @@ def test_fits_and_does_not_spill(kernel, may_spill):
     assert kernel.shared <= SHARED_MEMORY
 
 
+@pytest.mark.slow
 def test_what_runs_does_not_spill(kernel, may_spill):
     """Triton calls ptxas with options of its own: the machine code itself is free of spills.
 

@@ -56,6 +56,7 @@ def test_gemm_q(dtype, head_dim, absent):
     check(build(gemm_q_kernel, types, constants))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "head_dim"), KINDS)
 @pytest.mark.parametrize(
     "mode", ["dense", "terms", "always", "terms always cut", "update", "update cut", "no bias"]

@@ -62,6 +62,7 @@ def worst_error(engine, model, inputs, stock, steps=NUM_STEPS, disturb=None):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("order", [0, 1])
 def test_any_set_of_cached_layers_is_exact(tiny, cache_whole, order):

@@ -53,6 +53,7 @@ def results(folder, text):
     return folder / "results.xml"
 
 
+@pytest.mark.slow
 def test_what_broke_is_named_with_its_reason(tool, tmp_path):
     """In the fixture or in the test, for some parameters or for all; what is skipped counts not."""
     found = tool.by_adapter(
@@ -81,6 +82,7 @@ def test_what_broke_is_named_with_its_reason(tool, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_what_cannot_even_be_imported_is_no_pass(tool, tmp_path):
     """Nobody holds where no test ran; the reason is the import's."""
     told = results(tmp_path, "import nothing_of_that_name\n")

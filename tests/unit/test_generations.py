@@ -155,6 +155,7 @@ def test_an_overlapping_call_is_refused_and_the_other_stays_right(flux):
     assert torch.equal(outputs[0], alone)
 
 
+@pytest.mark.slow
 def test_sixty_direct_calls_keep_nothing(flux, caplog):
     """Calls outside of any loop run dense; the log says so once."""
     model, inputs = flux

@@ -52,11 +52,8 @@ def test_every_generation_is_the_same_bits(tiny, recipe):
     check_generations(model, first_item(inputs), recipe)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(ONES, marks=pytest.mark.slow), "balanced", "fast"],
-    ids=["ones", "balanced", "fast"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [ONES, "balanced", "fast"], ids=["ones", "balanced", "fast"])
 def test_every_recipe_gives_the_same_bits(flux, recipe):
     """The recipes that decide more: one model stands for all."""
     check_generations(*flux, recipe)
@@ -83,6 +80,7 @@ def check_generations(model, inputs, recipe):
     assert residue(model) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [f"topk:q_density=.5,kv_density=.6,interval=3,warmup=.4,order={n}" for n in (0, 1)]
 )

@@ -115,6 +115,7 @@ def test_sizes_that_do_not_fit_are_no_shape(name):
     assert "do not number its tokens" in adapters()[name].geometry(model, more).why
 
 
+@pytest.mark.slow
 def test_guidance_that_perturbs_is_a_branch_of_its_own():
     """cond and the perturbed call in turn: each gives what it gives alone, with sparse steps."""
     model, inputs = build("LTX-2.5")

@@ -183,6 +183,7 @@ def test_what_a_generation_gained_is_judged_by_the_recipe_that_ran(monkeypatch):
     assert recipe.at_output and judged == [recipe] != [TILES]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
     """Log and report say to what; the bytes hold; and it is what that recipe would have made."""
     model, inputs = tiny("FluxTransformer2DModel")

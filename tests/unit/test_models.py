@@ -88,10 +88,11 @@ def test_remove_is_bit_exact_and_leaves_nothing(tiny, recipe):
 def test_sparse_steps_really_differ_and_really_skip(tiny):
     """The guard of the other tests: SPARSE computes less, and not the same."""
     model, inputs = tiny
-    stock, _ = run(model, inputs, "lossless")
     sparse, summary = sparse_run(model)
-    dispatch = [i for i, step in enumerate(summary.steps) if step["kind"] == "dispatch"]
-    assert dispatch and not torch.allclose(stock[dispatch[0]], sparse[dispatch[0]], atol=1e-4)
+    first = [step["kind"] for step in summary.steps].index("dispatch")
+    stock, _ = run(model, inputs, "lossless", steps=first + 1)
+    torch.testing.assert_close(sparse[:first], stock[:first], atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(stock[first], sparse[first], atol=1e-4)
     assert summary.flops_executed["attention"] < 0.8 * summary.flops_dense["attention"]
     gemm_q = summary.flops_executed["gemm_q"] / summary.flops_dense["gemm_q"]
     assert gemm_q < 0.9 if has_sparse_queries(model) else gemm_q == 1
@@ -179,11 +180,11 @@ def test_a_generation_depends_on_nothing_before_it(tiny):
     """A then B gives the bits of B alone; so do two equal runs in a row."""
     model, inputs = tiny
     other = {**inputs, "hidden_states": inputs["hidden_states"].flip(0)}
-    alone, _ = run(model, other, SPARSE)
+    alone, _ = sparse_run(model)
     with flashomni.accelerate(model, SPARSE) as engine:
-        generation(engine, model, inputs)
-        assert torch.equal(generation(engine, model, other), alone)
-        assert torch.equal(generation(engine, model, other), alone)
+        generation(engine, model, other)
+        assert torch.equal(generation(engine, model, inputs), alone)
+        assert torch.equal(generation(engine, model, inputs), alone)
 
 
 def test_batch_items_do_not_touch_each_other(tiny):

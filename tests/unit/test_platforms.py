@@ -93,6 +93,7 @@ def only_definitions(monkeypatch):
     dispatch.forget_choices()
 
 
+@pytest.mark.slow
 def test_a_device_without_a_kernel_is_said_once(only_definitions, no_grad, caplog):
     """In the log and in each report; the generation is what the definitions make of it."""
     model, inputs = make_tiny("FluxTransformer2DModel")

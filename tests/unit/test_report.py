@@ -203,6 +203,7 @@ def test_sheets_are_bounded(monkeypatch):
     assert len(base64.b64decode(sheet.uri.partition(",")[2])) <= 20_000
 
 
+@pytest.mark.slow
 def test_a_report_says_how_to_make_it_again(comparison, tmp_path):
     """The command, escaped, where one made it; the words that were typed stay apart."""
     report.write_report(comparison, tmp_path / "by hand")

@@ -134,6 +134,7 @@ def test_chunked_mlps_are_refused():
     flashomni.accelerate(model).remove()
 
 
+@pytest.mark.slow
 def test_a_whole_pipeline():
     """Guidance doubles the batch, skip-layer guidance calls once more in some steps."""
     import diffusers

@@ -33,6 +33,7 @@ def ran(request, tmp_path_factory):
         return expected, engine.report(), SymbolsFile.load(path)
 
 
+@pytest.mark.slow
 def test_its_density_map_is_not_all_or_nothing(ran):
     """Sparse steps visit a part of the blocks in every layer; at least half of the computed."""
     expected, report, _ = ran

@@ -195,6 +195,7 @@ def test_the_memory_of_carry_is_said_before(flux, caplog):
         assert any("carry keeps at most" in note for note in engine.report().notes)
 
 
+@pytest.mark.slow
 def test_without_room_carry_is_off_by_name(flux, monkeypatch, caplog):
     """Where neither device nor host has it: as a recipe without carry, with a warning."""
     model, inputs = flux
@@ -206,6 +207,7 @@ def test_without_room_carry_is_off_by_name(flux, monkeypatch, caplog):
     assert torch.equal(outputs, run(model, inputs, carried(carry="off"))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_carry_is_kept_as_histories_are(flux, dtype):
     """Half and a quarter of the memory, and nearly the same."""
@@ -217,6 +219,7 @@ def test_carry_is_kept_as_histories_are(flux, dtype):
     torch.testing.assert_close(full, less, atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.slow
 def test_symbols_are_saved_and_used_again(flux, tmp_path):
     """The same bits in another run, without a choice; the mass and the error go with them."""
     model, inputs = flux

@@ -240,6 +240,7 @@ def test_means_of_valid_keys(backend, dtype, seqlen, block_n, per_block, lengths
                 )
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_passes_opcheck():
     """Both ops: making a summary, and attention that takes it."""
     q, k, v, symbols, _ = made((1, 130, 130, 2, 2, 32, 64, 4), torch.float32, "cpu")

@@ -68,9 +68,8 @@ def test_every_script_starts(path, as_script, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("fuzz_attention", marks=pytest.mark.slow), "fuzz_gemm"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fuzz_attention", "fuzz_gemm"])
 def test_random_cases_hold_on_the_cpu(name):
     """A few cases of each campaign."""
     path = ROOT / "tests" / "fuzz" / f"{name}.py"
