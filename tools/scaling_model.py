@@ -1,7 +1,8 @@
 """A step on 4 and 8 cards, computed from what was measured on one and on two.
 
 ``python tools/scaling_model.py --exchange hunyuan-33k=0.81`` reads docs/results/scaling.csv, the
-rows of ``bench e2e --ulysses 2``, and prints both tables; with ``--write`` they become the section
+rows of ``bench e2e --ulysses 2`` (and of 4, beside which what is computed is shown), and prints
+both tables; with ``--write`` they become the section
 of docs/scaling.md. ``--exchange`` is the median time in ms of one all-to-all by itself on the two
 cards, of a rank's share of q (:func:`flashomni.lab.e2e.ranks.exchange_seconds`): it gives the
 bandwidth.
@@ -30,11 +31,12 @@ from flashomni.util.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs" / "results" / "scaling.csv"
 PAGE = ROOT / "docs" / "scaling.md"
-HEADING = "## Measured on two cards, and computed for more"
+HEADING = "## Measured, and computed for more"
 BEFORE = "## What is exact"  # the section that it stands in front of
 MORE = (4, 8)
 VALUE = 2  # bytes, of bf16
 PAIR = ", 2 cards"
+SEVERAL = re.compile(r", (\d+) cards$")
 ALONE = "eager"  # diffusers on one card
 Key = tuple[str, str]  # model and recipe
 
@@ -128,10 +130,19 @@ def section(data: Sequence[results.Cells], exchange: Mapping[str, float]) -> str
     steps = steps_of(data, exchange)
     if not steps:
         raise ValueError("the rows have no recipe both on one card and on 2 cards")
-    computed = [["model", "recipe", "sent on 2 cards", *(f"{cards} cards" for cards in MORE)]]
+    means = _means(data)
+    seen = {n for n in MORE for _, recipe in means if recipe.endswith(f", {n} cards")}
+    columns = [(n, is_seen) for n in MORE for is_seen in (False, True) if n in seen or not is_seen]
+    names = (f"{n} cards" + ", measured" * is_seen for n, is_seen in columns)
+    computed = [["model", "recipe", "sent on 2 cards", *names]]
     for (model, recipe), step in steps.items():
-        more = (f"{step.on(n) * 1e3:,.0f} ms, {step.one / step.on(n):.2f}x" for n in MORE)
-        computed.append([model, f"`{recipe}`", f"{step.sent(2) / 1e6:,.0f} MB", *more])
+        cells = []
+        for n, is_seen in columns:
+            row = means.get((model, f"{recipe}, {n} cards")) if is_seen else None
+            seconds = float(row["ms"]) / 1e3 if row else step.on(n)
+            shown = f"{seconds * 1e3:,.0f} ms, {step.one / seconds:.2f}x"
+            cells.append(shown if row or not is_seen else "")
+        computed.append([model, f"`{recipe}`", f"{step.sent(2) / 1e6:,.0f} MB", *cells])
     bandwidths = {model: step.bandwidth / 1e9 for (model, _), step in steps.items()}
     return SECTION.format(
         heading=HEADING,
@@ -145,42 +156,39 @@ def section(data: Sequence[results.Cells], exchange: Mapping[str, float]) -> str
     )
 
 
+def _means(data: Sequence[results.Cells]) -> dict[Key, results.Cells]:
+    """The row of a whole generation, by model and method; its baseline is any."""
+    return {(row["model"], row["recipe"]): row for row in data if row["step_kind"] == GENERATION}
+
+
 def _measured(data: Sequence[results.Cells]) -> list[list[str]]:
-    """A row a method that ran on two cards: its mean step, beside one card's and diffusers'."""
-    means = {
-        (row["model"], row["recipe"], row["baseline"]): row
-        for row in data
-        if row["step_kind"] == GENERATION
-    }
-    stock = {row["baseline"]: _short(row["baseline"]) for row in data if _shared(row["baseline"])}
-    names = list(dict.fromkeys(stock.values()))
-    rows = [["model", "method", "1 card", "2 cards", "faster", *(f"than {n}" for n in names)]]
-    for model, recipe in dict.fromkeys((model, recipe) for model, recipe, _ in means):
-        if not recipe.endswith(PAIR):
+    """A row a method and number of cards: its mean step, beside one card's and diffusers'."""
+    means = _means(data)
+    plans = [recipe for _, recipe in means if recipe.startswith("diffusers ")]
+    names = list(dict.fromkeys(map(_short, plans)))
+    head = ["model", "method", "cards", "a step", "one card", "faster"]
+    rows = [[*head, *(f"than {name}" for name in names)]]
+    for (model, recipe), row in means.items():
+        several = SEVERAL.search(recipe)
+        if several is None:
             continue
-        alone = recipe.removesuffix(PAIR)
-        of_one = ALONE if recipe in stock else alone
-        two, one = means[model, recipe, ALONE], means.get((model, of_one, ALONE))
+        alone, ms = recipe[: several.start()], float(row["ms"])
+        one = means.get((model, ALONE if recipe in plans else alone))
         ratios = dict.fromkeys(names, "")
-        for baseline, name in stock.items():
-            row = means.get((model, recipe, baseline))
-            if row is not None:
-                ratio = float(row["baseline_s"]) / float(row["generation_s"])
-                ratios[name] = f"{ratio:.2f}x"
-        times = [f"{float(each['ms']):,.0f} ms" if each else "" for each in (one, two)]
-        faster = f"{float(one['ms']) / float(two['ms']):.2f}x" if one else ""
-        label = alone if recipe in stock else f"`{alone}`"
-        rows.append([model, label, *times, faster, *ratios.values()])
+        for other in plans:
+            if (model, other) in means and other.endswith(several[0]):
+                ratios[_short(other)] = f"{float(means[model, other]['ms']) / ms:.2f}x"
+        beside = (
+            [f"{float(one['ms']):,.0f} ms", f"{float(one['ms']) / ms:.2f}x"] if one else ["", ""]
+        )
+        label = alone if recipe in plans else f"`{alone}`"
+        rows.append([model, label, several[1], f"{ms:,.0f} ms", *beside, *ratios.values()])
     return rows
 
 
-def _shared(name: str) -> bool:
-    return name.endswith(PAIR)
-
-
 def _short(name: str) -> str:
-    """A baseline's name without whose plan it is."""
-    return re.sub(r" \(.*?\)", "", name.removesuffix(PAIR))
+    """A baseline's name without its cards, and without whose plan it is."""
+    return re.sub(r" \(.*?\)", "", SEVERAL.sub("", name))
 
 
 SECTION = """{heading}

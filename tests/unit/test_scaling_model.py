@@ -90,8 +90,11 @@ def test_the_section_says_what_is_computed(tool):
     text = tool.section(rows(), EXCHANGE)
     measured, found, computed = text.partition("**Computed, not measured**")
     assert found and "not measured yet" not in text
-    assert "| hunyuan-33k | diffusers native (our plan on stock blocks) | 3,200 ms | 1,800" in text
-    assert "| hunyuan-33k | `fora` |  |" in measured and "`fora`" not in computed
+    stock = (
+        "| hunyuan-33k | diffusers native (our plan on stock blocks) | 2 | 1,800 ms | 3,200 ms |"
+    )
+    assert stock in text and "| hunyuan-33k | `fora` | 2 | " in measured
+    assert "`fora`" not in computed
     for recipe in ("lossless", "balanced", "cached"):
         assert f"| hunyuan-33k | `{recipe}` |" in measured
         assert f"| hunyuan-33k | `{recipe}` |" in computed
@@ -100,6 +103,18 @@ def test_the_section_says_what_is_computed(tool):
     assert again == f"# A\n\n{text}\n## What is exact\n\nb\n"
     with pytest.raises(ValueError, match="needs a heading"):
         tool.put_in("# A\n", text)
+
+
+def test_what_four_cards_took_stands_beside_what_was_computed(tool):
+    """Against one card, and against diffusers on as many."""
+    four = "lossless, 4 cards", STOCK.replace("2 cards", "4 cards")
+    more = [row(name, GENERATION, s, 1.0) for name, s in zip(four, (0.8, 1.2), strict=True)]
+    measured, _, computed = tool.section([*rows(), *more], EXCHANGE).partition("**Computed")
+    one = step_on(1, 0.05, *RECIPES["lossless"])
+    line = f"| `lossless` | 4 | 800 ms | {one * 1e3:,.0f} ms | {one / 0.8:.2f}x | 1.50x |"
+    assert line in measured and "| 4 cards | 4 cards, measured | 8 cards |" in computed
+    (line,) = (each for each in computed.splitlines() if "| `lossless` |" in each)
+    assert f"| 800 ms, {one / 0.8:.2f}x |" in line
 
 
 @pytest.mark.parametrize(
