@@ -193,11 +193,12 @@ def _short(name: str) -> str:
 
 SECTION = """{heading}
 
-Two {gpu} of one host, NCCL, {versions}, bf16, random weights, 50 steps, no CUDA graphs
-([rows](results/scaling.csv)). Times are those of a step, the mean of a generation (of stock methods
-and of `lossless`, whose steps are alike, the median of three); "than" compares generations with
-diffusers' context parallelism on the same two cards. diffusers has no plan for HunyuanVideo: its
-stock blocks run under ours.
+{gpu}, cards of one host, NCCL, {versions}, bf16, random weights, 50 steps, no CUDA graphs
+([rows](results/scaling.csv)). Times are those of a step: of stock methods and of `lossless`, whose
+steps are alike, the median of those behind a warm-up, one card and several in turn (the commands
+take one after the other); of other recipes the mean of a whole generation, and of several generations the median. "Than" compares with
+diffusers' context parallelism on as many cards. diffusers has no plan for HunyuanVideo: its stock
+blocks run under ours.
 
 {measured}
 
@@ -205,8 +206,8 @@ stock blocks run under ours.
 {commands}
 ```
 
-**Computed, not measured**: the same on 4 and 8 cards of one host, and how many times faster than on
-one.
+**Computed, not measured**, but for a column that says so: the same on 4 and 8 cards of one host, and
+how many times faster than on one.
 
 {computed}
 
@@ -214,8 +215,8 @@ A step on P cards is taken to be rest + shared / P + exchange(P). The exchange i
 [what is sent](#what-it-costs) over the bandwidth of one all-to-all by itself on the two cards
 ({speeds} from a process), as if none of it were hidden
 behind computing; rest and shared are what the times on one and on two cards leave. Not in it: that
-messages become smaller, that kernels have fewer rows each, and hosts that do not connect all of
-their cards alike. Where tiles are cached within computed layers, more is sent than the share of
+messages become smaller, that kernels have fewer rows each, that [a host](#what-it-costs) has to
+launch them in the time of a step, and hosts that do not connect all of their cards alike. Where tiles are cached within computed layers, more is sent than the share of
 attention that is counted here.
 
 ```
