@@ -231,7 +231,7 @@ def main() -> None:
                 speeds = speeds or anchored(model)
                 text = max(left, key=lambda each: fit(each)[0])
                 steps, computed = fit(text)
-                if not steps:
+                if not steps or (rows and steps < args.steps):
                     say(f"{', '.join(left)}: left out, no time")
                     break
                 say(f"{text}: {steps} steps, {computed} of {model.calls * steps} calls computed")

@@ -281,3 +281,24 @@ def test_only_cases_see_the_cards(monkeypatch, tmp_path, visible):
     seen = jobs.Case(lambda: {"visible": os.environ.get(jobs.VISIBLE)})
     [(_, row)] = jobs.run_all({"models/A/a": seen}, tmp_path, timeout=20)
     assert row["visible"] == visible
+
+
+class KeepsTime(torch.nn.Module):
+    """As Kandinsky's: what makes the time's embedding is loaded in fp32, whatever the rest is."""
+
+    _keep_in_fp32_modules = ("time",)
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.out = torch.nn.Linear(1, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, t):
+        return (self.out(x + self.time(t.float()).to(x.dtype)),)
+
+
+def test_what_diffusers_loads_in_fp32_stays_so_where_it_must():
+    """A model that cannot be lowered whole is lowered as its own loader does it."""
+    inputs = {"x": torch.randn(1, 3, 8), "t": torch.ones(1, 1)}
+    model, given = models.lowered(KeepsTime(), inputs, "cpu", torch.bfloat16)
+    assert model.time.weight.dtype == torch.float32 and model.out.weight.dtype == torch.bfloat16
+    assert given["x"].dtype == torch.bfloat16 and given["t"].dtype == torch.float32
