@@ -196,9 +196,9 @@ SECTION = """{heading}
 {gpu}, cards of one host, NCCL, {versions}, bf16, random weights, 50 steps, no CUDA graphs
 ([rows](results/scaling.csv)). Times are those of a step: of stock methods and of `lossless`, whose
 steps are alike, the median of those behind a warm-up, one card and several in turn (the commands
-take one after the other); of other recipes the mean of a whole generation, and of several generations the median. "Than" compares with
-diffusers' context parallelism on as many cards. diffusers has no plan for HunyuanVideo: its stock
-blocks run under ours.
+take one after the other); of other recipes the mean of a whole generation, and of several
+generations the median. "Than" compares with diffusers' context parallelism on as many cards.
+diffusers has no plan for HunyuanVideo: its stock blocks run under ours.
 
 {measured}
 
@@ -206,8 +206,8 @@ blocks run under ours.
 {commands}
 ```
 
-**Computed, not measured**, but for a column that says so: the same on 4 and 8 cards of one host, and
-how many times faster than on one.
+**Computed, not measured**, but for a column that says so: the same on 4 and 8 cards of one host,
+and how many times faster than on one.
 
 {computed}
 
@@ -216,8 +216,9 @@ A step on P cards is taken to be rest + shared / P + exchange(P). The exchange i
 ({speeds} from a process), as if none of it were hidden
 behind computing; rest and shared are what the times on one and on two cards leave. Not in it: that
 messages become smaller, that kernels have fewer rows each, that [a host](#what-it-costs) has to
-launch them in the time of a step, and hosts that do not connect all of their cards alike. Where tiles are cached within computed layers, more is sent than the share of
-attention that is counted here.
+launch them in the time of a step, and hosts that do not connect all of their cards alike. Where
+tiles are cached within computed layers, more is sent than the share of attention that is counted
+here.
 
 ```
 python tools/scaling_model.py {command} --write
