@@ -171,6 +171,10 @@ def rules(model: str) -> Iterator[Point]:
         for threshold in thresholds[1::2]:
             series = f"{rule}, our order and carry"
             yield Point(series, None, method.format(threshold) + OURS_CARRIED, model)
+        for threshold in thresholds[1::2] if "@" in model else ():
+            rarely = ORDER + CARRIED + CARRY.format(8)
+            series = f"{rule}, our order and carry, refresh 8"
+            yield Point(series, None, method.format(threshold) + rarely, model)
 
 
 STUDY = Study(
