@@ -322,9 +322,9 @@ class Table:
             raise ValueError(f"nobody {'timed' if self.timed else 'measured'} {method}")
         return Mean.of(values).value
 
-    def spent(self, method: str) -> float:
-        """Attention that a method computes, of dense: the mean; infinite where nobody looked."""
-        return Mean.of(self.column(method, lambda m: m.spent) or {(0, 0): math.inf}).value
+    def by_attention(self) -> Table:
+        """The same, where what a method costs is the attention that it spends."""
+        return Table([each for some in self._rows.values() for each in some.values()])
 
     def whole_cost(self, method: str) -> float:
         """What a generation costs, of dense: time, or the mean of the FLOPs of all ops computed."""

@@ -25,7 +25,6 @@ LINES = ("today", "+ order", "+ 4 summaries", "+ choice of 8 tokens", "+ chosen 
          "+ carry, refresh 8", "+ carry, refresh 4",
          "+ extrapolated in full, refresh 4")  # fmt: skip
 DRAWN = ("stock", "today", "+ order", "+ carry, refresh 4")
-SPENT = 0.4  # of dense attention, in the last comparison with published rules
 RULES = {"spargeattn": "#111827", "window": "#6b7280", "radial": "#a16207"}
 STYLES = {
     "": "x:", "our order": "x--", "our order and carry": "x-",
@@ -173,7 +172,8 @@ def page(
         lines += [f"![The first pair, density 0.25]({study.name}_pictures.webp)", ""]
     lines += _targets(points, tables)
     lines += _published(points, tables)
-    lines += _published(points, tables, SPENT)
+    timed = {model: table.by_attention() for model, table in tables.items() if table.timed}
+    lines += _published(points, timed, "The same rules where as much attention is spent")
     if not next(iter(tables.values())).timed:  # times of small models are too rough for it
         lines += _on_caching(points, tables)
     lines += [
@@ -242,23 +242,14 @@ def _targets(points: Sequence[Point], tables: Tables) -> list[str]:
     return _unless_empty(lines)
 
 
-def _published(points: Sequence[Point], tables: Tables, spent: float | None = None) -> list[str]:
-    """Each rule at its best threshold, against our best, on the same pairs.
-
-    Args:
-        points: of the study.
-        tables: of the models whose times were measured, where ``spent`` is given.
-        spent: the most attention that a method may compute, of dense; no limit by default.
-    """
-    title, also = "## Published rules, each with its best threshold", ""
-    if spent is not None:
-        tables = {model: table for model, table in tables.items() if table.timed}
-        title = f"## The same, with at most {spent:.2f} of the attention computed"
-        also = (
-            " Time alone tells little of a model this small: here what computes more is left out."
-        )
-    lines = [title, "",
-             f"The same dense steps. The gain is ours over the rule, at equal limits.{also}", "",
+def _published(
+    points: Sequence[Point],
+    tables: Tables,
+    title: str = "Published rules, each with its best threshold",
+) -> list[str]:
+    """Each rule at its best threshold, against our best, on the same pairs."""
+    lines = [f"## {title}", "",
+             "The same dense steps. The gain is ours over the rule, at equal limits.", "",
              "| model | cost at most | rule | PSNR, dB | threshold | pairs (prompts) | "
              "ours is better by, dB |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -268,9 +259,9 @@ def _published(points: Sequence[Point], tables: Tables, spent: float | None = No
             p.series for p in points if p.model == model and p.series.split(",")[0] in RULES
         )
         for limit in LIMITS[table.timed]:
-            best = _best(table, ours, limit, spent)
+            best = _best(table, ours, limit)
             for name in series:
-                rule = _best(table, _of(points, model, name), limit, spent)
+                rule = _best(table, _of(points, model, name), limit)
                 if rule is None or best is None:
                     continue
                 gain = Mean.of(minus(table.psnr(best), table.psnr(rule)))
@@ -321,12 +312,8 @@ def _unless_empty(section: list[str]) -> list[str]:
     return [] if section[-1].startswith("|---") else [*section, ""]
 
 
-def _best(
-    table: Table, methods: Sequence[str], limit: float, spent: float | None = None
-) -> str | None:
+def _best(table: Table, methods: Sequence[str], limit: float) -> str | None:
     """The method with the best mean, over pairs that all have, of those that cost no more."""
-    if spent is not None:
-        methods = [each for each in methods if table.spent(each) <= spent]
     psnr = {method: table.psnr(method) for method in methods if table.cost(method) <= limit}
     shared = set.intersection(*map(set, psnr.values())) if psnr else set()
 
