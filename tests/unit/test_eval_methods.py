@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_pipes import small
 
+from flashomni.engine.recordable import look_at
 from flashomni.lab import zoo
 from flashomni.lab.fidelity import parse_method
 from flashomni.lab.fidelity.flops import count_flops
@@ -84,6 +85,7 @@ def test_a_peer_acts_and_is_taken_off(either, name):
         assert not torch.equal(changed, stock)
         again, _ = generation.run(lambda step, total: None)
         assert torch.equal(again, stock)
+    assert look_at(either.pipe.transformer, lambda _: False)[0] == ""  # graphs may be recorded
 
 
 def test_a_peer_refuses_settings_it_does_not_have(loaded):

@@ -101,11 +101,9 @@ class _DiffusersCache(Peer):
             config = self._build(**settings)
         except TypeError as error:
             raise ValueError(f"{self.config}: {error}") from error
-        pipe.transformer.enable_cache(config)
-        try:
+        with _copied(pipe):
+            pipe.transformer.enable_cache(config)
             yield
-        finally:
-            pipe.transformer.disable_cache()
 
 
 @peer("diffusers.taylorseer")
@@ -193,8 +191,7 @@ class CacheDiT(Peer):
 
     ``Fn_compute_blocks``, ``residual_diff_threshold``, ``max_warmup_steps``, ... ``mask``, one of
     its masks of steps (``slow``, ``medium``, ``fast``, ``ultra``), or ``steps``, a list of steps to
-    compute, take the place of its threshold. It patches the transformer for good, so it gets a copy
-    of it that shares the weights.
+    compute, take the place of its threshold.
     """
 
     modules = ("cache_dit",)
@@ -234,17 +231,28 @@ class CacheDiT(Peer):
             config = library.DBCacheConfig(num_inference_steps=num_steps, **settings)
         except TypeError as error:
             raise ValueError(f"DBCacheConfig: {error}") from error
-        stock = pipe.transformer
-        shared = {id(x): x for x in (*stock.parameters(), *stock.buffers())}
-        pipe.transformer = copy.deepcopy(stock, shared)
-        try:
+        with _copied(pipe):
             library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
             try:
                 yield
             finally:
                 library.disable_cache(pipe)
-        finally:
-            pipe.transformer = stock
+
+
+@contextmanager
+def _copied(pipe: Any) -> Iterator[None]:
+    """Put a copy of the transformer that shares its weights in its place.
+
+    What peers put on a model they do not take off whole: cache-dit patches it for good, diffusers
+    leaves stand-ins for the ``forward`` of blocks, behind which no CUDA graph is recorded.
+    """
+    stock = pipe.transformer
+    shared = {id(x): x for x in (*stock.parameters(), *stock.buffers())}
+    pipe.transformer = copy.deepcopy(stock, shared)
+    try:
+        yield
+    finally:
+        pipe.transformer = stock
 
 
 def _steps(settings: dict[str, Any]) -> list[int] | None:
