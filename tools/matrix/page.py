@@ -143,10 +143,13 @@ def count_card(versions: str, named: Mapping[str, Sequence[Row]]) -> str:
     right = [name for name, rows in named.items() if works(rows)]
     ours = sum(any(by_kernels(row) for row in works(named[name])) for name in right)
     off = sorted(name for name, rows in named.items() if any(r["status"] == "wrong" for r in rows))
+    counts = Counter(works(named[name])[0]["tier"] for name in right)
+    shares = ", ".join(f"{counts[tier]} {tier}" for tier in ORDER)
     return (
         f"\n\n**card**: the same in bf16 ({versions}), each within twice stock's own error in bf16 "
-        f"and 1e-2: {len(named)} classes ran, {len(right)} work, {ours} with their largest "
-        "self-attention on our kernels; the cell says in how many blocks, and on which kernels. "
+        f"and 1e-2, without guards, which that is too coarse for: {len(named)} classes ran, "
+        f"{len(right)} work ({shares}), {ours} with their largest self-attention on our kernels; "
+        "the cell says in how many blocks, and on which kernels. "
         + (f"Wrong: {', '.join(off)}." if off else "None is wrong.")
     )
 
