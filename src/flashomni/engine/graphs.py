@@ -10,24 +10,20 @@ before since the caches were empty*. The last is a chain: each key names the rec
 it reads, and only a call whose caches are at fixed addresses is recorded. Memory that a recording
 uses in passing is used again by later ones, which no chain runs before it. Plain full steps have
 memory of their own: they run again behind any other, and would write over what that has left.
-
-A *slot* has recordings of one sort of generation and branch. While a generation runs, the slot is
-its own; generations in turn have a slot each, and the next one takes a slot that is free.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashomni.engine.arguments import cloned, filled, refuse_inputs, shape_of
-from flashomni.engine.capture import CudaRecorder, Recorder, Replay, Uncapturable
+from flashomni.engine.capture import CudaRecorder, Recorder, Uncapturable
 from flashomni.engine.recordable import look_at, modes
+from flashomni.engine.recordings import Entry, Slot, put_back, state_of
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import START
 from flashomni.engine.state.mirror import mirror
@@ -37,89 +33,6 @@ MAX_GRAPHS = 256  # of one model
 MAX_SLOTS = 8
 SHARE = 16  # "auto" holds at most this part of the device's memory
 LARGE = 4e12  # FLOPs of a block that keep any device busy until the host has launched the next
-LIVE = (
-    "division",
-    "memory",
-    "slot",
-    "at",
-    "resets",
-    "chosen",
-)  # of a branch: what no recording puts back
-
-
-@dataclass(eq=False)
-class Entry:
-    """Calls of one key.
-
-    Attributes:
-        uses: how often it was called without a graph.
-        graph: of the call, once it was recorded.
-        inputs: its arguments, which each replay fills.
-        output: what it returned, filled by each replay.
-        state: of the branch behind it; ``None`` where it changes nothing.
-        layers: the records of the layers.
-        numbers: the coefficients that it used, of each group of layers.
-        held: what else it reads (see :meth:`Call.given`).
-        refused: why it cannot be recorded.
-        keeps: bytes that the branch keeps behind it, where it changes that.
-        flops: of its largest block.
-        returns: whether it may run again behind recordings that were made later.
-    """
-
-    uses: int = 0
-    graph: Replay | None = None
-    inputs: list[Tensor] = field(default_factory=list)
-    output: Any = None
-    state: dict[str, Any] | None = None
-    layers: list[Any] = field(default_factory=list)
-    numbers: list[dict] = field(default_factory=list)
-    held: list[Any] = field(default_factory=list)
-    refused: str = ""
-    keeps: int = 0
-    flops: int = 0
-    returns: bool = False
-
-
-class Slot:
-    """Recordings of one branch of one generation at a time.
-
-    Args:
-        key: the sort of its calls.
-        make_pool: makes the memory of those that return, and that of all others.
-    """
-
-    def __init__(self, key: Hashable, make_pool: Callable[[], Any]) -> None:
-        self.key, self._make_pool = key, make_pool
-        self.entries: dict[Hashable, Entry] = {}
-        self._pools: dict[bool, Any] = {}
-        self._owner: Any = lambda: None
-
-    @property
-    def free(self) -> bool:
-        owner = self._owner()
-        return owner is None or owner.slot is not self
-
-    def give(self, branch: Any) -> None:
-        self._owner, branch.slot = weakref.ref(branch), self
-
-    def pool_of(self, entry: Entry) -> Any:
-        """Memory to record it in; torch gives up a pool with the last recording in it."""
-        if not any(x.graph for x in self.entries.values() if x.returns == entry.returns):
-            self._pools[entry.returns] = self._make_pool()
-        return self._pools[entry.returns]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.graph.nbytes for entry in self.entries.values() if entry.graph)
-
-    @property
-    def expected(self) -> int:
-        """Bytes that its recordings hold, or will hold at least."""
-        return max(self.nbytes, sum(entry.keeps for entry in self.entries.values()))
-
-    @property
-    def count(self) -> int:
-        return sum(entry.graph is not None for entry in self.entries.values())
 
 
 class Graphs:
@@ -229,7 +142,7 @@ class Graphs:
             layers = call.record.layers
             entry.flops = max((sum(op[1] for op in layer.ops) for layer in layers), default=0)
             if isinstance(before, Entry) and before.state is not None and not changes:
-                _put_back(branch, before.state)  # nothing that was made on the way stays
+                put_back(branch, before.state)  # nothing that was made on the way stays
         else:
             output = self._replay(entry, call, leaves)
         branch.at = (entry if changes else before) if branch.resets == resets else None
@@ -293,8 +206,8 @@ class Graphs:
         entry.inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
         args, kwargs = filled(given, iter(entry.inputs))
         fresh = before is START or before.state is None
-        was = mirror(_state_of(branch)) if fresh else before.state
-        _put_back(branch, was)
+        was = mirror(state_of(branch)) if fresh else before.state
+        put_back(branch, was)
         call.prepare(entry.numbers)
         try:
             pool = slot.pool_of(entry)
@@ -303,13 +216,13 @@ class Graphs:
             entry.refused, entry.inputs = str(error), []
             self._why[entry.refused] = None
             call.rewind()
-            _put_back(branch, was)
+            put_back(branch, was)
             return
         entry.numbers, entry.held = call.numbers(), call.given()
         entry.layers = list(call.record.layers)
-        entry.state = mirror(_state_of(branch)) if call.changes else None
+        entry.state = mirror(state_of(branch)) if call.changes else None
         call.rewind()
-        _put_back(branch, was)
+        put_back(branch, was)
 
     def _replay(self, entry: Entry, call: Any, leaves: list[Tensor]) -> Any:
         """Do a recorded call, and what it did to the bookkeeping."""
@@ -321,28 +234,5 @@ class Graphs:
         call.record.layers.extend(entry.layers)
         call.settled = True
         if entry.state is not None:
-            _put_back(call.branch, entry.state, measured=True)
+            put_back(call.branch, entry.state, measured=True)
         return cloned(entry.output)
-
-
-def _state_of(branch: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(branch).items() if key not in LIVE}
-
-
-def _put_back(branch: Any, state: dict[str, Any], measured: bool = False) -> None:
-    """The bookkeeping of a branch as it was; which steps were computed is another matter.
-
-    Args:
-        branch: gets it.
-        state: as :func:`_state_of` gave it.
-        measured: whether fractions of the recorded call were measured anew just now. All others
-            stay what they are: numbers that are on the host are no part of a recording.
-    """
-    computed = [group.computed for group in branch.groups]
-    fractions = [cache.fraction for cache in branch.layers]
-    vars(branch).update(mirror(state))
-    for cache, fraction in zip(branch.layers, fractions, strict=True):
-        if not measured or cache.fraction is None or cache.fraction.sent:
-            cache.fraction = fraction
-    for group, steps in zip(branch.groups, computed, strict=True):
-        group.computed = steps
