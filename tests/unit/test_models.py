@@ -203,7 +203,7 @@ def test_branches_do_not_touch_each_other(tiny):
     alone = [sparse_run(model)[0], run(model, other, SPARSE)[0]]
     with flashomni.accelerate(model, SPARSE) as engine:
         latents = [each["hidden_states"] for each in (inputs, other)]
-        for step in range(STEPS):
+        for step in range(STEPS - 3):  # behind the second Update
             for index, each in enumerate((inputs, other)):
                 engine.step(step, STEPS, f"branch {index}")
                 out = call(model, {**each, "hidden_states": latents[index]})
