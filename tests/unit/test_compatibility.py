@@ -305,3 +305,18 @@ def test_what_diffusers_loads_in_fp32_stays_so_where_it_must():
     model, given = models.lowered(KeepsTime(), inputs, "cpu", torch.bfloat16)
     assert model.time.weight.dtype == torch.float32 and model.out.weight.dtype == torch.bfloat16
     assert given["x"].dtype == torch.bfloat16 and given["t"].dtype == torch.float32
+
+
+def test_the_page_of_models_says_what_a_card_found():
+    """Its figures are those of the rows; nothing there is wrong, and what is kept says so."""
+    _, named = page.card()
+    right = {name for name, rows in named.items() if page.works(rows)}
+    ours = sum(any(page.by_kernels(row) for row in page.works(named[name])) for name in right)
+    own = sum(page.works(named[name])[0]["tier"] == "adapter" for name in right)
+    text = " ".join((page.ROOT / "docs" / "models.md").read_text("utf-8").split())
+    assert right == set(named) == set(CLASSES)
+    assert (
+        f"all {len(right)} classes work in fp32 on a CPU and in bf16 on an H200, where {ours} "
+        in text
+    )
+    assert f"The {own} adapters are among them" in text and ours >= 45
