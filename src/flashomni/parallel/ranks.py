@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Message = tuple[Tensor, int]  # and the rank at its other end
+Messages = Mapping[int, Sequence[Tensor]]  # by the rank at the other end
 
 
 class Ranks:
@@ -31,39 +31,61 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
-        is_nccl = "nccl" in dist.get_backend(group)
+        is_nccl = self._has_lists = "nccl" in dist.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
     def restart(self) -> None:
         """Count from 0."""
         self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
 
-    def exchange(self, sends: Sequence[Message], takes: Sequence[Message]) -> Callable[[], None]:
+    def exchange(self, sends: Messages, takes: Messages) -> Callable[[], None]:
         """Start an all-to-all of tensors where they lie: none is packed, and the own part stays.
 
         Args:
-            sends: contiguous, and not to be changed before the end; a rank takes those for it in
-                this order.
-            takes: contiguous, what is written to.
+            sends: for each other rank as many tensors, contiguous, and not to be changed before the
+                end; it takes them in this order.
+            takes: from each other rank, what is written to.
 
         Returns:
             What waits for it. On a GPU the device waits, not the process.
         """
         self.exchanges += 1
-        self.nbytes += sum(x.numel() * x.element_size() for x, _ in sends)
-        places = dist.get_process_group_ranks(self.group)
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, x, places[rank], self.group) for x, rank in sends]
-            + [dist.P2POp(dist.irecv, x, places[rank], self.group) for x, rank in takes]
-        )
+        held = [x for each in sends.values() for x in each]  # they are read until the end
+        self.nbytes += sum(x.numel() * x.element_size() for x in held)
+        works = self._in_rounds(sends, takes) if self._has_lists else self._one_by_one(sends, takes)
 
         def wait() -> None:
             for work in works:
                 work.wait()
             held.clear()
 
-        held = [x for x, _ in sends]  # they are read until then
         return wait
+
+    def _in_rounds(self, sends: Messages, takes: Messages) -> list[dist.Work]:
+        """A message of each rank in one call: each takes the host as long as many would."""
+        none = next(iter(sends.values()))[0].new_empty(0)
+        others = range(self.size)
+        return [
+            dist.all_to_all(
+                [takes[rank][number] if rank in takes else none for rank in others],
+                [sends[rank][number] if rank in sends else none for rank in others],
+                group=self.group,
+                async_op=True,
+            )
+            for number in range(len(next(iter(sends.values()))))
+        ]
+
+    def _one_by_one(self, sends: Messages, takes: Messages) -> list[dist.Work]:
+        """For gloo, whose lists must have tensors of one size."""
+        places = dist.get_process_group_ranks(self.group)
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(act, x, places[rank], self.group)
+                for act, messages in ((dist.isend, sends), (dist.irecv, takes))
+                for rank, each in messages.items()
+                for x in each
+            ]
+        )
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """``x`` of every rank: the same bits on all of them."""

@@ -97,8 +97,8 @@ class Shard:
         out = x.new_empty(batch, self.layout.seqlen, shares[self.rank], head_dim)
         parts = x.split(shares, 2)
         packed = {rank: parts[rank].contiguous() for rank in self._others}
-        sends = [(x[at], rank) for rank, x in packed.items() for at in self._own(batch)]
-        takes = [(out[at], rank) for rank in self._others for at in self._whole(rank, batch)]
+        sends = {rank: [x[at] for at in self._own(batch)] for rank, x in packed.items()}
+        takes = {rank: [out[at] for at in self._whole(rank, batch)] for rank in self._others}
         arrive = self.ranks.exchange(sends, takes)
         for mine, whole in zip(self._own(batch), self._whole(self.rank, batch), strict=True):
             out[whole] = parts[self.rank][mine]
@@ -111,9 +111,9 @@ class Shard:
         rows, o = self._counts[self.rank], o.contiguous()
         out = o.new_empty(batch, rows, num_heads, head_dim)
         parts = out.split(shares, 2)
-        sends = [(o[at], rank) for rank in self._others for at in self._whole(rank, batch)]
+        sends = {rank: [o[at] for at in self._whole(rank, batch)] for rank in self._others}
         came = {rank: o.new_empty(batch, rows, shares[rank], head_dim) for rank in self._others}
-        takes = [(x[at], rank) for rank, x in came.items() for at in self._own(batch)]
+        takes = {rank: [x[at] for at in self._own(batch)] for rank, x in came.items()}
         arrive = self.ranks.exchange(sends, takes)
         for mine, whole in zip(self._own(batch), self._whole(self.rank, batch), strict=True):
             parts[self.rank][mine] = o[whole]
