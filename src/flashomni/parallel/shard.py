@@ -64,6 +64,7 @@ class Shard:
         mine = (lengths[ranks.rank] for lengths in layout.lengths)
         self.lengths = dict(zip(names, mine, strict=False))
         self._counts = [layout.rows(rank) for rank in range(self.size)]
+        self._pieces = [layout.pieces(rank) for rank in range(self.size)]
 
     def only(self, name: str) -> Shard:
         """Of one stream alone, for attention that sees no other."""
@@ -131,12 +132,12 @@ class Shard:
 
     def _own(self, batch: int) -> list[Place]:
         """Where this rank's streams lie in what it holds: contiguous, an item of the batch each."""
-        pieces = [own for own, _ in self.layout.pieces(self.rank)]
+        pieces = [own for own, _ in self._pieces[self.rank]]
         return [(item, slice(*piece)) for item in range(batch) for piece in pieces]
 
     def _whole(self, rank: int, batch: int) -> list[Place]:
         """Where a rank's streams lie in the whole sequence, in the same order."""
-        pieces = [whole for _, whole in self.layout.pieces(rank)]
+        pieces = [whole for _, whole in self._pieces[rank]]
         return [(item, slice(*piece)) for item in range(batch) for piece in pieces]
 
     def everywhere(self, symbols: Symbols, num_heads: int) -> Symbols:
