@@ -7,6 +7,7 @@ copies. No call here waits for the device.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Lane:
         self._leaving.append((value, self._copy(host, value)))
 
     def bring(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """A copy of ``host`` on the device, valid after the event."""
+        """A copy of ``host`` on the device, valid after the event, and not to be freed before."""
         value = torch.empty(host.shape, dtype=host.dtype, device=self.device)
         return value, self._copy(value, host)
 
@@ -76,6 +77,32 @@ class Lane:
         with torch.cuda.stream(self._stream):
             to.copy_(source, non_blocking=True)
         return self._stream.record_event()
+
+
+class Coming:
+    """A tensor on its way to the device.
+
+    Whoever it was for may be dropped meanwhile: symbols are chosen anew, a call raises, a
+    generation ends. Its memory is reused only behind the copy into it.
+
+    Args:
+        lane: that brings it.
+        host: what is copied.
+    """
+
+    def __init__(self, lane: Lane, host: Tensor) -> None:
+        self._lane, self._taken = lane, False
+        self.value, self._arrived = lane.bring(host)
+
+    def take(self) -> Tensor:
+        """What came, for whatever is launched from now on."""
+        self._taken = True
+        self._lane.wait(self._arrived)
+        return self.value
+
+    def __del__(self) -> None:
+        if not self._taken and not sys.is_finalizing():
+            self._lane.wait(self._arrived)
 
 
 @dataclass(frozen=True)
@@ -120,14 +147,12 @@ class Kept:
         self._storage = storage
         self._payload: Tensor | None = None
         self._scale: Tensor | None = None
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: Coming | None = None
         self._dtype = torch.float32
 
     def put(self, tensor: Tensor) -> None:
         """Keep ``tensor``, which nobody may write to afterwards."""
         lane = self._storage.lane
-        if lane is not None and self._coming is not None:  # nobody asked for it
-            lane.wait(self._coming[1])
         self._dtype, self._coming = tensor.dtype, None
         packed, self._scale = _pack(tensor, self._storage.resolve(tensor.dtype))
         if lane is None:
@@ -142,7 +167,7 @@ class Kept:
         """Start the way back from the host; :meth:`get` will be called soon."""
         lane = self._storage.lane
         if lane is not None and self._payload is not None and self._coming is None:
-            self._coming = lane.bring(self._payload)
+            self._coming = Coming(lane, self._payload)
 
     def get(self) -> Tensor:
         """The tensor on its device, in the dtype in which it came.
@@ -150,20 +175,18 @@ class Kept:
         Not to be written to, but for what came from the host: that is a copy, and the caller's.
         """
         assert self._payload is not None, "nothing was put"
-        packed, lane = self._payload, self._storage.lane
-        if lane is not None:
+        packed = self._payload
+        if self._storage.lane is not None:
             self.prefetch()
             assert self._coming is not None
-            packed, arrived = self._coming
-            lane.wait(arrived)
-            self._coming = None
+            packed, self._coming = self._coming.take(), None
         if self._scale is None:
             return packed.to(self._dtype)
         return packed.to(self._dtype) * self._scale.to(self._dtype)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held, for accounting."""
-        held = [self._payload, self._scale, None if self._coming is None else self._coming[0]]
+        held = [self._payload, self._scale, None if self._coming is None else self._coming.value]
         return [tensor for tensor in held if tensor is not None]
 
 
