@@ -34,9 +34,25 @@ Tables = dict[str, Table]
 
 
 def write(
-    study: Study, points: Sequence[Point], tables: Tables, work: Path, out: Path, command: str
+    study: Study,
+    points: Sequence[Point],
+    tables: Tables,
+    work: Path,
+    out: Path,
+    command: str,
+    untimed: Sequence[Point] = (),
 ) -> None:
-    """Write everything; the page last."""
+    """Write everything; the page last.
+
+    Args:
+        study: what is asked.
+        points: that are shown.
+        tables: of all models.
+        work: where measurements lie.
+        out: of the files.
+        command: that the page names.
+        untimed: points that a study of times has attention and PSNR of, and no times.
+    """
     some = {model: table for model, table in tables.items() if table.methods}
     if not some:
         print("no pair is complete yet: nothing to write")
@@ -48,16 +64,22 @@ def write(
         path = out / f"{study.name}_pictures.webp"
         save_figure(sheet, path)
         Image.open(path).convert("RGB").save(path, quality=85)
-    write_text(out / f"{study.name}.csv", rows(asked, some))
-    write_text(out / f"{study.name}.md", page(study, asked, some, work, command, sheet is not None))
+    beside = [point for point in untimed if point.model in some]
+    write_text(out / f"{study.name}.csv", rows(asked, some) + rows(beside, _by_attention(some), 1))
+    made = page(study, asked, some, work, command, sheet is not None, beside)
+    write_text(out / f"{study.name}.md", made)
 
 
 def _of(points: Sequence[Point], model: str, series: str) -> list[str]:
     return [p.method for p in points if (p.model, p.series) == (model, series)]
 
 
-def rows(points: Sequence[Point], tables: Tables) -> str:
-    """CSV: a line for each method of each model."""
+def _by_attention(tables: Tables) -> Tables:
+    return {model: table.by_attention() for model, table in tables.items()}
+
+
+def rows(points: Sequence[Point], tables: Tables, skipped: int = 0) -> str:
+    """CSV: a line for each method of each model, without the first ``skipped`` lines."""
     buffer = io.StringIO()
     writer: csv.DictWriter | None = None
     for point in points:
@@ -81,7 +103,7 @@ def rows(points: Sequence[Point], tables: Tables) -> str:
             writer = csv.DictWriter(buffer, list(values), lineterminator="\n")
             writer.writeheader()
         writer.writerow(values)
-    return buffer.getvalue()
+    return "".join(buffer.getvalue().splitlines(keepends=True)[skipped:])
 
 
 def _costs(table: Table, method: str) -> dict[str, float | str]:
@@ -164,16 +186,18 @@ def pictures(tables: Tables, work: Path) -> Figure | None:
 
 
 def page(
-    study: Study, points: Sequence[Point], tables: Tables, work: Path, command: str, drawn: bool
-) -> str:
+    study: Study, points: Sequence[Point], tables: Tables, work: Path, command: str, drawn: bool,
+    untimed: Sequence[Point] = (),
+) -> str:  # fmt: skip
     """Question, plot, targets, tables, how it was made."""
     lines = [f"# {study.title}", "", study.question, "", f"![{study.title}]({study.name}.png)", ""]
     if drawn:
         lines += [f"![The first pair, density 0.25]({study.name}_pictures.webp)", ""]
     lines += _targets(points, tables)
     lines += _published(points, tables)
-    timed = {model: table.by_attention() for model, table in tables.items() if table.timed}
-    lines += _published(points, timed, "The same rules where as much attention is spent")
+    if any(table.timed for table in tables.values()):
+        title = "The same rules where as much attention is spent"
+        lines += _published([*points, *untimed], _by_attention(tables), title)
     if not next(iter(tables.values())).timed:  # times of small models are too rough for it
         lines += _on_caching(points, tables)
     lines += [

@@ -269,12 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run(options, asked)
     known = measured_of(options)
     found = tables(known, asked, bool(options.timed))
-    asked = {model: reached(some, found[model]) for model, some in asked.items()}
+    whole, asked = asked, {m: reached(some, found[m]) for m, some in asked.items()}
     if options.share != (0, 1):
         return  # whoever started them writes the page when all are done
     command = ["python", "studies/sparse.py", *(sys.argv[1:] if arguments is None else arguments)]
     every = [point for some in asked.values() for point in some]
-    write(study, every, found, options.work, args.out, " ".join(command))
+    untimed = [
+        point for model, some in whole.items() for point in some
+        if args.timed and point not in every and found[model].pairs(point.method)
+    ]  # fmt: skip
+    write(study, every, found, options.work, args.out, " ".join(command), untimed)
 
 
 def _write_long(work: Path, out: Path) -> None:
