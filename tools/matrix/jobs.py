@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flashomni.util.files import write_text
 
 Row = dict[str, Any]
@@ -150,6 +152,7 @@ class _Running:
 
 def _child(run: Callable[[], Row], pipe: Any) -> None:
     show_cards()
+    torch.set_num_threads(1)  # OpenMP's others are not in a fork, and would be waited for
     try:
         row = run()
     except BaseException as error:
