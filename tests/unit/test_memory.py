@@ -208,6 +208,19 @@ def test_what_does_not_fit_is_lowered_before_the_first_step(caplog):
             assert torch.equal(made, generation(engine, model, inputs, 6))
 
 
+def test_generations_are_counted_on_where_a_later_one_is_lowered():
+    """The first fits as it is: what goes is what is kept, not how many there were."""
+    model, inputs = tiny("WanTransformer3DModel")
+    small = {**inputs, "hidden_states": inputs["hidden_states"][:, :, :1]}
+    with flashomni.accelerate(model, WHOLE, memory="100 KiB") as engine:
+        found = []
+        for each in (small, inputs):
+            engine.step(0, 6)
+            call(model, each)
+            found.append((engine.recipe == WHOLE, engine.report().generation))
+    assert found == [(True, 1), (False, 2)]
+
+
 def test_what_fits_stays_as_it_is(caplog):
     """Also with what is free of its own accord."""
     model, inputs = tiny("FluxTransformer2DModel")

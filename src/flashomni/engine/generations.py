@@ -69,6 +69,10 @@ class Generations:
             generation.arrange(division)
 
     def clear(self) -> None:
-        """Forget all, and how many there were."""
+        """Forget all, but how many there were."""
         self._of.clear()
+
+    def restart(self) -> None:
+        """Forget all, and count from 1 again."""
+        self.clear()
         self._begun = 0

@@ -124,7 +124,7 @@ class Runtime:
 
     def reset(self) -> None:
         """Drop all caches; the next call of the model starts a generation."""
-        self.generations.clear()
+        self.generations.restart()
         self.clock.forget()
         self.graphs.clear()
         self.redone.reset()
