@@ -16,7 +16,7 @@ from test_models import wrap_outputs
 
 import flashomni
 from conftest import call, generation, make_tiny
-from flashomni.engine import Recipe, layer_carry
+from flashomni.engine import Recipe, block, layer_carry
 from flashomni.engine.memory import kept_bytes
 from flashomni.engine.state import storage
 from flashomni.engine.state.room import Keeping
@@ -129,6 +129,29 @@ def test_what_lies_on_the_device_is_what_was_foreseen(late, monkeypatch, carry):
     assert abs(foreseen.passing - peak) <= 0.1 * peak
 
 
+@pytest.mark.slow
+def test_what_was_sent_is_let_go_behind_the_next_attention(late, monkeypatch):
+    """Where D of a layer is projected, nothing is left on the device of the layer before."""
+    model, inputs = make_tiny("HunyuanVideoTransformer3DModel")
+    lanes, held = set(), []
+    attend, send = layer_carry.refresh, LateLane.send
+
+    def project(rows, weight):
+        held[-1].append(sum(len(lane._leaving) for lane in lanes))
+        return real(rows, weight)
+
+    real = layer_carry._projected
+    monkeypatch.setattr(layer_carry, "_projected", project)
+    monkeypatch.setattr(
+        layer_carry, "refresh", lambda *args, **given: held.append([]) or attend(*args, **given)
+    )
+    monkeypatch.setattr(
+        LateLane, "send", lambda lane, *given: lanes.add(lane) or send(lane, *given)
+    )
+    outputs(model, inputs, RECIPE.replace(history_device="host"))
+    assert len(held) > 2 and {each[0] for each in held} == {0}
+
+
 @pytest.mark.parametrize("how", ["dropped", "put anew"])
 def test_memory_is_not_reused_before_the_copy_into_it(how):
     """Also where nobody asks for what comes: caches go when columns change or a call fails."""
@@ -148,7 +171,13 @@ def test_memory_is_not_reused_before_the_copy_into_it(how):
 def test_a_refresh_needs_no_more_than_what_it_takes_differences_to(late, monkeypatch, again):
     """The last change of D, which is made anew, stays where it is; so does D of other columns."""
     model, inputs = make_tiny("FluxTransformer2DModel")
-    brought, bring = [], LateLane.bring
+    layers = len(find_adapter(model).sites(model))
+    brought, bring, started, run = [], LateLane.bring, [], block.LayerRun
+    monkeypatch.setattr(
+        block,
+        "LayerRun",
+        lambda *given, **more: started.append(len(brought)) or run(*given, **more),
+    )
     monkeypatch.setattr(
         LateLane, "bring", lambda lane, host: brought.append(host) or bring(lane, host)
     )
@@ -160,8 +189,10 @@ def test_a_refresh_needs_no_more_than_what_it_takes_differences_to(late, monkeyp
             before = len(brought)
             call(model, inputs)
             counts.append(len(brought) - before)
+            if step == 3:  # a block before it is used
+                ahead = [count - before for count in started[-layers:]]
+                assert ahead == [0, *range(2, layers + 1)]
         does = [step["does"] for step in engine.report().steps]
-    layers = len(find_adapter(model).sites(model))
     assert [i for i, each in enumerate(does) if "refreshes" in each] == [1, 4, 7]
     second = [0, 1, 1, 1] if again else [1, 2, 2, 1]
     assert counts == [layers * count for count in (0, 0, 1, 1, *second)]
