@@ -175,6 +175,13 @@ def test_two_transformers_are_one_engine(two_experts):
         names = [step["transformer"] for step in report.steps]
         assert names == sorted(names) and len(set(names)) == 2
     assert sum(kind["count"] for kind in report.seconds_by_kind.values()) == 24
+    assert report.generation == 2 and not any("took part" in note for note in report.notes)
+    pipe.register_to_config(boundary_ratio=0.0)  # no step is the second one's
+    generate()
+    report = engine.report()
+    assert report.generation == 3
+    assert any(note.endswith("each: transformer 3, transformer_2 2") for note in report.notes)
+    pipe.register_to_config(boundary_ratio=0.8)
     engine.remove()
     assert not engine.attached and engine_of(pipe) is None
     assert clean == [residue(part) for part in (pipe.transformer, pipe.transformer_2)]

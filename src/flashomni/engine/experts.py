@@ -127,6 +127,7 @@ def merged(reports: Mapping[str, Summary], finished: Mapping[str, bool]) -> Summ
         cache_bytes_host=together(r.cache_bytes_host for r in reports.values()),
         notes=[
             f"caches, {when}: {', '.join(sizes)}",
+            *_left_out(reports),
             *(f"{name}: {note}" for name, r in reports.items() for note in r.notes),
         ],
         generation=max(r.generation for r in reports.values()),
@@ -140,6 +141,15 @@ def merged(reports: Mapping[str, Summary], finished: Mapping[str, bool]) -> Summ
 def _both(reports: Mapping[str, Summary]) -> dict[str, Any]:
     recipes = {name: report.recipe for name, report in reports.items()}
     return {"name": " and ".join(dict.fromkeys(r["name"] for r in recipes.values())), **recipes}
+
+
+def _left_out(reports: Mapping[str, Summary]) -> list[str]:
+    """A note, where a generation had steps of one transformer alone."""
+    counts = {name: report.generation for name, report in reports.items()}
+    if len(set(counts.values())) == 1:
+        return []
+    numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"not all took part in each generation, figures are of the last one of each: {numbers}"]
 
 
 def _tiers(reports: Mapping[str, Summary]) -> str:
