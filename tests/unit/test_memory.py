@@ -263,6 +263,7 @@ def test_two_branches_take_twice_as_much():
     """Of bytes."""
     assert Bytes(1, 2, 3, 4).times(2) == Bytes(2, 4, 6, 8)
     assert Bytes(1, 2, 3, 4, on_host=True, passing=5).device == 8
+    assert Bytes(1, 2, 3, 4, on_host=True, passing=5).times(2).device == 11  # one after another
     assert Bytes(1, 2, 3, 4, on_host=True).host == 7
 
 

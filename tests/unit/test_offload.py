@@ -307,3 +307,16 @@ def test_the_output_is_kept_whatever_hooks_come_and_go(when, warmup):
     (found, kinds), (expected, planned) = made(when), made(None)
     assert torch.equal(found, expected)
     assert kinds == planned and "dispatch" in kinds
+
+
+def test_what_ran_without_the_engine_has_stored_nothing():
+    """A forward of others in its place for one call: the next step computes, and stores."""
+    model, inputs = tiny("FluxTransformer2DModel")
+    with flashomni.accelerate(model, Recipe.of("fora", interval=2, level="output")) as engine:
+        ours = model.__dict__["forward"]
+        for step in range(5):
+            model.forward = type(model).forward.__get__(model) if step == 2 else ours
+            engine.step(step, 6)
+            output(model, inputs)
+        kinds = [step["kind"] for step in engine.report().steps]
+    assert kinds == ["update", "dispatch", "update", "update", "full"]  # a dispatch was planned
