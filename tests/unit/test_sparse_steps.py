@@ -66,6 +66,20 @@ def test_columns_are_chosen_at_given_steps_and_kept(flux):
     assert kept[0] == kept[1] == kept[2] and max(kept[0]) < 0.6
 
 
+@pytest.mark.parametrize("carry", ["off", "hold"])
+def test_a_dense_last_step_chooses_nothing_that_no_step_uses(flux, carry):
+    """Though its caches are gone, and with them that something was chosen; nor does it make D."""
+    model, inputs = flux
+    recipe = Recipe.of(
+        Noted(), interval=3, warmup=0.2, choose_at=(1,), carry=carry, refresh=3, **BLOCKS
+    )
+    with flashomni.accelerate(model, recipe) as engine:
+        generation(engine, model, inputs, 8)
+        last = engine.report().steps[-1]
+    assert [note[:2] for note in NOTES] == [(1, i) for i in range(LAYERS)]
+    assert (last["kind"], last["does"]) == ("full", [])
+
+
 @pytest.mark.parametrize(
     ("choose_at", "says"),
     [("update", "no step was an Update"), ((99,), "none of these steps"), ("computed", "")],

@@ -76,11 +76,12 @@ def _bring_carry(call: Call, index: int) -> None:
     if index >= len(of):
         return
     plan, group = call.plans[of[index]], call.branch.group_of(index)
-    if not plan.recipe.sparse.carries or plan.sparse.chooses:  # D of other columns is dropped
+    sparse = plan.sparse
+    if not sparse.carries or sparse.chooses:  # D of other columns is dropped
         return
     is_replayed = plan.kind is StepKind.DISPATCH and bool(group.spans.times(index))
     if not is_replayed:
-        call.branch.prefetch_carry(index, plan.sparse.refreshes)
+        call.branch.prefetch_carry(index, sparse.refreshes)
 
 
 def _look_inside(call: Call, schedule: Schedule, index: int, place: Place) -> None:

@@ -118,6 +118,9 @@ class StepPlan:
     @property
     def sparse(self) -> SparseStep:
         """What the step does with the columns of the symbols."""
+        ends = self.kind is StepKind.FULL and self.step == self.num_steps - 1
+        if ends and not self.recipe.sparse.in_computed:  # dense, and no step is left to use them
+            return SparseStep()
         carries = self.room is None or self.room.has(self.branch)
         return self.recipe.sparse.step(self.kind, self.step, self.marks, carries)
 
