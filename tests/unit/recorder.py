@@ -87,12 +87,13 @@ class TapeRecorder:
     """Records tapes."""
 
     def __init__(self):
-        self.count = 0
+        self.count = self.pools = 0
 
     def why_not(self):
         return None
 
     def make_pool(self):
+        self.pools += 1
         return Pool()
 
     def record(self, run, pool):
