@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from two_ranks import CALLED, CASES, LAYERS, STEPS
+from two_ranks_rows import CASES as ROWS
 
 from flashomni.parallel import Layout
 
@@ -99,6 +100,14 @@ def test_the_forecast_is_in_front_of_a_projection_that_is_called(ranks, case):
     """It is by rows, of all heads, and so added behind the way back."""
     for found in ranks:
         assert found[case]["called"] and not found[case.removeprefix("called ")]["called"]
+
+
+@on_ranks
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_and_heads_go_there_and_back(ranks, case):
+    """However streams and heads divide, wherever they lie, and whatever is waited for first."""
+    for found in ranks:
+        assert found["rows"][case]
 
 
 @on_ranks

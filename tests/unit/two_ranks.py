@@ -345,6 +345,7 @@ def called_projection(rank, model, inputs):
 def main(rank, store, out):
     import two_ranks_cfg as cfg
     import two_ranks_inside as inside
+    import two_ranks_rows as rows
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -357,6 +358,7 @@ def main(rank, store, out):
     )
     found = {}
     with torch.no_grad():
+        found["rows"] = rows.found()
         model, inputs = make()
         found |= equality(rank, model, inputs, parallel(copy.deepcopy(model)), RECIPES)
         found |= called_projection(rank, model, inputs)
