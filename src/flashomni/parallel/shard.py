@@ -169,7 +169,7 @@ class Shard:
             lengths = self.layout.lengths[self.names.index(name)]
             start = sum(lengths[: self.rank])
             return x.narrow(dim, start, lengths[self.rank])
-        pieces = [places for _, places in self.layout.pieces(self.rank)]
+        pieces = [places for _, places in self._pieces[self.rank]]
         parts = [x.narrow(dim, start, stop - start) for start, stop in pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
