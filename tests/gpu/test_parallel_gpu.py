@@ -70,3 +70,14 @@ def test_branches_on_two_cards_have_the_bits_of_one(ranks):
     for found in ranks:
         for name in cfg:
             assert not found[name]["lossless"]["between"] and not found[name]["topk"]["between"]
+
+
+def test_recordings_of_several_cards_have_the_bits(ranks):
+    """Those of calls that share a sequence; shared branches are not recorded, and it says so."""
+    for found in ranks:
+        for name, figures in found.items():
+            for recipe in ("lossless", "topk"):
+                one = figures[recipe]
+                assert one["graphs"], name
+                assert one["replays"] or one["why"], name
+        assert found["FluxTransformer2DModel"]["lossless"]["replays"]

@@ -78,8 +78,11 @@ def compare(adapter, device, run=generate, **ranks):
     for name, recipe in RECIPES.items():
         with flashomni.accelerate(model, recipe, graphs=False) as engine:
             one = run(model, inputs, latents, engine)
-        with flashomni.accelerate(model, recipe, **ranks) as engine:
+        with flashomni.accelerate(model, recipe, graphs=False, **ranks) as engine:
             two = run(model, inputs, latents, engine)
+        with flashomni.accelerate(model, recipe, graphs=True, **ranks) as engine:
+            graphed = [run(model, inputs, latents, engine) for _ in range(3)]
+            replays, notes = engine._runtime.graphs.replays, engine.report().notes
         spread = [torch.empty_like(two) for _ in range(dist.get_world_size())]
         dist.all_gather(spread, two)
         found[name] = {
@@ -87,6 +90,9 @@ def compare(adapter, device, run=generate, **ranks):
             "one": error(one, exact),
             "two": error(two, exact),
             "between": error(two, one),
+            "graphs": all(torch.equal(x, two) for x in graphed),
+            "replays": replays,
+            "why": [note for note in notes if "no CUDA graphs" in note],
             "alike": all(torch.equal(x, spread[0]) for x in spread),
         }
     return found

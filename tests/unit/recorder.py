@@ -55,8 +55,14 @@ class Tape:
     def replay(self):
         for later in self._pool.behind(self):  # may lie where this one keeps what it drops again
             later.spoil()
+        works = []
         for func, args, kwargs, results, is_new in self._ops:
-            out = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            if func.namespace != "c10d":  # exchanges with other processes begin all at once
+                while works:
+                    works.pop().wait()
+            leaves = tree_leaves(func(*args, **kwargs))
+            works += [x for x in leaves if isinstance(x, torch.ScriptObject)]
+            out = [x for x in leaves if isinstance(x, torch.Tensor)]
             if is_new:
                 for old, value in zip(results, out, strict=True):
                     old.copy_(value)

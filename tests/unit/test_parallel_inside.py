@@ -1,15 +1,18 @@
 """Two ranks that share a sequence inside of the blocks: any adapter, whatever plan there is."""
 
 import re
+import types
 from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from test_parallel import ranks  # noqa: F401  (one pair of processes for both)
-from two_ranks_inside import ADAPTERS, ALONE, CASES, MORE, PLANS
+from two_ranks_inside import ADAPTERS, ALONE, CASES, GRAPHS, MORE, PLANS, STEPS
 
 from flashomni.engine import Recipe
 from flashomni.engine.recipe import methods, presets
+from flashomni.engine.recordable import why_not_spread
 from flashomni.engine.sharding import why_not
 from flashomni.engine.state.turns import why_no_turns
 from flashomni.models import adapters
@@ -51,6 +54,27 @@ def test_diffusers_plan_is_put_aside_and_put_back(ranks, name):  # noqa: F811
         assert plan["alone"] and plan["stock"]
         assert plan["before"] <= 2e-6 and plan["after"] <= 2e-6
         assert plan["exchanges"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", GRAPHS)
+def test_recordings_of_ranks_give_the_bits_and_count_what_they_send(ranks, recipe):  # noqa: F811
+    """What is carried needs as much room on all ranks, which a refresh has to ask for."""
+    for found in ranks:
+        one = found["inside"]["graphs"][recipe]
+        assert all(one["bits"]) and one["differ"]
+        assert one["sent"] == one["replayed"]
+        assert one["replays"] == (0 if recipe == "hold" else STEPS), one["notes"]
+
+
+def test_why_ranks_are_not_recorded():
+    cuda = torch.device("cuda")
+    two = types.SimpleNamespace(device="cpu")
+    assert why_not_spread(True, None, None, cuda) == ""
+    assert why_not_spread(True, two, None, torch.device("cpu")) == ""
+    assert "graphs=True" in why_not_spread("auto", two, None, cuda)
+    assert "by way of cpu" in why_not_spread(True, two, None, cuda)
+    assert "branches" in why_not_spread(True, two, two, cuda)
 
 
 def test_what_the_cases_name_is_there():

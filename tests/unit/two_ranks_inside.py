@@ -5,6 +5,7 @@ import copy
 import torch
 import two_ranks as other
 from diffusers import ContextParallelConfig
+from recorder import TapeRecorder
 
 import flashomni
 from flashomni.models import adapters
@@ -24,6 +25,7 @@ MORE = {
 }
 RECIPES = {**other.RECIPES, "tile": other.RECIPES["topk"].replace(token_order="tile")}
 CASES = [(name, recipe) for name in ADAPTERS for recipe in ("topk", *MORE.get(name, ()))]
+GRAPHS = ("lossless", "topk", "cached by measure", "hold", "fora")
 PLANS = ("QwenImageTransformer2DModel", "WanTransformer3DModel")
 
 
@@ -58,6 +60,35 @@ def equality(rank, model, inputs, latents, recipe):
         "kinds": kinds == other.layer_kinds(found),
         "exchanges": ranks.exchanges,
         "computed": sum(kind != "bypass" for row in kinds for kind in row),
+    }
+
+
+def recorded(recipe):
+    """Three generations and one of another picture, computed and then as recordings."""
+    torch.manual_seed(0)
+    model, inputs = other.make()
+    other_inputs = {**inputs, "hidden_states": inputs["hidden_states"].flip(0)}
+    found = []
+    for graphs in (False, True):
+        how = {"graphs": graphs, "backend": "reference", "ulysses": 2}
+        with flashomni.accelerate(model, RECIPES[recipe], **how) as engine:
+            kept = engine._runtime.graphs
+            kept._recorder_for = lambda device: TapeRecorder()
+            outs, counts = [], []
+            for each in (inputs, inputs, inputs, other_inputs):
+                before = kept.replays
+                outs.append(generate(model, each, "hidden_states", engine)[0])
+                counts.append(engine._runtime.sharding.ranks.counts)
+            replays, notes = kept.replays - before, engine.report().notes
+        found.append((outs, counts))
+    (plain, sent), (graphed, replayed) = found
+    return {
+        "bits": [torch.equal(a, b) for a, b in zip(plain, graphed, strict=True)],
+        "differ": not torch.equal(plain[0], plain[-1]),
+        "sent": sent,
+        "replayed": replayed,
+        "replays": replays,
+        "notes": [note for note in notes if "CUDA graphs" in note],
     }
 
 
@@ -114,7 +145,7 @@ def plans(name):
 
 
 def found(rank):
-    result = {}
+    result = {"graphs": {recipe: recorded(recipe) for recipe in GRAPHS}}
     for name, adapter in adapters().items():
         if name in ADAPTERS:
             torch.manual_seed(0)

@@ -27,6 +27,7 @@ from flashomni.engine.recordings import Entry, Slot, put_back, state_of
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import START
 from flashomni.engine.state.mirror import mirror
+from flashomni.parallel import Ranks
 
 MODES = (True, False, "auto")
 MAX_GRAPHS = 256  # of one model
@@ -53,6 +54,7 @@ class Graphs:
         self.recorder: Recorder | None = None
         self.replays = 0
         self._device: torch.device | None = None
+        self._ranks: Ranks | None = None
         self._slots: list[Slot] = []
         self._state: Hashable = None
         self._why: dict[str, None] = {}
@@ -75,13 +77,18 @@ class Graphs:
         said = [f"{count} steps are CUDA graphs, which hold {held:.1f} MiB"] if count else []
         return said + why
 
-    def start(self, device: torch.device, refused: str = "") -> None:
+    def start(self, device: torch.device, refused: str = "", ranks: Ranks | None = None) -> None:
         """A generation starts: is the model what it was, and can its calls be recorded?
 
         Args:
             device: where it computes.
             refused: why not, where the caller knows.
+            ranks: that share the sequence; an exchange is recorded like anything else, and each
+                process may replay or compute a call as it likes: they are the same exchanges.
         """
+        if (ranks and ranks.group) is not (self._ranks and self._ranks.group):
+            self.clear()
+        self._ranks = ranks
         if not self.mode:
             return
         if device != self._device:
@@ -209,6 +216,7 @@ class Graphs:
         was = mirror(state_of(branch)) if fresh else before.state
         put_back(branch, was)
         call.prepare(entry.numbers)
+        counts: tuple[int, ...] = self._ranks.counts if self._ranks is not None else ()
         try:
             pool = slot.pool_of(entry)
             entry.output, entry.graph = recorder.record(lambda: forward(*args, **kwargs), pool)
@@ -218,6 +226,10 @@ class Graphs:
             call.rewind()
             put_back(branch, was)
             return
+        finally:
+            if self._ranks is not None:
+                after, self._ranks.counts = self._ranks.counts, counts
+                entry.sent = tuple(b - a for a, b in zip(counts, after, strict=True))
         entry.numbers, entry.held = call.numbers(), call.given()
         entry.layers = list(call.record.layers)
         entry.state = mirror(state_of(branch)) if call.changes else None
@@ -231,6 +243,9 @@ class Graphs:
             static.copy_(leaf, non_blocking=True)
         entry.graph.replay()
         self.replays += 1
+        if self._ranks is not None:
+            counted = zip(self._ranks.counts, entry.sent, strict=True)
+            self._ranks.counts = tuple(a + b for a, b in counted)
         call.record.layers.extend(entry.layers)
         call.settled = True
         if entry.state is not None:

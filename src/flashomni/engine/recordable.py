@@ -13,19 +13,42 @@ from flashomni.engine.recipe import Recipe
 from flashomni.parallel import Ranks
 
 
-def why_none(recipe: Recipe, learner: Learner | None, ranks: Ranks | None = None) -> str:
+def why_none(recipe: Recipe, learner: Learner | None) -> str:
     """Why no call under a recipe can be recorded; empty if that is not known before."""
     schedule = recipe.schedule
     if learner is not None:
         return "the model has no adapter, and is learned while it runs"
-    if ranks is not None:
-        return "the sequence is spread over ranks"
     if recipe.storage.history_device == "host":
         return "histories are kept on the host"
     if recipe.guidance.acts:
         return "guidance leaves whole branches out"
     if schedule.decides or schedule.learns or schedule.measures:
         return f"schedule {schedule.name!r} looks at values inside the steps"
+    return ""
+
+
+def why_not_spread(
+    mode: bool | str, sequence: Ranks | None, branches: Ranks | None, device: torch.device
+) -> str:
+    """Why no call can be recorded that several processes share; empty if they can, or none do.
+
+    A recording of exchanges holds the process group: NCCL does not end before it is dropped, and
+    waits for ever if nobody does. So it is for those who ask for it.
+
+    Args:
+        mode: of the graphs.
+        sequence: ranks that share the sequence.
+        branches: ranks that share the conditioning branches.
+        device: where the model computes.
+    """
+    if branches is not None:
+        return "the branches are shared out among ranks"
+    if sequence is None:
+        return ""
+    if mode == "auto":
+        return "the sequence is spread over ranks; graphs=True records it all the same"
+    if torch.device(sequence.device).type != device.type:
+        return f"the ranks exchange by way of {sequence.device}"
     return ""
 
 

@@ -36,6 +36,7 @@ class Entry:
         refused: why it cannot be recorded.
         keeps: bytes that the branch keeps behind it, where it changes that.
         flops: of its largest block.
+        sent: what it counts of exchanges with other ranks (:attr:`Ranks.counts`).
         returns: whether it may run again behind recordings that were made later.
     """
 
@@ -50,6 +51,7 @@ class Entry:
     refused: str = ""
     keeps: int = 0
     flops: int = 0
+    sent: tuple[int, ...] = ()
     returns: bool = False
 
 

@@ -36,7 +36,7 @@ from flashomni.engine.memory import Budget
 from flashomni.engine.model_output import model_output
 from flashomni.engine.one_call import OneCall
 from flashomni.engine.recipe import Recipe
-from flashomni.engine.recordable import why_none
+from flashomni.engine.recordable import why_none, why_not_spread
 from flashomni.engine.redone import Redone
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.sharding import Sharding, agreed_on
@@ -178,8 +178,10 @@ class Runtime:
             generation = self._start(position)
             generation.room = Room(self._keeping, type(self.model).__name__)
             generation.geometry = self.geometry(device, args, kwargs) if self.geometry else None
-            spread = self.sharding.ranks or self.cfg
-            self.graphs.start(device, why_none(self.recipe, self.learner, spread))
+            ranks = self.sharding.ranks
+            refused = why_not_spread(self.graphs.mode, ranks, self.cfg, device)
+            refused = refused or why_none(self.recipe, self.learner)
+            self.graphs.start(device, refused, ranks)
             if self.cfg is not None:
                 began = agreed_on(by_name(self.model, args, kwargs), (self._latents,))
                 generation.turns = Turns(self.cfg, type(self.model).__name__, began)

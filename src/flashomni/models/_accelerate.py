@@ -64,7 +64,9 @@ def accelerate(
         graphs: run steps as CUDA graphs from the third generation of one shape and length on (the
             second records them): ``True`` wherever that is possible, ``"auto"`` where they hold at
             most a sixteenth of the GPU's memory, ``False`` never. The report says how many there
-            are, what they hold, and why there are none. The pictures are the same bits.
+            are, what they hold, and why there are none. The pictures are the same bits. Ranks that
+            share a sequence record with ``True`` alone: call ``engine.remove()`` before
+            ``destroy_process_group``, which waits for recordings that hold the group.
         memory: what the caches may take on the device: ``"4GB"``, bytes, or ``"auto"`` for half of
             what is free. Where the recipe would keep more, it is lowered, before the first step:
             dtype and place of histories, carry, forecast orders, at last the output alone is cached

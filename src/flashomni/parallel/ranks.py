@@ -30,13 +30,22 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
+        self.restart()
         is_nccl = self._has_lists = "nccl" in dist.get_backend(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
     def restart(self) -> None:
         """Count from 0."""
-        self.exchanges = self.nbytes = self.gathers = self.broadcasts = 0
+        self.counts = (0, 0, 0, 0)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """``exchanges``, ``nbytes``, ``gathers`` and ``broadcasts``, to be set all at once too."""
+        return self.exchanges, self.nbytes, self.gathers, self.broadcasts
+
+    @counts.setter
+    def counts(self, counts: tuple[int, ...]) -> None:
+        self.exchanges, self.nbytes, self.gathers, self.broadcasts = counts
 
     def exchange(self, sends: Messages, takes: Messages) -> Callable[[], None]:
         """Start an all-to-all of tensors where they lie: none is packed, and the own part stays.
