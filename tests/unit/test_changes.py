@@ -105,7 +105,7 @@ def test_what_would_be_ignored_is_refused_in_either_order(tiny, change, when):
     model, inputs = tiny
     if when == "before":
         word = change(model)
-        if change is attention_backend:  # then it is kept, see test_generic_user
+        if change is attention_backend:  # then it is kept, see test_chosen_attention
             with flashomni.accelerate(model, "lossless") as engine:
                 assert engine.report().tier != "adapter"
             return

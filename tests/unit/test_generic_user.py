@@ -11,7 +11,7 @@ from torch.nn import functional
 import flashomni
 from conftest import residue
 from flashomni.engine import Recipe
-from flashomni.models import Blocks, adapters
+from flashomni.models import Blocks
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -344,43 +344,3 @@ def test_a_copy_of_the_model_is_the_stock_model():
         model(**given)
         other = copy.deepcopy(model)
         assert torch.equal(other(**given)[0], stock[0])
-
-
-@pytest.mark.usefixtures("diffusers_attention")
-def test_an_attention_backend_of_the_user_is_kept():
-    """Set before: whole-layer caching around it, and no adapter; the report says so."""
-    model, given = adapters()["FluxTransformer2DModel"].tiny()
-    model.eval()
-    stock = model(**given, return_dict=False)[0]
-    model.set_attention_backend("_native_math")
-    math = model(**given, return_dict=False)[0]
-    with flashomni.accelerate(model, FORA) as engine:
-        for step in range(6):
-            engine.step(step, 7)
-            torch.testing.assert_close(model(**given, return_dict=False)[0], math, **CLOSE)
-        report = engine.report()
-    assert bypassed(report) and report.tier == "generic"
-    assert "attention backend '_native_math' is the user's: kept" in report.notes
-    model.reset_attention_backend()
-    with flashomni.accelerate(model, "lossless") as engine:
-        engine.step(0, 2)
-        torch.testing.assert_close(model(**given, return_dict=False)[0], stock, **CLOSE)
-        assert engine.report().tier == "adapter"
-
-
-@pytest.mark.usefixtures("diffusers_attention")
-def test_a_backend_that_is_set_later_is_kept_from_the_next_generation_on():
-    """A model without an adapter follows; the report says whose attention ran."""
-    from tiny_models import build, output
-
-    model, given = build("ErnieImageTransformer2DModel")
-    stock = output(model, given)
-    with flashomni.accelerate(model, FORA) as engine:
-        for backend in (None, "_native_math"):
-            if backend is not None:
-                model.set_attention_backend(backend)
-            for step in range(5):
-                engine.step(step, 6)
-                torch.testing.assert_close(output(model, given), stock, **CLOSE)
-            kept = [note for note in engine.report().notes if "is the user's: kept" in note]
-            assert bool(kept) == (backend is not None)

@@ -204,6 +204,23 @@ def test_weights_that_changed_in_place_are_read(flux):
 
 
 @pytest.mark.slow
+def test_another_attention_of_the_process_is_another_recording(flux):
+    """What stays diffusers' own runs by it: a recording has the kernels of its own time."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model, inputs = flux
+    with accelerate(model, ONES) as engine:
+        for _ in range(3):
+            generation(engine, model, inputs, 3)
+        before = replays(engine)
+        with attention_backend("_native_math"):
+            generation(engine, model, inputs, 3)
+        assert replays(engine) == before
+        generation(engine, model, inputs, 3)
+        assert replays(engine) > before
+
+
+@pytest.mark.slow
 def test_reset_and_remove_drop_all(flux):
     model, inputs = flux
     engine = accelerate(model, SPARSE)

@@ -50,7 +50,7 @@ class Engine:
             summary = replace(summary, groups=found)
         learned = [] if runtime.learner is None else runtime.learner.notes()
         notes = [*summary.notes, *learned, *runtime.graphs.notes(), *runtime.redone.notes()]
-        notes += runtime.unserved.notes()
+        notes += [*runtime.unserved.notes(), *runtime.noted()]
         notes += [note for each in runtime.all_ranks() for note in each.notes()]
         turns = None if runtime.last is None else runtime.last.turns
         notes += [turns.note] if turns is not None and turns.note else []

@@ -43,14 +43,19 @@ class Graphs:
         mode: ``True`` wherever possible, ``"auto"`` where it holds little memory, ``False`` never.
         model: the transformer.
         ours: whether a stand-in for a forward, or a hook, is the engine's own.
+        around: what else changes what a call does, beside torch's own modes.
     """
 
     def __init__(
-        self, mode: bool | str, model: nn.Module, ours: Callable[[Any], bool] = lambda _: False
+        self,
+        mode: bool | str,
+        model: nn.Module,
+        ours: Callable[[Any], bool] = lambda _: False,
+        around: Callable[[], Hashable] = lambda: None,
     ) -> None:
         if not any(mode is known for known in (True, False)) and mode != "auto":
             raise ValueError(f'graphs must be True, False or "auto", got {mode!r}')
-        self.mode, self._model, self._ours = mode, model, ours
+        self.mode, self._model, self._ours, self._around = mode, model, ours, around
         self.recorder: Recorder | None = None
         self.replays = 0
         self._device: torch.device | None = None
@@ -124,7 +129,7 @@ class Graphs:
             self._why[reason] = None
             branch.at = None
             return forward(*args, **kwargs)
-        sort = (shape, *call.sort, *modes())
+        sort = (shape, *call.sort, *modes(), self._around())
         if sort in self._too_large:
             return forward(*args, **kwargs)
         slot = self._slot(branch, sort)

@@ -74,6 +74,7 @@ class Runtime:
         sharding: whether the sequence is spread over ranks.
         budget: chooses the recipe by what memory is free, if the user wants that.
         cfg: ranks that share the conditioning branches.
+        noted: what else the report of the last generation should say.
     """
 
     tier: str = "adapter"
@@ -82,6 +83,7 @@ class Runtime:
     budget: Budget | None = None
     sharding: Sharding
     cfg: Ranks | None = None
+    noted: Callable[[], list[str]] = list
 
     def __init__(
         self,

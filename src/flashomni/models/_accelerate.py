@@ -20,6 +20,7 @@ from flashomni.engine.runtime import Runtime
 from flashomni.engine.sharding import Sharding
 from flashomni.engine.state.turns import why_no_turns
 from flashomni.models import Adapter, adapters, find_adapter
+from flashomni.models._chosen_attention import OfProcess, kept_backend, process_backend
 from flashomni.models._memory import call_shapes
 from flashomni.models._parallel import Theirs, find_ranks
 from flashomni.models.generic import Blocks
@@ -158,6 +159,7 @@ def _one(
 
     find = partial(find_ranks, model, found, recipe, mesh.ulysses, theirs)
     sharding = Sharding(model, find, found.parallel, found.latents)
+    of_process = OfProcess(model)
 
     def check() -> None:
         sharding.start()
@@ -168,6 +170,7 @@ def _one(
             )
         refuse_hooked(model, sites)
         found.check(model)
+        of_process.look()
 
     check()
     reasons = [] if mesh.cfg is None else why_no_turns(recipe)
@@ -187,6 +190,7 @@ def _one(
         )
     runtime = Runtime(model, recipe, layers, clock, backend, check, found.latents)
     runtime.sharding, runtime.cfg = sharding, mesh.cfg
+    runtime.noted = of_process.notes
     if memory is not None:
         said = found.said if isinstance(found, Generic) else None
         has_text = None if said is None else said.text is not None
@@ -194,7 +198,7 @@ def _one(
         coming = partial(weights_to_come, model)
         runtime.budget = Budget(recipe, memory, foresee, coming, type(model).__name__)
     if graphs != "auto" or torch.cuda.is_available():
-        runtime.graphs = Graphs(graphs, model, _attach.is_ours)
+        runtime.graphs = Graphs(graphs, model, _attach.is_ours, process_backend)
     shaped = next((each for each in recipe.policies if each.wants_shape()), recipe.policy)
     runtime.geometry = Asked(model, shaped, partial(found.geometry, model), order)
     take_off = _attach.attach(runtime, sites, found)
@@ -222,7 +226,7 @@ def _find(model: nn.Module, blocks: Blocks | None) -> Adapter:
     A model is learned where there is no adapter, where it is a variant that its adapter does not
     run, and where the attention that the user has chosen is to be kept: an adapter brings its own.
     """
-    from flashomni.models.generic.tier import Generic, kept_backend
+    from flashomni.models.generic.tier import Generic
 
     if blocks is not None:
         return Generic(model, blocks)

@@ -16,6 +16,7 @@ from flashomni.engine.call import Place
 from flashomni.engine.layer import LayerRun
 from flashomni.engine.runtime import Runtime
 from flashomni.models import Adapter, Site
+from flashomni.models._chosen_attention import kept_backend, process_backend
 from flashomni.models._offload import Once, rise
 from flashomni.models._stand_in import InsteadOfForward
 from flashomni.models.generic.blocks import Blocks, declared, find_blocks
@@ -100,7 +101,8 @@ class Generic(Adapter):
     def begin(self, args: tuple, kwargs: dict) -> tuple[Hashable, bool]:
         """A call of the model starts: what sort it is, and whether it is the first of it."""
         self._inputs = named_arguments(self._names, args, kwargs)
-        self._sort = tuple(sorted((name, _sort(v)) for name, v in self._inputs.items()))
+        given = tuple(sorted((name, _sort(v)) for name, v in self._inputs.items()))
+        self._sort = (process_backend(), *given)  # it decides whose attention can be ours
         runtime = self._runtime
         assert runtime is not None
         at_output = runtime.recipe.at_output  # which needs no streams
@@ -124,7 +126,7 @@ class Generic(Adapter):
         for learned in self._known.values():
             for path, reason in learned.refused.items():
                 notes[f"{path}: computed in every step, because {reason}"] = None
-        learned = next(iter(self._known.values()), Learned())
+        learned = self._known.get(self._sort) or next(iter(self._known.values()), Learned())
         counts = Counter(self.lists)
         for path, count in counts.items():
             numbers = [n for n in learned.order if self.lists[n] == path and n in learned.sites]
@@ -273,16 +275,6 @@ class WatchedForward(InsteadOfForward):
         if not self.active or not self.runtime.running:
             return self.original(*args, **kwargs)
         return self._generic.watched(self.original, args, kwargs)
-
-
-def kept_backend(model: nn.Module) -> str | None:
-    """The attention backend that the user has set on a model, which is kept; or ``None``."""
-    return next(filter(None, map(_set_backend, model.modules())), None)
-
-
-def _set_backend(module: nn.Module) -> str | None:
-    backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
-    return None if backend is None else str(getattr(backend, "value", backend))
 
 
 def _positional(module: nn.Module) -> list[str]:
