@@ -11,7 +11,8 @@ with ", calibrated" behind it gets the magnitude ratios or the polynomial that o
 behind that, alone. Rows with a figure that cannot be are named and not written; then it ends with
 1. Methods come in the order ``--ours``, peers, others; with ``--missing-first``
 recipes without a row in the CSV come before them; ``MODEL@NAME`` is for that model alone.
-``--dtype`` is what the stock pipeline and methods both run in. ``--ours`` names methods that are
+``--dtype`` is what the stock pipeline and methods both run in. ``--flip`` measures FLIP as well, of
+which the CSV has a mean under "measures" and the page a word. ``--ours`` names methods that are
 compared with every line of peers at their own measured time, ``--equal-time`` is the CSV of that.
 On a CPU ``--in-turn`` times the pictures themselves, prompt by prompt, and ``--seconds`` ends it
 behind one; ``--processor-time`` does not count the work of others. There several processes, each on
@@ -83,6 +84,9 @@ def main() -> None:
     parser.add_argument("--missing-first", action="store_true", help="before all that has a row")
     parser.add_argument(
         "--guided", action="store_true", help="two calls a step: the page's CFG rows"
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="beside PSNR and SSIM; of each frame, on the CPU"
     )
     parser.add_argument("--in-turn", action="store_true", help="time pictures, all methods on each")
     parser.add_argument("--processor-time", action="store_true", help="a clock of a busy machine")
@@ -228,6 +232,7 @@ def measure(
                 timed=timed,
                 seconds=None if limit is None else max(limit - spent, 0.0),
                 in_turn=options.in_turn,
+                measures={"flip": ""} if options.flip else None,
                 clock=processor_time if options.processor_time else time.perf_counter,
                 on_method=tell,
             )

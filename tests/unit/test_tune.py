@@ -15,7 +15,7 @@ from flashomni.cli import app
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.models import accelerate
-from flashomni.tuning import NotBetterError, Settings, tune, tuner
+from flashomni.tuning import NotBetterError, Settings, spending, tune, tuner
 from flashomni.tuning import run as running
 from flashomni.tuning.cost import Costs
 from flashomni.tuning.drive import Driver
@@ -243,14 +243,16 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
     """Measured on the real output, validated on held-back prompts, and said where it was not."""
     asked = []
 
-    def bought(run, recipe, layers, price, options):
+    def bought(measure, recipe, layers, price, options, layer_runs, order):
         groups = ({"layers": "0:1", **options[0]},)
         sparse = recipe.replace(groups=list(groups))
-        tries = run(recipe, lambda *_: False), run(sparse, lambda *_: True)
-        asked.append((*tries, layers, price))
+        tries = measure.run(recipe, lambda *_: False), measure.run(sparse, lambda *_: True)
+        asked.append((*tries, measure.apart(sparse), layers, price, order))
         with monkeypatch.context() as patch:  # found before: not run again
-            patch.setattr(tuner, "timed", lambda *_: pytest.fail("was measured already"))
-            assert run(sparse, lambda *_: False) == tries[1]
+            patch.setattr(spending, "timed", lambda *_: pytest.fail("was measured already"))
+            patch.setattr(spending, "accelerate", lambda *_: pytest.fail("was measured already"))
+            assert measure.run(sparse, lambda *_: False) == tries[1]
+            assert measure.apart(sparse) == asked[0][2]
         tried = Tried(groups, 0.1, 0.0, 1.0)
         return Spent((tried,), tried, 1.0)
 
@@ -264,9 +266,12 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
     monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: price)
     options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1, probed=2)}
     found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
-    (plain, seconds), (sparse, _), layers, paid = asked[0]
-    assert (layers, paid) == (2, price) and seconds > 0 and plain[0] != sparse[0]
-    assert (len(plain), len(sparse)) == (2, 1)  # what is of no use on the first is not run on more
+    plain, sparse, apart, *rest = asked[0]
+    assert rest == [2, price, "hilbert"] and plain.seconds > 0
+    assert plain.levels[0] != sparse.levels[0] and apart == sparse.apart[0] < 300 == plain.apart[0]
+    assert sparse.skipped[0] > 0 and plain.skipped == [0.0, 0.0] and sparse.skipped[1] == 0
+    # What is of no use on the first is not run on more.
+    assert (len(plain.levels), len(sparse.levels)) == (2, 1)
     assert len(found.recipe.groups) == (price > 0) and found.recipe.at_output
     assert ("does not pay" in in_words(found.chosen)) == (price < 0)
     assert Recipe.load(tmp_path / "mine.json") == found.recipe

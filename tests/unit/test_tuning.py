@@ -2,16 +2,13 @@
 
 import dataclasses
 import itertools
-import json
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from flashomni.engine import Recipe
 from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
-from flashomni.tuning import sparse
 from flashomni.tuning.cost import Costs, anchors_of, as_fitted, choose_fit, decibels
 from flashomni.tuning.gains import Gain, gain_curve, probe_steps
 from flashomni.tuning.plan import best_schedules, descend, neighbours, segment_costs
@@ -306,56 +303,3 @@ def test_a_note_that_is_wrong_is_refused(changes, message):
         TunedOn.load(values)
     with pytest.raises(ValueError, match="unexpected"):
         TunedOn.load({**dataclasses.asdict(tuned()), "moon": 1})
-
-
-def halves(prices, runs=None, seconds=10.0, level=40.0):
-    """Measures recipes: each layer of a group's policy saves and loses what ``prices`` says.
-
-    The second prompt loses half as much; ``runs`` is told how many were run.
-    """
-    runs = [] if runs is None else runs
-
-    def run(recipe, useless):
-        saved = lost = 0.0
-        for group in recipe.groups:
-            for layer in group.select([str(i) for i in range(6)]):
-                one = prices[group.policy.name][layer]
-                saved, lost = saved + one[0], lost + one[1]
-        levels = [level - lost, level - 2 - lost / 2]
-        runs.append(1 if useless(levels[:1], seconds - saved) else 2)
-        return levels[: runs[-1]], seconds - saved
-
-    return run
-
-
-def test_sparse_attention_is_taken_in_the_layers_where_it_pays():
-    """Where the same seconds cost less dB than steps do; what saves nothing is tried once."""
-    recipe = Recipe.of("cached", degrade_below=1.0, level="output")
-    options = sparse.OPTIONS[0], sparse.OPTIONS[2]
-    cheap, dear, slow = (0.3, 0.2), (0.3, 0.9), (-0.1, 0.0)
-    prices = {"topk": [cheap] * 2 + [dear] * 4, "flashomni": [slow] * 6}
-    found = sparse.spend(halves(prices, runs := []), recipe, 6, 2.0, options)
-    assert [group["layers"] for group in found.chosen.groups] == ["0:2"]
-    assert found.chosen.surplus == pytest.approx(2 * (0.6 - 0.2 * 0.75))
-    assert runs == [2, 2, 1, 2, 2, 2]  # what saves nothing on one prompt is not run on the other
-    assert sparse.Spent.load(json.loads(json.dumps(found.to_dict()))) == found
-    losses = {each.groups[0]["policy"]["name"]: each.loss_db for each in found.tried[:2]}
-    assert losses == pytest.approx({"topk": 0.75 * 4.0, "flashomni": 0.0})
-    prices["topk"] = [cheap] * 6
-    assert len(sparse.spend(halves(prices), recipe, 6, 2.0, options).chosen.groups) in (1, 3)
-    none = sparse.spend(halves(prices), recipe, 6, 0.3, options)
-    assert none.chosen is None
-    prices["topk"] = [cheap] * 2 + [(0.3, 4.0)] * 4  # far beyond any price: one prompt says so
-    found = sparse.spend(halves(prices, runs := []), recipe, 6, 2.0, options)
-    assert [group["layers"] for group in found.chosen.groups] == ["0:2"]
-    assert runs == [2, 2, 1, 2, 1, 1]
-    prices["topk"] = [slow] * 6
-    assert len(sparse.spend(halves(prices), recipe, 6, 2.0, options).tried) == 2
-
-
-@pytest.mark.parametrize("option", sparse.OPTIONS)
-def test_what_is_tried_of_sparse_attention_is_a_recipe(option):
-    recipe = Recipe.of("cached", degrade_below=1.0, level="output")
-    found = recipe.replace(groups=[{"layers": "0:2", **option}])
-    assert found.at_output and found.groups[0].sparse.in_computed
-    assert sparse.thirds(8) == ["0:3", "3:5", "5:8"] and sparse.thirds(1) == ["0:1"]

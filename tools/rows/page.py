@@ -16,6 +16,9 @@ def in_words(row: dict[str, str], dense: float) -> str:
     """A cell of a measured column, of a row of the CSV; the stock pipeline takes ``dense`` s."""
     error = f" ± {float(row['psnr_error']):.1f}" if row["psnr_error"] else ""
     parts = [f"{float(row['psnr_db']):.1f}{error} / {float(row['worst_psnr_db']):.1f} dB"]
+    flip = re.search(r"\bflip=([0-9.]+)", row.get("measures", ""))
+    if flip:
+        parts.append(f"FLIP {float(flip[1]):.3f}")
     if row["computed"]:
         parts.append(f"{float(row['computed']):.3g} computed")
     if row["flops_skipped"]:

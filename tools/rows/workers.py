@@ -42,7 +42,8 @@ class Workers:
 
     Args:
         jobs: how many.
-        options: of the command; ``device``, ``dtype``, ``size``, ``steps``, ``seeds`` are read.
+        options: of the command; ``device``, ``dtype``, ``size``, ``steps``, ``seeds``,
+            ``flip`` are read.
     """
 
     def __init__(self, jobs: int, options: argparse.Namespace) -> None:
@@ -206,5 +207,6 @@ def _pictures(
         batch=asked.batch,
         rounds=0,
         references=references,
+        measures={"flip": ""} if options.flip else None,
     )
     return list(found.pictures)

@@ -52,7 +52,10 @@ def tune(
     ] = 4,
     sparse: Annotated[
         int, typer.Option(help="Kinds of sparse attention tried in computed steps.", min=0)
-    ] = 4,
+    ] = 8,
+    layer_runs: Annotated[
+        int, typer.Option(help="Generations that measure them by layer; 0: in all alone.", min=0)
+    ] = 32,
     memory: Annotated[
         float, typer.Option(help="GiB of host memory that recordings may take.", min=0.001)
     ] = 8.0,
@@ -102,7 +105,12 @@ def tune(
                     held_back=held_back,
                     seed=seed,
                     out=out,
-                    settings=Settings(tries=tries, sparse=sparse, memory=int(memory * 2**30)),
+                    settings=Settings(
+                        tries=tries,
+                        sparse=sparse,
+                        layer_runs=layer_runs,
+                        memory=int(memory * 2**30),
+                    ),
                     on_progress=show,
                     on_note=say,
                 )

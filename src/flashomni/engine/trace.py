@@ -98,7 +98,8 @@ class Summary:
         steps: ``{step, branch, kind, seconds, q_density, kv_density, layer_kinds}`` for each call
             of the model; densities and kinds per layer, 0, 0 and "bypass" for a layer that was
             cached whole; and ``transformer``, its component, where several share a pipeline. Also
-            ``executed``, the share of each layer's FLOPs, ``cache_bytes`` and
+            ``executed``, the share of each layer's FLOPs, ``attention_skipped``, FLOPs of each
+            layer's attention that were not executed, ``cache_bytes`` and
             ``cache_bytes_host`` behind the call, ``allocated_bytes`` of all tensors on a GPU
             (``None`` elsewhere), ``does`` ("chooses", "refreshes": what became of the columns that
             attention visits), and ``forecast_error``, the norm of what forecasts missed by that of
@@ -280,14 +281,16 @@ class Trace:
         if recipe.guidance.acts and len({record.branch for record in self.steps}) == 1:
             notes["guidance: the model was called once a step, so no branch was left out"] = None
         for record in self.steps:
-            shares = []
+            shares, skipped = list[float](), list[float]()
             for layer in record.layers:
-                whole = done = 0.0
+                whole = done = spared = 0.0
                 for op, flops, share in layer.ops:
                     part = flops * float(share)
                     dense[op] += flops
                     executed[op] += part
                     whole, done = whole + flops, done + part
+                    spared += (flops - part) * (op == "attention")
+                skipped.append(spared)
                 shares.append(done / whole if whole else float(layer.kind != BYPASS))
                 for note in layer.notes():
                     notes[f"{layer.name}: {note}"] = None
@@ -301,6 +304,7 @@ class Trace:
                     "kv_density": [float(layer.kv_density) for layer in record.layers],
                     "layer_kinds": [layer.kind for layer in record.layers],
                     "executed": shares,
+                    "attention_skipped": skipped,
                     "does": list(record.does),
                     "forecast_error": record.forecast_error(),
                     "cache_bytes": record.kept[0],

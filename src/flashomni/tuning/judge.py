@@ -10,7 +10,7 @@ from typing import Any
 
 from flashomni.engine import Recipe
 from flashomni.tuning.polish import Candidate
-from flashomni.tuning.sparse import Spent
+from flashomni.tuning.sparse import Spent, sparsely
 from flashomni.tuning.validate import (
     KINDS,
     HeldBack,
@@ -67,7 +67,7 @@ def judge(
             verdict, same = Verdict.of(same, against, None), None
     spent, groups = spend(recipe), list[Any]()
     if spent is not None and spent.chosen is not None:
-        sparse = recipe.replace(groups=list(spent.chosen.groups))
+        sparse = sparsely(recipe, spent.chosen.groups)
         again, sparse_picture = held.run(sparse, count)
         plain, _ = held.run(recipe, count)
         changed = Verdict.of(again, against, same)

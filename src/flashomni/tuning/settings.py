@@ -22,6 +22,8 @@ class Settings:
         probed: prompts that gains are measured on, in turn.
         sparse: of the kinds of sparse attention that steps may be computed with, so many are tried;
             see :mod:`flashomni.tuning.sparse`.
+        layer_runs: generations that measure what sparse attention loses in runs of layers, for each
+            number of computed steps; 0 tries kinds in all layers alone.
         memory: bytes that recordings may take in host memory.
     """
 
@@ -30,6 +32,7 @@ class Settings:
     probes: int = 8
     probed: int = 2
     sparse: int = len(OPTIONS)
+    layer_runs: int = 32
     memory: int = 8 << 30
 
 

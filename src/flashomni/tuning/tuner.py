@@ -22,9 +22,9 @@ from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
 from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise, simulate
 from flashomni.tuning.record import Recording, gram, needed_bytes, record
 from flashomni.tuning.settings import Point, Settings
-from flashomni.tuning.sparse import OPTIONS, Spent, Useless, spend
+from flashomni.tuning.sparse import OPTIONS, Spent, sparsely, spend
+from flashomni.tuning.spending import Spending
 from flashomni.tuning.state import State, key
-from flashomni.tuning.timed import timed
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
@@ -130,7 +130,8 @@ class Tuner:
             if self.state.get(f"point {count}") is None:
                 if count == min(counts):
                     runs = self._compiles + min(self.settings.probed, len(self.prompts))
-                    found += (self.settings.sparse + 1) * runs * count
+                    layer_runs = self.settings.layer_runs * bool(self.settings.sparse)
+                    found += ((self.settings.sparse + 1) * runs + layer_runs) * count
                 replayed = next(
                     n for n, at in enumerate((*ramp_steps(count, steps), -1)) if at != n
                 )
@@ -336,7 +337,7 @@ class Tuner:
             best, value = proposals[0], float(np.mean(self.measure(proposals[0])))
         verdict = Verdict.load(kept["verdict"])
         recipe = recipe_of(best.steps, steps, best, self.name)
-        recipe = recipe.replace(tuned=self._tuned_on(count, verdict), groups=kept["groups"])
+        recipe = sparsely(recipe, kept["groups"]).replace(tuned=self._tuned_on(count, verdict))
         spent = None if kept["spent"] is None else Spent.load(kept["spent"])
         if spent is not None:
             self._pays[count] = bool(kept["groups"])
@@ -354,7 +355,8 @@ class Tuner:
         if any(fewer < count and not pays for fewer, pays in self._pays.items()):
             return None  # a smaller error of forecasts hides less of what it loses
         try:
-            layers = len(find_adapter(self.driver.model).sites(self.driver.model))
+            adapter = find_adapter(self.driver.model)
+            layers = len(adapter.sites(self.driver.model))
         except (ValueError, NotImplementedError):
             return None  # whose layers nobody knows
         if not options:
@@ -363,18 +365,13 @@ class Tuner:
         numbers = range(min(self.settings.probed, len(self.prompts)))
         prompts = [(self.prompts[number], self.seed + number) for number in numbers]
 
-        def run(tried: Recipe, useless: Useless) -> tuple[list[float], float]:
-            name = f"sparse {key(tried.to_dict())}"
-            kept = self.state.get(name)
-            if kept is None:
-                found = timed(
-                    self.driver, tried, prompts, lambda n: self.recording(n).latents,
-                    useless, lambda: self._passed(count),
-                )  # fmt: skip
-                kept = self.state.put(name, found)
-            return kept["levels"], kept["seconds"]
-
-        return spend(run, recipe, layers, self._price(count), options)
+        spending = Spending(
+            self.driver, self.state, recipe, prompts, lambda n: self.recording(n).latents,
+            lambda: self._passed(count),
+        )  # fmt: skip
+        order = "hilbert" if adapter.reorders else "raster"
+        runs = self.settings.layer_runs
+        return spend(spending, recipe, layers, self._price(count), options, runs, order)
 
     def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
         return TunedOn(
