@@ -79,8 +79,8 @@ CLI = {
     "show": {"TOPIC", "NAME"},
     "tune": {
         "--model", "--prompts", "--count", "--held-back", "--steps", "--target-speedup",
-        "--target-psnr", "--pareto", "--computed", "--tries", "--sparse", "--layer-runs", "--memory",
-        "--seed", "--out", "--device", "--dtype",
+        "--target-psnr", "--pareto", "--computed", "--tries", "--sparse", "--layer-runs",
+        "--memory", "--seed", "--out", "--device", "--dtype",
     },
     "studio": {"--model", "--recipe", "--host", "--port", "--share", "--device", "--dtype"},
     "tune-kernels": {"--head-dim", "--seconds", "--device", "--dtype"},

@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +14,13 @@ from flashomni.cli import app
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.models import accelerate
-from flashomni.tuning import NotBetterError, Settings, spending, tune, tuner
+from flashomni.tuning import NotBetterError, Settings, tune, tuner
 from flashomni.tuning import run as running
 from flashomni.tuning.cost import Costs
 from flashomni.tuning.drive import Driver
 from flashomni.tuning.gains import direct_effects, gain
-from flashomni.tuning.page import in_words
 from flashomni.tuning.polish import Candidate, simulate
 from flashomni.tuning.record import gram, needed_bytes, record
-from flashomni.tuning.sparse import Spent, Tried
 from flashomni.tuning.state import State
 from flashomni.tuning.validate import HeldBack, Verdict, ramp_steps, recipe_of
 
@@ -235,56 +232,6 @@ def test_a_schedule_that_the_fitted_ramp_beats_is_not_written(loaded, tmp_path, 
     assert found.recipe.schedule.steps == ramp_steps(4, STEPS)
     assert found.recipe.forecast.name == "fitted" and found.chosen.source.startswith("ramp")
     assert found.chosen.verdict.gain_db > 0 and found.chosen.verdict.same_weights_db is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("price", [-1e3, 1e3])
-def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monkeypatch, price):
-    """Measured on the real output, validated on held-back prompts, and said where it was not."""
-    asked = []
-
-    def bought(measure, recipe, layers, price, options, layer_runs, order):
-        groups = ({"layers": "0:1", **options[0]},)
-        sparse = recipe.replace(groups=list(groups))
-        tries = measure.run(recipe, lambda *_: False), measure.run(sparse, lambda *_: True)
-        asked.append((*tries, measure.apart(sparse), layers, price, order))
-        with monkeypatch.context() as patch:  # found before: not run again
-            patch.setattr(spending, "timed", lambda *_: pytest.fail("was measured already"))
-            patch.setattr(spending, "accelerate", lambda *_: pytest.fail("was measured already"))
-            assert measure.run(sparse, lambda *_: False) == tries[1]
-            assert measure.apart(sparse) == asked[0][2]
-        tried = Tried(groups, 0.1, 0.0, 1.0)
-        return Spent((tried,), tried, 1.0)
-
-    def timed(held, recipe, computed):
-        found, picture = run(held, recipe, computed)
-        return [replace(each, seconds=0.5 if recipe.groups else 1.0) for each in found], picture
-
-    run = HeldBack.run
-    monkeypatch.setattr(tuner, "spend", bought)
-    monkeypatch.setattr(HeldBack, "run", timed)
-    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: price)
-    options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1, probed=2)}
-    found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
-    plain, sparse, apart, *rest = asked[0]
-    assert rest == [2, price, "hilbert"] and plain.seconds > 0
-    assert plain.levels[0] != sparse.levels[0] and apart == sparse.apart[0] < 300 == plain.apart[0]
-    assert sparse.skipped[0] > 0 and plain.skipped == [0.0, 0.0] and sparse.skipped[1] == 0
-    # What is of no use on the first is not run on more.
-    assert (len(plain.levels), len(sparse.levels)) == (2, 1)
-    assert len(found.recipe.groups) == (price > 0) and found.recipe.at_output
-    assert ("does not pay" in in_words(found.chosen)) == (price < 0)
-    assert Recipe.load(tmp_path / "mine.json") == found.recipe
-
-
-def test_sparse_attention_that_did_not_pay_is_not_tried_with_more_steps():
-    """With fewer there was more to win; with more nothing has been said yet."""
-    fake = SimpleNamespace(settings=replace(FEW, sparse=1), _pays={4: False})
-    assert tuner.Tuner._spend(fake, None, 5) is None
-    fake._stage = ""
-    fake.driver = None
-    with pytest.raises(AttributeError, match="model"):
-        tuner.Tuner._spend(fake, None, 4)
 
 
 def test_recording_that_does_not_fit_is_refused(loaded, tmp_path):

@@ -325,10 +325,10 @@ class _Spender:
             place = values.index(max(values))
             best, path = path[place], path[:place]  # next without the layers that lose most
             groups = groups_of(best.picks, where, options)
-            if any(each.groups == groups for each in self.tried):
-                continue  # a kind in all layers, as it was measured before
-            self._attempt(groups, values[place])
-            got = self.tried[-1]
+            got = next((each for each in self.tried if each.groups == groups), None)
+            if got is None:  # else a kind in all layers, as it was measured before
+                self._attempt(groups, values[place])
+                got = self.tried[-1]
             if got.surplus >= values[place]:
                 break
             slower = min(got.saved / best.saved, slower)
