@@ -14,7 +14,7 @@ from flashomni.cli import app
 from flashomni.engine import Recipe
 from flashomni.lab import zoo
 from flashomni.models import accelerate
-from flashomni.tuning import NotBetterError, Settings, tune, tuner
+from flashomni.tuning import NotBetterError, Settings, tune
 from flashomni.tuning import run as running
 from flashomni.tuning.cost import Costs
 from flashomni.tuning.drive import Driver
@@ -22,7 +22,7 @@ from flashomni.tuning.gains import direct_effects, gain
 from flashomni.tuning.polish import Candidate, simulate
 from flashomni.tuning.record import gram, needed_bytes, record
 from flashomni.tuning.state import State
-from flashomni.tuning.validate import HeldBack, Verdict, ramp_steps, recipe_of
+from flashomni.tuning.validate import Verdict, ramp_steps, recipe_of
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
 FEW = Settings(tries=1, probes=2, probed=1, sparse=0)
