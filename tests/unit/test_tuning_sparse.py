@@ -142,6 +142,8 @@ def test_layers_get_the_kind_that_suits_them():
     assert sparse.Spent.load(json.loads(json.dumps(found.to_dict()))) == found
     words = found.chosen.words
     assert "topk 0.5 in layers 2:4; topk 0.25, 4 means a block in layers 0:2: +1.000 s" in words
+    assert "in all layers: " in found.tried[0].words
+    assert "topk 0.25, 4 means a block: 0:1 0.02, 1:2 0.02, 2:3 3, " in found.by_layer
 
 
 def test_what_loses_more_than_predicted_is_cut_back():

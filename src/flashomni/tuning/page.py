@@ -61,8 +61,22 @@ def in_words(point: Point) -> str:
         return f"{start} was not tried, or did not pay with fewer steps"
     if point.recipe.groups:
         return f"{start} pays, {point.spent.chosen.words if point.spent.chosen else ''}"
+    if point.spent.chosen is not None:
+        return (
+            f"{start} does not pay on prompts kept back, {point.spent.chosen.words} on the others"
+        )
     best = max(point.spent.tried, key=lambda tried: tried.surplus, default=None)
     return f"{start} does not pay" + ("" if best is None else f"; at best {best.words}")
+
+
+def _notes(point: Point) -> list[str]:
+    found = [in_words(point)]
+    if point.spent is not None and point.spent.by_layer:
+        found.append(
+            "squared error in runs of layers, over that without sparse attention, of "
+            + point.spent.by_layer
+        )
+    return found
 
 
 def write_page(
@@ -85,7 +99,9 @@ def write_page(
             f"<li>{point.computed} computed steps: no recipe, the ramp is as good</li>"
             for point in refused
         )
-        notes += "".join(f"<li>{html.escape(text)}</li>" for text in map(in_words, found.points))
+        notes += "".join(
+            f"<li>{html.escape(text)}</li>" for point in found.points for text in _notes(point)
+        )
         text = page(
             "tuning",
             {"front": data_uri(drawn)},

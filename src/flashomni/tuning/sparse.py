@@ -116,7 +116,7 @@ class Tried:
     @property
     def words(self) -> str:
         """In short, for tables."""
-        where = "; ".join(f"{in_short(g)} in layers {_ranges(g['layers'])}" for g in self.groups)
+        where = "; ".join(f"{in_short(g)} in {_ranges(g['layers'])}" for g in self.groups)
         return f"{where}: {self.saved:+.3f} s for {self.loss_db:.2f} dB, price {self.price_db:.2f}"
 
 
@@ -138,6 +138,15 @@ class Spent:
     seconds: float
     errors: tuple[tuple[int, int, tuple[float, ...]], ...] = ()
     probed: tuple[int, ...] = ()
+
+    @property
+    def by_layer(self) -> str:
+        """What kinds lose in the runs of layers that were measured, a line for tables."""
+        found = []
+        for place, number in enumerate(self.probed):
+            each = ", ".join(f"{a}:{b} {errors[place]:.2g}" for a, b, errors in self.errors)
+            found.append(f"{in_short(self.tried[number].groups[0])}: {each}")
+        return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :meth:`load` gives it back."""
@@ -168,8 +177,10 @@ def in_short(group: Mapping[str, Any]) -> str:
     return words
 
 
-def _ranges(layers: Any) -> str:
-    return layers if isinstance(layers, str) else ", ".join(map(str, layers))
+def _ranges(layers: str | Sequence[str]) -> str:
+    if layers == ":":
+        return "all layers"
+    return f"layers {layers if isinstance(layers, str) else ', '.join(layers)}"
 
 
 def sparsely(recipe: Recipe, groups: Groups) -> Recipe:
