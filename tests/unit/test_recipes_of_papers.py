@@ -118,14 +118,16 @@ def test_the_tool_fills_cells_and_nothing_else():
         "dense_seconds": "9", "speedup": "4.5", "attention_spent": "0.305",
     }  # fmt: skip
     odd = {**line, "method": "x, calibrated", "psnr_db": "not finite", "dense_seconds": "5"}
-    last = {**line, "method": "own", "dense_seconds": "4"}
+    last = {**line, "method": "own", "dense_seconds": "4", "measures": "clip=0.3 flip=0.0124"}
     other = {**line, "model": "other", "dense_seconds": "1"}
     both = {**line, "method": "both (true CFG)", "dense_seconds": "18"}  # two calls: 9x of its own
     cells = page_of.cells_of([line, odd, last, other, both])
     cell = "35.0 ± 1.2 / 30.0 dB, 7.5 computed, 70% skipped, attention 0.30, 2.50x"
     assert page_of.filled(page, cells) == page.replace("|  |", f"| {cell} |").replace(
         "| y |", "| not finite |"
-    ).replace("| v |", f"| {cell.replace('2.50x', '9.00x')} |").replace("| w |", f"| {cell} |")
+    ).replace("| v |", f"| {cell.replace('2.50x', '9.00x')} |").replace(
+        "| w |", f"| {cell.replace('7.5 c', 'FLIP 0.012, 7.5 c')} |"
+    )
     wrong = dict.fromkeys(results.columns(Summed), "1") | {"attention_spent": "269335634.9"}
     with pytest.raises(ValueError, match=r"1, 1: attention_spent 2\.69336e"):
         sound([wrong])
