@@ -54,7 +54,7 @@ def test_the_choice_is_exact(seed):
 
 
 def even(saved, error, layers=LAYERS):
-    return Kind(saved, error, (1 / layers,) * layers)
+    return Kind(saved, error, (1 / layers,) * layers, error)
 
 
 def test_runs_of_layers_are_short_where_errors_are_large():

@@ -107,9 +107,11 @@ class Kind(Option):
 
     Attributes:
         shares: of the attention that it skips, by layer.
+        first: the error of the first prompt, which runs of layers are measured on.
     """
 
     shares: tuple[float, ...]
+    first: float
 
 
 @dataclass(frozen=True)

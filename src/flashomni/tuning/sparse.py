@@ -299,19 +299,18 @@ class _Spender:
             self.order = "raster"
             found = self._attempt([{"layers": ":", **self._ordered(option)}])
         own = zip(self.plain.levels, found.apart, strict=False)
-        error = statistics.fmean(_over(level, apart) for level, apart in own)
+        errors = [_over(level, apart) for level, apart in own]
         total = sum(found.skipped)
         if len(found.skipped) == self.num_layers and total > 0:
             shares = tuple(each / total for each in found.skipped)
         else:
             shares = (1 / self.num_layers,) * self.num_layers
-        return Kind(self.tried[-1].saved, error, shares)
+        return Kind(self.tried[-1].saved, statistics.fmean(errors), shares, errors[0])
 
     def _by_layers(
         self, kinds: Sequence[Kind], options: Sequence[Mapping[str, Any]], budget: int
     ) -> tuple[list[int], list[Run]]:
         """Measure runs of layers, choose, and try the choice. Returns kinds probed, and runs."""
-
         hopes = [self._hope(kind) for kind in kinds]
         ranked = sorted(range(len(kinds)), key=lambda number: -hopes[number])
         probed = [number for number in ranked if hopes[number] > 0][:PROBED]
@@ -321,9 +320,10 @@ class _Spender:
         def probe(number: int, start: int, stop: int) -> float:
             group = {"layers": f"{start}:{stop}", **options[number]}
             apart = self.measure.apart(sparsely(self.recipe, [group]))
-            return _over(self.plain.levels[0], apart)
+            kind = kinds[number]  # one prompt tells a share of what it loses in all layers
+            usual = kind.error / kind.first if kind.first > 0 else 1.0
+            return usual * _over(self.plain.levels[0], apart)
 
-        # One prompt measures runs of layers: they are a share of what that prompt loses in all.
         runs = bisect(kinds, probed, probe, budget, self.price)
         path = corners(options_of(kinds, probed, runs))
         where = [(run.start, run.stop) for run in runs]
