@@ -35,6 +35,7 @@ class Position:
         timesteps: the scheduler's, whose identity is that of a run; ``None`` where none is known.
         announced: whether the caller said it in so many words.
         first: step of the owner at which the model's own steps begin.
+        scheduler: of the pipeline that is calling; ``None`` where none is known.
     """
 
     key: Hashable
@@ -45,6 +46,7 @@ class Position:
     timesteps: Tensor | None = None
     announced: bool = False
     first: int = 0
+    scheduler: Any = None
 
 
 class Clock:
@@ -119,11 +121,11 @@ class Clock:
             pipe = self._pipe()
         told, of = getattr(context, "step_index", None), getattr(context, "num_inference_steps", 0)
         if isinstance(told, int) and isinstance(of, int) and 0 <= told < of:
-            timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+            scheduler = getattr(pipe, "scheduler", None)
+            timesteps = getattr(scheduler, "timesteps", None)
             own = self._own(pipe, timesteps, range(of), told)
-            return Position(
-                _key(pipe), told, told - own.start, len(own), name, timesteps, first=own.start
-            )
+            at = (told, told - own.start, len(own), name, timesteps)
+            return Position(_key(pipe), *at, first=own.start, scheduler=scheduler)
         if pipe is None:
             raise ValueError(
                 "nothing tells the engine which step this is: accelerate a pipeline, or call "
@@ -146,8 +148,8 @@ class Clock:
         index = begin if index is None else index
         steps = range(begin, begin + max(num_steps, 1))
         own = self._own(pipe, timesteps, steps, index)
-        first = own.start - begin
-        return Position(_key(pipe), index, None, len(own), name, timesteps, first=first)
+        at = (index, None, len(own), name, timesteps)
+        return Position(_key(pipe), *at, first=own.start - begin, scheduler=scheduler)
 
     def _own(self, pipe: Any, timesteps: Tensor | None, steps: range, index: int) -> range:
         """Which of a pipeline's steps call this model: all, where no other one shares them.

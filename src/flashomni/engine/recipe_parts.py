@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flashomni.engine.forecasts import Fitted, Known, difference_weights, forecasts
+from flashomni.engine.forecasts import (
+    Fitted,
+    Known,
+    difference_weights,
+    forecasts,
+    looks_ahead,
+)
+from flashomni.engine.noise import Noise
 from flashomni.engine.sparse_settings import SparseSettings, check_choice
 from flashomni.engine.state.storage import DTYPES
 from flashomni.policies import check_int, check_range
@@ -20,8 +27,8 @@ class ForecastSettings:
     """How cached values are carried forward.
 
     Args:
-        name: a forecast: ``chebyshev``, ``fitted``, ``foca``, ``hermite``, ``reuse``, ``taylor``,
-            or what an extension registers.
+        name: a forecast: ``chebyshev``, ``fitted``, ``foca``, ``hermite``, ``quadrature``,
+            ``reuse``, ``taylor``, or what an extension registers.
         order: of cached tiles, 0 to 3: the forecast uses one anchor more.
         layer_order: of layers that are cached whole, and of the output, 0 to 3.
         level: ``layers`` caches tiles and layers; ``output`` what the whole model returned, and
@@ -51,9 +58,32 @@ class ForecastSettings:
                 f"{self.name!r} and fitted={self.fitted!r}"
             )
 
-    def coefficients(self, times: tuple[int, ...], step: int, num_steps: int) -> tuple[float, ...]:
-        """Weights of the terms of a history with these anchors, at a step of a generation."""
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether weights depend on the steps that will be computed, and on their noise."""
+        names = [self.name, *(() if self.fitted is None else (self.fitted.base,))]
+        return any(map(looks_ahead, names))
+
+    def coefficients(
+        self,
+        times: tuple[int, ...],
+        step: int,
+        num_steps: int,
+        computed: tuple[int, ...] = (),
+        noise: Noise | None = None,
+    ) -> tuple[float, ...]:
+        """Weights of the terms of a history with these anchors, at a step of a generation.
+
+        Args:
+            times: the anchors.
+            step: to forecast.
+            num_steps: of the generation.
+            computed: steps that are computed, where the schedule knows.
+            noise: of the generation's steps, where the scheduler's are known.
+        """
         known = Known(num_steps, self.fitted)
+        if noise is not None and self.looks_ahead:
+            known = Known(num_steps, self.fitted, self.layer_order, computed, noise.levels())
         return difference_weights(self.name, times, step, known)
 
 

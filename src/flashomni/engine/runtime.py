@@ -211,6 +211,7 @@ class Runtime:
         shared |= {"storage": self._keeping.on(device), "backend": self.backend, "device": device}
         shared |= {"geometry": generation.geometry, "grids": self.grids.on(device), "shard": shard}
         shared |= {"inputs": inputs, "room": generation.room, "symbols": self.symbols}
+        shared |= {"noise": generation.noise}
         plans = plans_now(self.division.recipes, generation, branch, tick, kinds, is_new, shared)
         branch.prefetch(0, plans[self.division.of[0]].stores)
         call = Call(generation, branch, tick, plans, record, inputs, self._latents, left_out)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashomni.engine.geometry import Geometry
+from flashomni.engine.noise import Noise
 from flashomni.engine.recipe import Recipe
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.sparse_settings import Marks, SparseStep
@@ -49,6 +50,8 @@ class StepPlan:
         symbols: what is used instead of a choice.
         shard: how the sequence is spread over ranks; ``None`` on one card.
         marks: what was done with the columns of the symbols before this step.
+        computed: steps that are computed, all of them; none where that is decided late.
+        noise: of the generation's steps, if a forecast asks for it.
         numbers: the coefficients that were asked for so far, by what they are for.
     """
 
@@ -73,6 +76,8 @@ class StepPlan:
     symbols: SymbolsFile | None = None
     shard: Shard | None = None
     marks: Marks = field(default_factory=Marks)
+    computed: tuple[int, ...] = ()
+    noise: Noise | None = None
     numbers: dict[Wanted, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -109,6 +114,7 @@ class StepPlan:
             records=planned is None or planned.records[step],
             probes=planned is not None and planned.probes[step] and not at_output,
             optimistic=planned is None or planned.optimistic,
+            computed=() if planned is None else planned.computed,
             progress=torch.full((), (step + 1) / num_steps, device=device),
             recipe=recipe,
             device=device,
@@ -157,7 +163,8 @@ class StepPlan:
                 share = self.recipe.sparse.extrapolation
                 values = (1.0, share * (self.step - times[-1]))[: len(times)]
             else:
-                values = self.recipe.forecast.coefficients(times, self.step, self.num_steps)
+                at = (times, self.step, self.num_steps)
+                values = self.recipe.forecast.coefficients(*at, self.computed, self.noise)
             values = tuple(x * 2**i for i, x in enumerate(values)) if halved else values
             self.numbers[wanted] = _to_device(values, self.device)
         return self.numbers[wanted]

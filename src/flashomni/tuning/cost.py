@@ -21,8 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flashomni.engine.forecasts import FORECASTS, Fitted, Known
-
-TINY = 1e-300
+from flashomni.engine.forecasts._joint import TINY, anchors_of, joint_weights
 
 
 class Costs:
@@ -82,34 +81,9 @@ class Costs:
             ridge: what draws the weights towards reuse, over the diagonal of the system.
             base: the forecast that prompts are weighed by.
         """
-        places = anchors_of(computed, order, self.num_steps)
-        reuse = np.eye(self.num_steps)
-        unknowns, steps, pairs = [], [], []
-        for step, anchors in places.items():
-            reuse[step] = 0.0
-            reuse[step, anchors[-1]] = 1.0
-            for anchor in anchors[:-1]:
-                direction = np.zeros(self.num_steps)
-                direction[anchor], direction[anchors[-1]] = self.effects[step], -self.effects[step]
-                unknowns.append(direction)
-                steps.append(step)
-                pairs.append((step, anchor, anchors[-1]))
-        if not unknowns:
-            return reuse
+        anchors = anchors_of(computed, order, self.num_steps)
         gram = self._weighed(computed, order, base)
-        directions, at = np.array(unknowns), np.array(steps)
-        later = self._later(computed)
-        products = directions @ gram
-        system = products @ directions.T * later[np.maximum.outer(at, at)]
-        together = later[np.maximum.outer(at, np.arange(self.num_steps))]
-        side = (products @ self._errors(reuse).T * together).sum(1)
-        diagonal = system.diagonal()
-        system = system + np.diag(ridge * diagonal + 1e-12 * diagonal.max() + TINY)
-        found = np.linalg.solve(system, -side)
-        for value, (step, anchor, last) in zip(found, pairs, strict=True):
-            reuse[step, anchor] += value
-            reuse[step, last] -= value
-        return reuse
+        return joint_weights(gram, self.effects, self._later(computed), anchors, ridge)
 
     def _weighed(self, computed: Sequence[int], order: int, base: str) -> np.ndarray:
         costs = self.of(computed, self.forecasts(computed, order, base))
@@ -159,16 +133,6 @@ def choose_fit(
             if value > best:
                 best, chosen = value, (order, ridge)
     return chosen
-
-
-def anchors_of(computed: Sequence[int], order: int, num_steps: int) -> dict[int, tuple[int, ...]]:
-    """The anchors of each step that is left out: the last ``order + 1`` computed ones before it."""
-    ordered = sorted(computed)
-    return {
-        step: tuple([at for at in ordered if at < step][-(order + 1) :])
-        for step in range(num_steps)
-        if step not in ordered
-    }
 
 
 def as_fitted(

@@ -22,6 +22,8 @@ Weights = Callable[..., list[float]]
 FORECASTS: Registry[Weights] = Registry("forecast", __name__, "flashomni.forecasts")
 
 
+_AHEAD: set[str] = set()  # forecasts that look ahead
+
 Entry = tuple[tuple[int, ...], int, tuple[float, ...]]
 
 
@@ -88,17 +90,32 @@ class Known:
     Args:
         num_steps: of the generation.
         fitted: the weights that the recipe brings, if it does.
+        order: of what is cached whole: ``order + 1`` anchors, where there are so many.
+        computed: steps that are computed, all of them, where the schedule knows them before.
+        sigmas: noise level of each step, and the one behind the last, where the scheduler is one
+            whose steps are known (:mod:`flashomni.engine.noise`).
+
+    The last three are there for forecasts that ask for them.
     """
 
     num_steps: int
     fitted: Fitted | None = None
+    order: int = 0
+    computed: tuple[int, ...] = ()
+    sigmas: tuple[float, ...] = ()
 
 
-def forecast(name: str) -> Callable[[Weights], Weights]:
-    """Register a function as the forecast ``name``."""
+def forecast(name: str, *, looks_ahead: bool = False) -> Callable[[Weights], Weights]:
+    """Register a function as the forecast ``name``.
+
+    Args:
+        name: what recipes call it.
+        looks_ahead: whether it asks for ``computed`` and ``sigmas`` of what is known.
+    """
 
     def keep(function: Weights) -> Weights:
         FORECASTS.add(name, function)
+        (_AHEAD.add if looks_ahead else _AHEAD.discard)(name)
         difference_weights.cache_clear()  # it may replace an older definition of its own
         return function
 
@@ -108,6 +125,12 @@ def forecast(name: str) -> Callable[[Weights], Weights]:
 def forecasts() -> dict[str, Weights]:
     """Every forecast by name."""
     return FORECASTS.all()
+
+
+def looks_ahead(name: str) -> bool:
+    """Whether the forecast ``name`` asks for the steps that will be computed, and their noise."""
+    FORECASTS.get(name)  # it may not have been loaded yet
+    return name in _AHEAD
 
 
 def to_differences(times: Sequence[int], weights: Sequence[float]) -> list[float]:

@@ -82,6 +82,11 @@ class Plan:
             optimistic,
         )
 
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The steps that are not left out."""
+        return tuple(s for s, kind in enumerate(self.kinds) if kind is not StepKind.DISPATCH)
+
 
 @dataclass(frozen=True)
 class Signals:

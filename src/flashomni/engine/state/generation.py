@@ -9,6 +9,7 @@ from typing import Any
 from flashomni.engine.clock import Position
 from flashomni.engine.geometry import Geometry
 from flashomni.engine.groups import Division
+from flashomni.engine.noise import Noise
 from flashomni.engine.schedules import Plan, StepKind
 from flashomni.engine.state.branch import Branch
 from flashomni.engine.state.guidance import Guidance
@@ -57,6 +58,7 @@ class Generation:
         guidance: which calls of further branches are left out, if any are.
         turns: which of them other ranks run, if any do.
         number: of the generations on its model, from 1.
+        noise: of its steps, if a forecast asks for it and the scheduler's are known.
     """
 
     geometry: Geometry | None = None
@@ -75,6 +77,8 @@ class Generation:
         rules = division.recipes[0].guidance
         self.guidance = Guidance(rules) if rules.acts else None
         self.first, self._timesteps = position.first, position.timesteps
+        asks = any(recipe.forecast.looks_ahead for recipe in division.recipes)
+        self.noise = Noise.of(position.scheduler) if asks else None
         self._begin = position.index
         self._index = position.index - 1
         self._calls: dict[str, int] = {}
