@@ -74,6 +74,7 @@ def test_an_attention_of_the_whole_process_is_named(name, caplog):
     assert not is_chosen and caplog.text.count("attention backend '_native_math'") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("diffusers_attention")
 def test_what_is_set_on_the_model_is_no_choice_of_the_process():
     """Though diffusers makes it one, too; a model beside it does not keep it."""
@@ -87,6 +88,7 @@ def test_what_is_set_on_the_model_is_no_choice_of_the_process():
             assert len(of_process(engine.report())) == said
 
 
+@pytest.mark.slow
 def test_an_attention_that_is_not_torchs_is_watched_anew(monkeypatch):
     """Whose attention runs depends on what diffusers calls, which the process may change."""
     from diffusers.models.attention_dispatch import (

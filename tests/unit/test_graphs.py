@@ -1,5 +1,6 @@
 """Calls as graphs: the bits are the same, whatever happens in between; and why there are none."""
 
+import contextlib
 import functools
 import gc
 import weakref
@@ -175,6 +176,43 @@ def test_a_model_that_fails_in_between(flux):
         engine.step(6, STEPS)
         assert call(model, inputs).isfinite().all()
         assert torch.equal(generation(engine, model, inputs), expected)
+
+
+@pytest.mark.slow
+def test_older_recordings_leave_newer_ones_alone(flux, monkeypatch):
+    """Behind a call that failed a generation may come to a chain that was recorded before.
+
+    It would write over the densities that the steps in front of it have left for the report.
+    """
+    model, inputs = flux
+    recipe, real = "topk:q_density=.5,kv_density=.6,interval=3,warmup=.1,order=1", graphs.Graphs.run
+    failing = set()
+
+    def run_and_fail(self, call, *given):
+        output = real(self, call, *given)
+        if call.tick.step in failing:
+            raise MemoryError
+        return output
+
+    monkeypatch.setattr(graphs.Graphs, "run", run_and_fail)
+
+    def figures(engine, fails):
+        failing.clear()
+        failing.update(fails)
+        for step in range(8):
+            engine.step(step, 8)
+            with contextlib.suppress(MemoryError):
+                call(model, inputs)
+        names = ("step", "kind", "q_density", "kv_density", "executed")
+        return [[each[name] for name in names] for each in engine.report().steps]
+
+    cases = [(1, 3), (1, 3), (), (), (3,)]
+    with flashomni.accelerate(model, recipe, backend="reference") as engine:
+        expected = {fails: figures(engine, fails) for fails in set(cases)}
+    with accelerate(model, recipe) as engine:
+        for fails in cases:
+            assert figures(engine, fails) == expected[fails]
+        assert replays(engine) > 20
 
 
 @pytest.mark.slow

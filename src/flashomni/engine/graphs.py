@@ -9,7 +9,9 @@ the branch, shapes and options of the inputs, which layers S_q caches whole, and
 before since the caches were empty*. The last is a chain: each key names the recording whose caches
 it reads, and only a call whose caches are at fixed addresses is recorded. Memory that a recording
 uses in passing is used again by later ones, which no chain runs before it. Plain full steps have
-memory of their own: they run again behind any other, and would write over what that has left.
+memory of their own: they run again behind any other, and would write over what that has left. A
+branch that starts afresh in the midst of a generation, because a call has raised, may come to a
+chain that is older than what it has replayed: such calls run without their recording.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Graphs:
             raise ValueError(f'graphs must be True, False or "auto", got {mode!r}')
         self.mode, self._model, self._ours, self._around = mode, model, ours, around
         self.recorder: Recorder | None = None
-        self.replays = 0
+        self.replays = self._recorded = 0
         self._device: torch.device | None = None
         self._ranks: Ranks | None = None
         self._slots: list[Slot] = []
@@ -146,6 +148,8 @@ class Graphs:
             and self._may(slot, before, entry)
         ):
             self._record(entry, slot, before, call, (args, kwargs), leaves, forward)
+        if entry.number < branch.newest and entry.graph is not None and not entry.returns:
+            return forward(*args, **kwargs)  # or what its generation has left is written over
         resets = branch.resets
         if entry.graph is None:
             entry.uses += 1
@@ -235,7 +239,8 @@ class Graphs:
             if self._ranks is not None:
                 after, self._ranks.counts = self._ranks.counts, counts
                 entry.sent = tuple(b - a for a, b in zip(counts, after, strict=True))
-        entry.numbers, entry.held = call.numbers(), call.given()
+        self._recorded += 1
+        entry.number, entry.numbers, entry.held = self._recorded, call.numbers(), call.given()
         entry.layers = list(call.record.layers)
         entry.state = mirror(state_of(branch)) if call.changes else None
         call.rewind()
@@ -248,6 +253,7 @@ class Graphs:
             static.copy_(leaf, non_blocking=True)
         entry.graph.replay()
         self.replays += 1
+        call.branch.newest = max(call.branch.newest, entry.number)
         if self._ranks is not None:
             counted = zip(self._ranks.counts, entry.sent, strict=True)
             self._ranks.counts = tuple(a + b for a, b in counted)

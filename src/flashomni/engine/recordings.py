@@ -17,7 +17,7 @@ from flashomni.engine.capture import Replay
 from flashomni.engine.state.mirror import mirror
 
 # Of a branch: what no recording puts back.
-LIVE = ("division", "memory", "slot", "at", "resets", "chosen")
+LIVE = ("division", "memory", "slot", "at", "newest", "resets", "chosen")
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class Entry:
     Attributes:
         uses: how often it was called without a graph.
         graph: of the call, once it was recorded.
+        number: of the recording, in the order in which they were made.
         inputs: its arguments, which each replay fills.
         output: what it returned, filled by each replay.
         state: of the branch behind it; ``None`` where it changes nothing.
@@ -42,6 +43,7 @@ class Entry:
 
     uses: int = 0
     graph: Replay | None = None
+    number: int = 0
     inputs: list[Tensor] = field(default_factory=list)
     output: Any = None
     state: dict[str, Any] | None = None

@@ -126,6 +126,7 @@ class Runtime:
 
     def reset(self) -> None:
         """Drop all caches; the next call of the model starts a generation."""
+        self._end_left()
         self.generations.restart()
         self.clock.forget()
         self.graphs.clear()
@@ -148,6 +149,7 @@ class Runtime:
         """
         if torch.is_grad_enabled():
             raise ValueError("an accelerated model is for inference: call it under torch.no_grad()")
+        self._end_left()
         self._one.enter()
         try:
             self._call = self._place(context, device, args, kwargs)
@@ -280,13 +282,24 @@ class Runtime:
             log.info("%s: %s", type(self.model).__name__, generation.trace.in_short())
 
     def abort(self) -> None:
-        """A call of the model has raised, if one is under way here: its branch starts afresh."""
+        """A call of the model has raised, if one is under way here: its branch starts afresh.
+
+        The call did not happen: it is no step of the report, and may be made again.
+        """
         if self.running:
             call = self.call
             call.branch.reset()
             for group in call.branch.groups:
                 group.computed.clear()
+            call.generation.take_back(call.tick)
+            call.generation.trace.drop(call.record)
             self._stop()
+
+    def _end_left(self) -> None:
+        """A call that was interrupted, and that no hook was told the end of, is over."""
+        if self._one.take_over():
+            self.abort()
+            self._leave()
 
     def _stop(self) -> None:
         if self._call is not None:
@@ -341,7 +354,14 @@ class Runtime:
             self.call.settle()
             return output
 
-        return self.graphs.run(self.call, args, kwargs, compute)
+        try:
+            with self._one.inside():
+                return self.graphs.run(self.call, args, kwargs, compute)
+        except Exception:
+            raise  # torch tells the hook that always runs
+        except BaseException:  # Ctrl-C, of which it tells none
+            self.abort()
+            raise
 
     def output(self, compute: Callable[[], Any]) -> Any:
         """The model's output; forecast or derived where the recipe says so.

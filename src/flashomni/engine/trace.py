@@ -238,6 +238,10 @@ class Trace:
         self.cache_bytes = max(self.cache_bytes, device)
         self.cache_bytes_host = max(self.cache_bytes_host, host)
 
+    def drop(self, record: StepRecord) -> None:
+        """A call has raised."""
+        self.steps = [each for each in self.steps if each is not record]
+
     def in_short(self) -> str:
         """One line of what is known without waiting for the device."""
         kinds = Counter(record.kind for record in self.steps)

@@ -161,7 +161,7 @@ class InFront(InsteadOfForward):
 
 
 class ModelForward(InsteadOfForward):
-    """Lets the engine replay the model, or forecast its output, instead of running it."""
+    """Lets the engine replay the model, or forecast its output; and learn of an interrupt."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime.model)
@@ -325,9 +325,7 @@ def attach(runtime: Runtime, sites: list[Site], adapter: Adapter) -> Callable[[]
             )
         for stand_in in itertools.chain(stand_ins, around(runtime, adapter)):
             installed.append(stand_in)
-        acts = at_output(runtime) or runtime.budget is not None or runtime.cfg is not None
-        if acts or runtime.graphs.mode:
-            installed.append(ModelForward(runtime))
+        installed.append(ModelForward(runtime))
         pre, post, always = (
             CallHook(runtime, begin),
             CallHook(runtime, lambda _, output: runtime.end(output)),

@@ -64,6 +64,7 @@ class Branch:
         error: of the forecasts at the last Update, where the schedule asks for it.
         at: how the caches came about: what recorded or counted the call that stored last (see
             :mod:`flashomni.engine.graphs`), ``START`` while they are empty, ``None`` if unknown.
+        newest: number of the newest recording that it has replayed.
         slot: the recordings that it uses.
         resets: how often everything was dropped.
         chosen: the symbols that were dropped last, where they outlive an Update (see
@@ -73,7 +74,7 @@ class Branch:
     def __init__(self, division: Division, backend: str | None = None) -> None:
         self.division, self._backend = division, backend
         self.slot: Any = None
-        self.resets = 0
+        self.newest = self.resets = 0
         self.layers: list[LayerCache] = []
         self.chosen: dict[tuple[int, int], Symbols] = {}
         self.groups = [GroupState() for _ in division.recipes]

@@ -82,6 +82,7 @@ class Generation:
         self._begin = position.index
         self._index = position.index - 1
         self._calls: dict[str, int] = {}
+        self._calling, self._led, self._begun = "", False, True
         self._late: tuple[int, StepKind] | None = None
 
     def arrange(self, division: Division) -> None:
@@ -100,8 +101,10 @@ class Generation:
         """Whether a call at ``position`` belongs to this run of its owner, or starts another.
 
         Another run has new timesteps, or goes back; where steps are announced, the first step
-        comes but once for each branch.
+        comes but once for each branch. One whose first call has raised has not begun.
         """
+        if not self._begun:
+            return False
         if position.index < self._index or position.timesteps is not self._timesteps:
             return False
         name = position.branch or "call"
@@ -115,10 +118,10 @@ class Generation:
             ValueError: more branches than a pipeline has: its steps are not seen; or a branch
                 that was announced twice in a step.
         """
-        leads = position.index != self._index
-        if leads:
-            self._calls, self.inside = {}, None
+        if position.index != self._index:
+            self._calls, self.inside, self._led = {}, None, False
             self.step += 1
+        leads, self._led = not self._led, True
         if position.step is not None:
             self.step = position.step
         self._index = position.index
@@ -126,7 +129,7 @@ class Generation:
         if num_steps != self.num_steps:
             self.num_steps = num_steps
             self.plans = [recipe.plan(num_steps) for recipe in self._division.recipes]
-        name = position.branch or "call"
+        name = self._calling = position.branch or "call"
         seen = self._calls[name] = self._calls.get(name, 0) + 1
         if position.announced and seen > 1:
             raise ValueError(
@@ -138,6 +141,14 @@ class Generation:
             self._refuse_runaway(branch)
             self.branches[branch] = Branch(self._division, self._backend)
         return Tick(self.step, num_steps, branch, leads)
+
+    def take_back(self, tick: Tick) -> None:
+        """The call of ``tick``, which :meth:`advance` gave last, has raised: it may come again."""
+        self._calls[self._calling] -= 1
+        if not self._calls[self._calling]:
+            del self._calls[self._calling]
+        if tick.leads:
+            self._led, self._begun = False, self._index != self._begin
 
     def _refuse_runaway(self, branch: str) -> None:
         if len(self.branches) < MAX_BRANCHES:
