@@ -69,6 +69,8 @@ def test_a_workflow_runs_what_make_runs(path):
         for step in job["steps"]:
             assert ("uses" in step) != ("run" in step)
             assert "@" in step.get("uses", "@")
+            if "actions/checkout" in step.get("uses", "") and path.stem != "docs":
+                assert step["with"]["persist-credentials"] is False, "nothing here pushes"
             command = step.get("run", "")
             assert "${{" not in re.sub(r"\$\{\{ matrix\.target \}\}", "", command), "no injection"
             made |= set(re.findall(r"\bmake ([a-z-]+)", command))
@@ -84,6 +86,7 @@ def test_ci_runs_what_a_contributor_runs():
     runs = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
     assert [run.partition("#")[0].split()[1] for run in runs] == ["test", "dist"]
     assert "TAG=" in runs[1]
+    assert not any("cache" in step.get("with", {}) for step in jobs["build"]["steps"])
     publish = jobs["publish"]
     assert publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"}
 
