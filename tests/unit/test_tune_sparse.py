@@ -41,7 +41,7 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
             assert measure.run(sparse, lambda *_: False) == tries[1]
             assert measure.apart(sparse) == asked[0][2]
         tried = Tried(groups, 0.1, 0.0, 1.0)
-        return Spent((tried,), tried, 1.0)
+        return Spent((tried,), tried, 1.0, price=price)
 
     def timed(held, recipe, computed):
         found, picture = run(held, recipe, computed)
@@ -50,7 +50,7 @@ def test_sparse_attention_that_pays_is_part_of_the_recipe(loaded, tmp_path, monk
     run = HeldBack.run
     monkeypatch.setattr(tuner, "spend", bought)
     monkeypatch.setattr(HeldBack, "run", timed)
-    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: price)
+    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, *_: price)
     options = {"call": loaded.call, "pareto": [4], "settings": replace(FEW, sparse=1, probed=2)}
     found = tune(loaded.pipe, PROMPTS, out=tmp_path / "mine.json", **options)
     plain, sparse, apart, *rest = asked[0]
@@ -86,7 +86,7 @@ def test_layers_that_lose_least_are_sparse(loaded, tmp_path, monkeypatch):
     timed, run, apart, asked = spending.timed, HeldBack.run, spending.Spending.apart, []
     monkeypatch.setattr(spending, "timed", by_flops)
     monkeypatch.setattr(HeldBack, "run", sooner)
-    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, count: 0.7)
+    monkeypatch.setattr(tuner.Tuner, "_price", lambda self, *_: 0.7)
     few = replace(FEW, sparse=1, layer_runs=2)
     options = {"call": loaded.call, "pareto": [4], "settings": few, "out": tmp_path / "mine.json"}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -30,7 +30,6 @@ def judge(
     best: Candidate,
     fitted: Candidate,
     spend: Callable[[Recipe], Spent | None],
-    price: float,
 ) -> dict[str, Any]:
     """The verdict on one number of computed steps.
 
@@ -46,7 +45,6 @@ def judge(
         best: what tuning found.
         fitted: the ramp with fitted weights.
         spend: what sparse attention in computed steps of a recipe is worth.
-        price: dB that a second costs where steps are left out.
 
     Returns:
         JSON values: ``verdict``; ``ramp``, whether it is the fitted ramp's; ``groups`` of layers
@@ -73,7 +71,7 @@ def judge(
         changed = Verdict.of(again, against, same)
         saved = statistics.median(a.seconds - b.seconds for a, b in zip(plain, again, strict=True))
         lost = verdict.psnr_db - changed.psnr_db
-        if changed.beats and saved > 0 and lost < saved * price:
+        if changed.beats and saved > 0 and lost < saved * spent.price:
             groups = sparse.to_dict()["groups"]
             verdict, picture = changed, sparse_picture
     pictures = (held.dense()[0][0], ramp_picture, picture)

@@ -2,11 +2,11 @@
 
 A second of a generation can be saved in two ways: by leaving out a step more, or by leaving out
 attention in the steps that stay. What the first costs is known from planning: the dB between the
-plans of K and K - 1 computed steps, over the seconds of a step. The second is measured: what kinds
-save and lose in all layers, what some of them lose in runs of layers; then the best kind for each
-run is chosen, tried on the real output and the clock, and cut back if it loses more than it should.
-S_q and tau_q say what Dispatch steps compute; a forecast output leaves out those steps whole, so
-there is nothing for them to save.
+plans of K and K - 1 computed steps, over the seconds of a step of the accelerated pipeline. The
+second is measured: what kinds save and lose in all layers, what some of them lose in runs of
+layers; then the best kind for each run is chosen, tried on the real output and the clock, and cut
+back if it loses more than it should. S_q and tau_q say what Dispatch steps compute; a forecast
+output leaves out those steps whole, so there is nothing for them to save.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ class Spent:
         errors: ``(start, stop, errors)`` of the runs of layers that were measured: squared, over
             the plan's own, of the kinds numbered in ``probed``.
         probed: places in ``tried``.
+        price: dB that a second costs where steps are left out.
     """
 
     tried: tuple[Tried, ...]
@@ -138,6 +139,7 @@ class Spent:
     seconds: float
     errors: tuple[tuple[int, int, tuple[float, ...]], ...] = ()
     probed: tuple[int, ...] = ()
+    price: float = 0.0
 
     @property
     def by_layer(self) -> str:
@@ -162,6 +164,7 @@ class Spent:
         return cls(
             tuple(map(tried, value["tried"])), None if chosen is None else tried(chosen),
             value["seconds"], errors, tuple(value.get("probed", ())),
+            value.get("price", 0.0),
         )  # fmt: skip
 
 
@@ -263,7 +266,7 @@ class _Spender:
         best = max(paying, key=lambda each: each.surplus, default=None)
         errors = tuple((run.start, run.stop, run.errors) for run in runs)
         at = tuple(places[kind] for kind in probed)
-        return Spent(tuple(self.tried), best, self.plain.seconds, errors, at)
+        return Spent(tuple(self.tried), best, self.plain.seconds, errors, at, self.price)
 
     def _ordered(self, option: Mapping[str, Any]) -> dict[str, Any]:
         sparse = {**option["sparse"], "token_order": self.order}

@@ -15,6 +15,7 @@ from flashomni.lab.fidelity.compare import processor_time
 from flashomni.models import accelerate
 from flashomni.tuning.drive import Driver
 from flashomni.tuning.sparse import Found, Useless
+from flashomni.tuning.validate import WARM
 
 
 def timed(
@@ -40,20 +41,21 @@ def timed(
     compiles = torch.device(driver.pipe._execution_device).type == "cuda"
     clock = time.perf_counter if compiles else processor_time
     levels, apart, seconds = list[float](), list[float](), list[float]()
-    with accelerate(driver.pipe, recipe, graphs=False) as engine:
-        if compiles:  # and nobody times it
+    with accelerate(driver.pipe, recipe) as engine:  # graphs as they will be
+        for _ in range(WARM if compiles else 0):
             look(0, driver.generate(*prompts[0]))
             on_run()
         for place, (prompt, seed) in enumerate(prompts):
-            start = clock()
-            latents = driver.generate(prompt, seed)
-            if compiles:
-                torch.cuda.synchronize(latents.device)
-            seconds.append(clock() - start)
+            for _ in range(2 if compiles else 1):
+                start = clock()
+                latents = driver.generate(prompt, seed)
+                if compiles:
+                    torch.cuda.synchronize(latents.device)
+                seconds.append(clock() - start)
+                on_run()
             against, own = look(place, latents)
             levels.append(against)
             apart.append(own)
-            on_run()
             if useless(levels, min(seconds)):
                 break
         skipped = attention_skipped(engine.report())

@@ -28,6 +28,7 @@ from flashomni.tuning.state import State, key
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
+    WARM,
     HeldBack,
     Verdict,
     ramp_steps,
@@ -129,7 +130,8 @@ class Tuner:
         for count in counts:
             if self.state.get(f"point {count}") is None:
                 if count == min(counts):
-                    runs = self._compiles + min(self.settings.probed, len(self.prompts))
+                    asked = min(self.settings.probed, len(self.prompts))
+                    runs = WARM + 2 * asked if self._compiles else asked
                     layer_runs = self.settings.layer_runs * bool(self.settings.sparse)
                     found += ((self.settings.sparse + 1) * runs + layer_runs) * count
                 replayed = next(
@@ -137,7 +139,7 @@ class Tuner:
                 )
                 tries = self.settings.starts + self.settings.tries
                 found += tries * len(self.prompts) * (count - replayed)
-                found += 3 * len(self.held_back) * count
+                found += 3 * (len(self.held_back) + WARM * self._compiles) * count
         if any(self.state.get(f"point {count}") is None for count in counts):
             found += len(self.held_back) * steps
         self._total = self._done + found * self.outline.calls
@@ -330,7 +332,7 @@ class Tuner:
             self._stage = "held back"
             kept = judge(
                 self._held, self.state.folder, self.name, count, steps, best, proposals[0],
-                lambda recipe: self._spend(recipe, count), self._price(count),
+                lambda recipe: self._spend(recipe, count),
             )  # fmt: skip
             self.state.put(f"point {count}", {"steps": list(best.steps), **kept})
         if kept["ramp"]:
@@ -343,11 +345,15 @@ class Tuner:
             self._pays[count] = bool(kept["groups"])
         return Point(count, recipe, best.label, best.predicted, value, verdict, spent)
 
-    def _price(self, count: int) -> float:
+    def _price(self, spending: Spending, count: int, seconds: float) -> float:
         """dB that a second costs where steps are left out: between plans of about as many."""
         low, high = max(count - 2, 1), min(count + 2, self.num_steps - 1)
         slope = self._plans[high][-1].predicted - self._plans[low][-1].predicted
-        return max(slope, 0.0) / (high - low) / self.step_seconds()[0]
+        other = count // 2 if count > 3 else min(2 * count, self.num_steps)
+        timed = recipe_of(ramp_steps(other, self.num_steps), self.num_steps)
+        gap = seconds - spending.run(timed, lambda levels, taken: True).seconds
+        each = gap / (count - other)
+        return max(slope, 0.0) / (high - low) / (each if each > 0 else self.step_seconds()[0])
 
     def _spend(self, recipe: Recipe, count: int) -> Spent | None:
         """What sparse attention in computed steps is worth; ``None`` where nobody asks."""
@@ -369,9 +375,10 @@ class Tuner:
             self.driver, self.state, recipe, prompts, lambda n: self.recording(n).latents,
             lambda: self._passed(count),
         )  # fmt: skip
+        seconds = spending.run(recipe, lambda levels, taken: False).seconds
+        price = self._price(spending, count, seconds)
         order = "hilbert" if adapter.reorders else "raster"
-        runs = self.settings.layer_runs
-        return spend(spending, recipe, layers, self._price(count), options, runs, order)
+        return spend(spending, recipe, layers, price, options, self.settings.layer_runs, order)
 
     def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
         return TunedOn(

@@ -24,6 +24,8 @@ from flashomni.tuning.plan import Steps
 from flashomni.tuning.polish import Candidate, spread
 from flashomni.util.files import write_bytes
 
+WARM = 2  # generations on a GPU that nobody times: kernels compile, graphs are recorded
+
 BASE, BASE_ORDER = "hermite", 2  # what the presets forecast with, and the ramp that is to be beaten
 KINDS = ("dense", "ramp", "tuned")  # pictures of a point
 NOTHING: Callable[[int, int], None] = lambda step, total: None  # noqa: E731
@@ -102,7 +104,6 @@ class HeldBack:
         ]
         self._dense: list[tuple[Tensor, float]] = []
         self._on_steps = on_steps
-        self._warm = False
 
     def dense(self) -> list[tuple[Tensor, float]]:
         """Frames and seconds of the stock pipeline; run once."""
@@ -116,12 +117,11 @@ class HeldBack:
     def run(self, recipe: Recipe, computed: int) -> tuple[list[Held], Tensor]:
         """All held-back prompts under a recipe, and the frames of the first."""
         dense, found, pictures = self.dense(), [], []
-        # Without graphs: these are the first generations, which record none that would be timed.
         first = self._generations[0]
-        with accelerate(first.pipe, recipe, graphs=False):
-            if first.compiles and not self._warm:
-                first.discard()  # kernels compile, and nobody times it
-                self._warm = True
+        with accelerate(first.pipe, recipe):  # graphs as they will be
+            for _ in range(WARM if first.compiles else 0):
+                first.discard()
+                self._on_steps(computed)
             for generation, (reference, dense_seconds) in zip(
                 self._generations, dense, strict=True
             ):
