@@ -51,6 +51,9 @@ def test_schedulers_without_step_index_are_counted(flux, name):
         other = copy.deepcopy(scheduler)
         assert other.step.__self__ is other
     assert "step" not in scheduler.__dict__
+    with pytest.raises(ValueError, match="memory must be"):
+        flashomni.accelerate(loop, CACHING, memory="much")
+    assert "step" not in scheduler.__dict__
 
 
 def test_a_scheduler_that_never_advances_is_named(flux):
@@ -95,6 +98,8 @@ def test_announcements_are_checked():
         for step, of in ((9, 9), (-1, 4), (0, 0)):
             with pytest.raises(ValueError, match="step must be from 0"):
                 engine.step(step, of)
+        with pytest.raises(ValueError, match="generation must be a name"):
+            engine.step(0, 4, generation=["a"])
         for step, of in ((1.0, 4), (True, 4), (0, "4")):
             with pytest.raises(ValueError, match="must be an integer"):
                 engine.step(step, of)

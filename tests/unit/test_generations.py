@@ -296,3 +296,25 @@ def test_a_pipeline_object_that_is_gone_keeps_nothing_alive(flux):
         del loop
         gc.collect()
         assert seen() is None and engine.attached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["reset", "remove"])
+@pytest.mark.parametrize(
+    "recipe",
+    [SPARSE, "taylorseer:level=output,interval=3", "adaptive_guidance"],
+    ids=["tiles", "output", "guidance"],
+)
+def test_nothing_is_kept_of_a_generation_that_was_given_up(flux, recipe, leave):
+    """Whoever holds the engine, which still reports: to try again there must be room."""
+    model, inputs = flux
+    engine = flashomni.accelerate(model, recipe)
+    for step in range(5):
+        for branch in ("cond", "uncond"):
+            engine.step(step, STEPS, branch)
+            call(model, inputs)
+    assert engine._runtime.last.nbytes()[0] > 0
+    getattr(engine, leave)()
+    assert engine._runtime.last.nbytes() == (0, 0)
+    assert len(engine.report().steps) == 10
+    engine.remove()

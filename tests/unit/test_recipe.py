@@ -110,6 +110,7 @@ def test_presets_name_what_runs_without_text():
         ("policy_without_text", 3, "policy_without_text must be a Policy or None, got 3"),
         ("speed", 9, "settings of custom are policy, name, schedule, .*interval.*; got 'speed'"),
         ("tau_q", 0.5, "settings of custom are .*; got 'tau_q'"),
+        ("intervall", 3, r"got 'intervall'; did you mean 'interval'\?"),
     ],
 )
 def test_values_out_of_range(field, value, message):

@@ -83,6 +83,10 @@ class Clock:
             raise ValueError(f"step must be from 0 to num_steps - 1, got {step} of {num_steps}")
         if branch is not None and not isinstance(branch, str):
             raise ValueError(f"branch must be a string or None, got {branch!r}")
+        try:
+            hash(generation)
+        except TypeError:
+            raise ValueError(f"generation must be a name, hashable, got {generation!r}") from None
         key = ("announced", generation)
         self._said.position = Position(key, step, step, num_steps, branch, announced=True)
 

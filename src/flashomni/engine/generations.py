@@ -68,11 +68,18 @@ class Generations:
         for generation in self:
             generation.arrange(division)
 
-    def clear(self) -> None:
-        """Forget all, but how many there were."""
+    def clear(self, running: Generation | None = None) -> None:
+        """Free and forget all; what they computed, and how many there were, stays known.
+
+        Args:
+            running: one that a call is under way in, maybe another thread's: it goes with that.
+        """
+        for generation in self:
+            if generation is not running:
+                generation.free()
         self._of.clear()
 
-    def restart(self) -> None:
-        """Forget all, and count from 1 again."""
-        self.clear()
+    def restart(self, running: Generation | None = None) -> None:
+        """Free and forget all, and count from 1 again; see :meth:`clear`."""
+        self.clear(running)
         self._begun = 0

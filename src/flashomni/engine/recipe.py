@@ -26,6 +26,7 @@ from flashomni.policies import Policy, make_policy, policies, refuse_trained
 from flashomni.symbols import Grid
 from flashomni.util.files import write_text
 from flashomni.util.settings import parse_settings, write_settings
+from flashomni.util.words import meant
 
 FORMAT = 2
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -258,6 +259,7 @@ class Recipe:
                 f"recipe must be a preset ({', '.join(presets())}), a method "
                 f"({', '.join(methods())}), a policy ({', '.join(policies())}), one of these with "
                 f"settings (balanced:interval=3), or a path to a .json or .yaml file, got {text!r}"
+                f"{meant(name, (*presets(), *methods(), *policies()))}"
             )
         said = parse_settings(text)[1]
         for key in settings:
@@ -294,6 +296,6 @@ def _name_with(name: str, settings: Mapping[str, Any]) -> str:
 
 def _exists(text: str) -> bool:
     try:
-        return Path(text).exists()
+        return bool(text) and Path(text).exists()
     except (OSError, ValueError):  # a name too long, a null byte
         return False

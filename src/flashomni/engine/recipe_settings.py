@@ -13,6 +13,7 @@ from flashomni.engine.schedules import Schedule, make_schedule, schedules
 from flashomni.engine.schedules import fields as schedule_fields
 from flashomni.policies import Policy, make_policy, policies
 from flashomni.policies import fields as policy_fields
+from flashomni.util.words import meant
 
 T = TypeVar("T")
 
@@ -66,7 +67,10 @@ def place_settings(parts: dict[str, Any], settings: Mapping[str, Any]) -> None:
         else:
             named = [name for names in own.values() for name in names]
             known = dict.fromkeys([*parts, *named, *sorted(elsewhere)])
-            raise ValueError(f"settings of {parts['name']} are {', '.join(known)}; got {key!r}")
+            near = meant(key, known)
+            raise ValueError(
+                f"settings of {parts['name']} are {', '.join(known)}; got {key!r}{near}"
+            )
     if others:
         parts["schedule"] = _other_schedule(schedule, others, found.pop("schedule", {}))
     for part, values in found.items():

@@ -127,7 +127,7 @@ class Runtime:
     def reset(self) -> None:
         """Drop all caches; the next call of the model starts a generation."""
         self._end_left()
-        self.generations.restart()
+        self.generations.restart(None if self._call is None else self._call.generation)
         self.clock.forget()
         self.graphs.clear()
         self.redone.reset()

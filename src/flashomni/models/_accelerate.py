@@ -97,6 +97,8 @@ def accelerate(
     names = sorted({each.name for op in OPS for each in registered(op)})
     if backend is not None and backend not in names:
         raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
+    if blocks is not None and not isinstance(blocks, Blocks):
+        raise ValueError(f"blocks must be flashomni.Blocks(...), got {blocks!r}")
     if blocks is not None and len(recipes) > 1:
         raise ValueError(
             f"blocks are of one model, and the pipeline has {' and '.join(recipes)}: accelerate "
@@ -116,6 +118,7 @@ def accelerate(
                 )
             except BaseException:
                 theirs.put_back()
+                clock.remove()
                 raise
     except BaseException:
         for engine in engines.values():

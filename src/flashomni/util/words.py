@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 # Marks that turn the text around them, up to its end: what stands there is not what is read.
 TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
@@ -21,6 +23,12 @@ def one_line(text: object, length: int | None = None) -> str:
     """:func:`clean` on one line, cut to ``length`` characters."""
     line = " ".join(clean(text).split())
     return line if length is None or len(line) <= length else line[: length - 1] + "\u2026"
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """The end of an error about a name that is none: the one that it is nearly, if there is one."""
+    found = difflib.get_close_matches(str(name), list(known), 1, 0.75)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def in_bytes(count: float) -> str:

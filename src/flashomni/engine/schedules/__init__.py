@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flashomni.registry import Registry
+from flashomni.util.words import meant
 
 
 class StepKind(Enum):
@@ -231,6 +232,7 @@ def make_schedule(name: str, **settings: Any) -> Schedule:
     for setting in settings:
         if setting not in allowed:
             takes = ", ".join(allowed) or "no settings"
-            raise ValueError(f"schedule {name} takes {takes}, got {setting!r}")
+            near = meant(setting, allowed)
+            raise ValueError(f"schedule {name} takes {takes}, got {setting!r}{near}")
     lists = {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
     return cls(**{**settings, **lists})
