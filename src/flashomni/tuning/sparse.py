@@ -47,7 +47,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     _topk(0.25, {**HELD, "refresh": 3}, 8),
     _topk(0.25, {**HELD, "refresh": 2}, 8),
     _topk(0.35, {**HELD, "refresh": 4}, 8),
-    _topk(0.35, {**ANEW, "summaries": 4}),
+    _topk(0.5, {**HELD, "refresh": 4}, 8),
     _topk(0.15, {**HELD, "refresh": 3}, 8),
 )
 FAMILIES = 4  # the others are tried where one of these saves time
