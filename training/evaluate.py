@@ -27,9 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 
-from training import attention, flow, render, scenes, score, sheets, tiny_models
+from training import attention, flow, render, scenes, score, sheets, tiny_models, wan_model
 from training.data import encode
 from training.pool import trimmed
 
@@ -55,15 +55,21 @@ def _judge(index: int, clip: np.ndarray) -> list[tuple[str, bool]]:
 class Model:
     """A pipeline that generates and shows its attention, one caption at a time."""
 
-    def __init__(self, folder: str, device: str):
+    def __init__(self, folder: str, device: str, shift: float | None = None):
         self.device = device
         self.pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         self.pipe.to(device)
         for part in tiny_models.modules(self.pipe).values():
             part.float()
-        self.processor = attention.install(self.pipe.transformer, attention.Unpadded())
-        self.shift = self.pipe.scheduler.config.shift
-        flow.float_residual(self.pipe.transformer)
+        self.shift = shift or self.pipe.scheduler.config.shift
+        transformer = self.pipe.transformer
+        if isinstance(self.pipe, WanPipeline):
+            self.watched = wan_model.Network(transformer)
+            self.predict = self.watched.predict
+        else:
+            self.watched = attention.install(transformer, attention.Unpadded())
+            self.predict = flow.velocity
+            flow.float_residual(transformer)
 
     def tokens(self, caption: str) -> dict[str, torch.Tensor]:
         tokens = tiny_models.tokenize(self.pipe, [caption])
@@ -75,7 +81,14 @@ class Model:
         shape = (1, 8, (frames + 3) // 4, size // 4, size // 4)
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
             pixels = flow.sample(
-                self.pipe, KIND, shape, self.tokens(caption), self.shift, steps, seed
+                self.pipe,
+                KIND,
+                shape,
+                self.tokens(caption),
+                self.shift,
+                steps,
+                seed,
+                self.predict,
             )
         return sheets.to_uint8(pixels[:, :, :: max(1, (frames - 1) // 16)])[0]
 
@@ -98,7 +111,7 @@ class Model:
                 mass = attention.block_mass(q[0][order], k[0][order])
                 found[name][-1].append(attention.top_share(mass))
 
-        self.processor.watch = watch
+        self.watched.watch = watch
         gen = torch.Generator("cpu").manual_seed(0)
         noise = torch.randn(latents.shape, generator=gen).to(self.device)
         for level in levels:
@@ -109,8 +122,8 @@ class Model:
             with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
                 text, pooled = tiny_models.encode_text(self.pipe, tokens)
                 noised = (1 - sigma) * latents + sigma * noise
-                flow.velocity(self.pipe, KIND, noised, sigma, text, pooled, tokens["mask"])
-        self.processor.watch = None
+                self.predict(self.pipe, KIND, noised, sigma, text, pooled, tokens["mask"])
+        self.watched.watch = None
         return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}
 
 
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 352])
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--shift", type=float, help="of the noise levels, for the scheduler's")
     parser.add_argument("--count", type=int, default=128, help="captions, at most")
     parser.add_argument(
         "--others", type=int, default=8, help="captions for all but the first model"
@@ -161,10 +175,17 @@ def main() -> None:
     pool = multiprocessing.get_context("fork").Pool(args.workers, _begin, (batch,))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     models = dict(pair.split("=", 1) for pair in args.model)
-    loaded = {name: Model(folder, args.device) for name, folder in models.items()}
+    loaded = {name: Model(folder, args.device, args.shift) for name, folder in models.items()}
     first = next(iter(loaded))
     print(f"{elapsed():6.1f} s  loaded {', '.join(loaded)}", flush=True)
-    result: dict = {"models": models, "steps": args.steps, "maps": {}, "scores": {}}
+    shifts = {name: model.shift for name, model in loaded.items()}
+    result: dict = {
+        "models": models,
+        "steps": args.steps,
+        "shifts": shifts,
+        "maps": {},
+        "scores": {},
+    }
     if not args.no_maps:
         for name, model in loaded.items():
             for size in args.sizes:

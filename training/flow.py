@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from diffusers import FluxPipeline
@@ -12,15 +13,16 @@ from training import tiny_models
 
 
 class StageRope(nn.Module):
-    """HunyuanVideo's rotary embedding at the native clip's positions, for a shorter clip.
+    """A video model's rotary embedding at the native clip's positions, for a shorter clip.
 
     Latent frame j > 0 of a clip with every s-th frame shows the time of native latent frame
-    ``s j - 1.5 (s - 1) / 4``: the middle of the four frames that it encodes.
+    ``s j - 1.5 (s - 1) / 4``: the middle of the four frames that it encodes. Positions are
+    dimension ``dim`` of what ``rope`` gives: 0 of HunyuanVideo's, 1 of Wan's.
     """
 
-    def __init__(self, rope: nn.Module, stride: int):
+    def __init__(self, rope: nn.Module, stride: int, dim: int = 0):
         super().__init__()
-        self.rope, self.stride = rope, stride
+        self.rope, self.stride, self.dim = rope, stride, dim
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.stride == 1:
@@ -29,10 +31,12 @@ class StageRope(nn.Module):
         native = hidden_states.new_empty(()).expand(
             1, 1, self.stride * frames, *hidden_states.shape[3:]
         )
-        cos, sin = (t.unflatten(0, (self.stride * frames, -1)) for t in self.rope(native))
+        dim = self.dim
+        cos, sin = (t.unflatten(dim, (self.stride * frames, -1)) for t in self.rope(native))
         middle = self.stride * torch.arange(frames, device=cos.device)
         middle[1:] -= round(0.375 * (self.stride - 1))
-        return cos[middle].flatten(0, 1), sin[middle].flatten(0, 1)
+        cos, sin = (t.index_select(dim, middle).flatten(dim, dim + 1) for t in (cos, sin))
+        return cos, sin
 
 
 def float_residual(transformer: nn.Module) -> None:
@@ -100,15 +104,19 @@ def flow_loss(
     tokens: dict[str, torch.Tensor],
     shift: float,
     level: torch.Tensor | None = None,
+    predict: Callable = velocity,
 ) -> torch.Tensor:
-    """Rectified flow: regress noise - latents at logit-normal (or given), shifted noise levels."""
+    """Rectified flow: regress noise - latents at logit-normal (or given), shifted noise levels.
+
+    ``predict`` is called like :func:`velocity`.
+    """
     text, pooled = tiny_models.encode_text(pipe, tokens)
     noise = torch.randn_like(latents)
     if level is None:
         level = torch.sigmoid(torch.randn(latents.shape[0], device=latents.device))
     sigma = shifted(level, shift)
     s = sigma.view(-1, *[1] * (latents.ndim - 1))
-    out = velocity(pipe, kind, (1 - s) * latents + s * noise, sigma, text, pooled, tokens["mask"])
+    out = predict(pipe, kind, (1 - s) * latents + s * noise, sigma, text, pooled, tokens["mask"])
     return ((out.float() - (noise - latents)) ** 2).mean()
 
 
@@ -121,6 +129,7 @@ def sample(
     shift: float,
     steps: int = 20,
     seed: int = 0,
+    predict: Callable = velocity,
 ) -> torch.Tensor:
     """Pixels in [-1, 1] by Euler steps at a stage's own size (previews of a run)."""
     device = tokens["text"].device
@@ -130,7 +139,7 @@ def sample(
     sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
     for now, after in itertools.pairwise(sigmas):
         sigma = torch.full(shape[:1], now, device=device)
-        out = velocity(pipe, kind, latents, sigma, text, pooled, tokens["mask"])
+        out = predict(pipe, kind, latents, sigma, text, pooled, tokens["mask"])
         latents = latents + (after - now) * out.float()
     config = pipe.vae.config
     return pipe.vae.decode(

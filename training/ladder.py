@@ -75,16 +75,39 @@ PHASES: tuple[tuple[float, dict[Rung, float]], ...] = (
     (0.55, {SMALL: 0.15, SHORT[1]: 0.10, MIDDLE: 0.30, LARGE: 0.45}),
     (1.00, {SMALL: 0.15, MIDDLE: 0.28, LARGE: 0.57}),
 )
-TOY = tuple(
-    (
-        end,
-        {
-            Rung(32 + 32 * (r.size > 128), min(r.frames, 9), r.shift, r.reuse, 4, r.every): share
-            for r, share in shares.items()
-        },
-    )
-    for end, shares in PHASES
+# From nothing: what things are called and look like is learned from pictures of 256 tokens, motion
+# from short clips. A large clip shows its layout through more noise than a small one, hence shifts.
+# Drawing and encoding is dearer than a step of so small a model: a clip is used often.
+_PICTURE, _SHORT = Rung(128, 1, 2.5, 10, 1000), Rung(128, 17, 4.5, 10, 400)
+_CLIPS = (Rung(128, 65, 7.0, 12, 128), Rung(256, 65, 9.0, 12, 48), Rung(352, 65, 11.0, 12, 24))
+_PICTURES = (Rung(256, 1, 4.0, 10, 500), Rung(352, 1, 5.0, 10, 264))
+_SHORTS = (Rung(256, 17, 6.0, 10, 98), Rung(352, 17, 7.5, 10, 51))
+WAN_PHASES: tuple[tuple[float, dict[Rung, float]], ...] = (
+    (0.14, {_PICTURE: 0.65, _PICTURES[0]: 0.20, _PICTURES[1]: 0.15}),
+    (0.30, {_SHORT: 0.55, _PICTURE: 0.10, _PICTURES[1]: 0.10, _SHORTS[0]: 0.25}),
+    (0.46, {_SHORT: 0.10, _CLIPS[0]: 0.30, _SHORTS[0]: 0.25, _SHORTS[1]: 0.35}),
+    (0.68, {_CLIPS[0]: 0.22, _SHORTS[1]: 0.13, _CLIPS[1]: 0.35, _CLIPS[2]: 0.30}),
+    (1.00, {_CLIPS[0]: 0.14, _CLIPS[1]: 0.31, _CLIPS[2]: 0.55}),
 )
+
+
+def toy(phases: tuple[tuple[float, dict[Rung, float]], ...]):
+    """The same phases with clips of 32 and 64 pixels and at most 9 frames."""
+    return tuple(
+        (
+            end,
+            {
+                Rung(
+                    32 + 32 * (r.size > 128), min(r.frames, 9), r.shift, r.reuse, 4, r.every
+                ): share
+                for r, share in shares.items()
+            },
+        )
+        for end, shares in phases
+    )
+
+
+TOY = toy(PHASES)
 
 
 def phase(progress: float, phases=PHASES) -> tuple[int, dict[Rung, float]]:

@@ -1,7 +1,8 @@
 """Encoded clips of one rung, batched by the length of their captions.
 
-Clips of a batch have equally long captions, cut to that length: nothing is padded. A pool grows
-while it is used and starts with few clips, so that training begins early.
+Clips of a batch have equally long captions, cut to that length: nothing is padded. Where padding
+is part of the model, ``alike=False`` takes any clips, uncut. A pool grows while it is used and
+starts with few clips, so that training begins early.
 """
 
 from __future__ import annotations
@@ -35,13 +36,20 @@ class ClipPool:
     """A ring of encoded clips: bf16 latents and token ids."""
 
     def __init__(
-        self, source: Source, renderer: Renderer, vae, rung: Rung, capacity: int = CAPACITY
+        self,
+        source: Source,
+        renderer: Renderer,
+        vae,
+        rung: Rung,
+        capacity: int = CAPACITY,
+        alike: bool = True,
     ):
         self.source, self.renderer, self.vae, self.rung = source, renderer, vae, rung
         self.times = stage_times(source.kind, rung.frames)
         group = max(1, GROUP_PIXELS // (rung.frames * rung.size**2))
         self.group = min(group, rung.first)
         self.capacity = capacity // self.group * self.group
+        self.alike = alike
         self.size, self.head, self.debt = 0, 0, 0.0
         self.latents: torch.Tensor | None = None
         self.tokens: dict[str, torch.Tensor] = {}
@@ -72,6 +80,9 @@ class ClipPool:
         while self.debt >= self.group:
             self._fill()
             self.debt -= self.group
+        if not self.alike:
+            index = torch.randperm(self.size)[:count].to(self.latents.device)
+            return self.latents[index].float(), {k: v[index] for k, v in self.tokens.items()}
         alike = defaultdict(list)
         for i, length in enumerate(self.lengths[: self.size]):
             alike[length].append(i)

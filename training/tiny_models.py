@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     HunyuanVideoPipeline,
+    WanPipeline,
 )
 from torch import nn
 
@@ -190,13 +191,18 @@ def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def tokenize(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """Token ids as the stock pipeline makes them: "text", "mask" [B, 64], "clip" [B, 77]."""
-    video = isinstance(pipe, HunyuanVideoPipeline)
-    first, second = pipe.tokenizer, pipe.tokenizer_2
-    text, clip = (first, second) if video else (second, first)
+    """Token ids as the stock pipeline makes them: "text", "mask" [B, 64]; "clip" [B, 77] if any."""
+    if isinstance(pipe, WanPipeline):
+        text, clip = pipe.tokenizer, None
+    elif isinstance(pipe, HunyuanVideoPipeline):
+        text, clip = pipe.tokenizer, pipe.tokenizer_2
+    else:
+        text, clip = pipe.tokenizer_2, pipe.tokenizer
     long = text(
         prompts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
     )
+    if clip is None:
+        return {"text": long.input_ids, "mask": long.attention_mask}
     pooled = clip(
         prompts, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -205,8 +211,15 @@ def tokenize(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, torch.Ten
 
 def encode_text(
     pipe: DiffusionPipeline, tokens: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text states [B, 64, D] and pooled state [B, 128], as the stock pipelines compute them."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Text states [B, 64, D] and pooled state [B, 128], as the stock pipelines compute them.
+
+    Wan has no pooled state, and zeros where others have states of padding.
+    """
+    if isinstance(pipe, WanPipeline):
+        states = pipe.text_encoder(tokens["text"], tokens["mask"]).last_hidden_state.float()
+        states = states * tokens["mask"][..., None]
+        return nn.functional.pad(states, (0, 0, 0, TEXT_TOKENS - states.shape[1])), None
     if isinstance(pipe, HunyuanVideoPipeline):
         states = pipe.text_encoder(
             tokens["text"], attention_mask=tokens["mask"], output_hidden_states=True
@@ -236,6 +249,8 @@ def save(
     # states would be bf16 and the transformer float32, and the stock call would fail.
     for name in ("text_encoder", "text_encoder_2"):
         path = folder / name / "config.json"
+        if not path.exists():
+            continue  # Wan has one
         config = json.loads(path.read_text())
         config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n")
