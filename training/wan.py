@@ -7,7 +7,7 @@ step has one rung's clips, about ``--budget`` tokens on each rank, and the ranks
 minute, rank 0 writes ``state.safetensors`` (weights, averages, moments), ``pipeline/`` (diffusers
 format, averaged weights, bf16) and ``progress.json``. Run again with the same ``--out`` to resume,
 on any number of ranks; the schedule ends after ``--total`` seconds of training, or with this
-process (``--finish``). The autoencoder is that of ``--start``, tiny-video's.
+process (``--finish``). The autoencoder is tiny-video's.
 """
 
 # ruff: noqa: E402 - imports take long and count
@@ -40,7 +40,7 @@ from training.ranks import Ranks
 from training.state import load_state, save_state
 
 TRAINED = ("transformer", "text_encoder")
-START = Path(__file__).parents[1] / "packages/flashomni-assets/src/flashomni_assets/tiny-video"
+VIDEO = Path(__file__).parents[1] / "packages/flashomni-assets/src/flashomni_assets/tiny-video"
 BUDGET = 66_000  # tokens of a step on each rank: two whole clips of 352 x 352
 RATE, WARM, DECAY, KEEP = 1.2e-3, 200, 0.6, 0.999
 STOP = -1  # in the place of a rung's number
@@ -60,7 +60,7 @@ class Run:
         self.step, self.before = 0, 0.0
         self.stage = -1
         self.spent: dict[str, float] = {}  # seconds of this phase, by rung
-        self.pipe = wan_model.build(args.start).to(self.device)
+        self.pipe = wan_model.build(args.autoencoder).to(self.device)
         for part in tiny_models.modules(self.pipe).values():
             part.requires_grad_(False)
         self.average = copy.deepcopy({n: getattr(self.pipe, n) for n in TRAINED})
@@ -115,7 +115,7 @@ class Run:
             "average": {n: self.average[n].state_dict() for n in TRAINED},
         }
         with torch.random.fork_rng(devices=[]):
-            fresh = wan_model.build(self.args.start)
+            fresh = wan_model.build(self.args.autoencoder)
         for name in TRAINED:
             getattr(fresh, name).load_state_dict(self.average[name].state_dict())
         new, old = self.out / "pipeline.new", self.out / "pipeline.old"
@@ -275,7 +275,7 @@ def train(run: Run) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, help="folder of the run")
-    parser.add_argument("--start", default=str(START), help="pipeline whose autoencoder is taken")
+    parser.add_argument("--autoencoder", default=str(VIDEO), help="pipeline whose it is")
     parser.add_argument("--seconds", type=float, required=True, help="wall time of this process")
     parser.add_argument("--total", type=float, default=1000.0, help="seconds of the schedule")
     parser.add_argument("--finish", action="store_true", help="the schedule ends with this process")
