@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,7 +56,7 @@ def _judge(index: int, clip: np.ndarray) -> list[tuple[str, bool]]:
 class Model:
     """A pipeline that generates and shows its attention, one caption at a time."""
 
-    def __init__(self, folder: str, device: str, shift: float | None = None):
+    def __init__(self, folder: str, device: str, shift: float | None = None, guidance: float = 1.0):
         self.device = device
         self.pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         self.pipe.to(device)
@@ -65,11 +66,36 @@ class Model:
         transformer = self.pipe.transformer
         if isinstance(self.pipe, WanPipeline):
             self.watched = wan_model.Network(transformer)
-            self.predict = self.watched.predict
+            self.predict = self._guided(self.watched.predict, guidance)
+        elif guidance != 1:
+            raise ValueError(f"guidance of {folder} must be 1: it was not trained for more")
         else:
             self.watched = attention.install(transformer, attention.Unpadded())
             self.predict = flow.velocity
             flow.float_residual(transformer)
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """Noise levels where the stock call leaves them to its scheduler: Wan's does."""
+        if not isinstance(self.pipe, WanPipeline):
+            return None
+        scheduler = type(self.pipe.scheduler).from_config(
+            self.pipe.scheduler.config, shift=self.shift
+        )
+        scheduler.set_timesteps(steps)
+        return scheduler.sigmas.tolist()
+
+    def _guided(self, predict: Callable, guidance: float) -> Callable:
+        """``predict`` with classifier-free guidance, as WanPipeline has it; 1 is without."""
+        if guidance == 1:
+            return predict
+        with torch.no_grad():
+            blank, _ = tiny_models.encode_text(self.pipe, self.tokens(""))
+
+        def both(pipe, kind, latents, sigma, text, *rest):
+            free = predict(pipe, kind, latents, sigma, blank.expand_as(text), *rest).float()
+            return free + guidance * (predict(pipe, kind, latents, sigma, text, *rest) - free)
+
+        return both
 
     def tokens(self, caption: str) -> dict[str, torch.Tensor]:
         tokens = tiny_models.tokenize(self.pipe, [caption])
@@ -89,6 +115,7 @@ class Model:
                 steps,
                 seed,
                 self.predict,
+                self.sigmas(steps),
             )
         return sheets.to_uint8(pixels[:, :, :: max(1, (frames - 1) // 16)])[0]
 
@@ -157,6 +184,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--shift", type=float, help="of the noise levels, for the scheduler's")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of models trained for it")
     parser.add_argument("--count", type=int, default=128, help="captions, at most")
     parser.add_argument(
         "--others", type=int, default=8, help="captions for all but the first model"
@@ -175,13 +203,17 @@ def main() -> None:
     pool = multiprocessing.get_context("fork").Pool(args.workers, _begin, (batch,))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     models = dict(pair.split("=", 1) for pair in args.model)
-    loaded = {name: Model(folder, args.device, args.shift) for name, folder in models.items()}
+    loaded = {
+        name: Model(folder, args.device, args.shift, args.guidance)
+        for name, folder in models.items()
+    }
     first = next(iter(loaded))
     print(f"{elapsed():6.1f} s  loaded {', '.join(loaded)}", flush=True)
     shifts = {name: model.shift for name, model in loaded.items()}
     result: dict = {
         "models": models,
         "steps": args.steps,
+        "guidance": args.guidance,
         "shifts": shifts,
         "maps": {},
         "scores": {},

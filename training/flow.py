@@ -130,13 +130,18 @@ def sample(
     steps: int = 20,
     seed: int = 0,
     predict: Callable = velocity,
+    sigmas: list[float] | None = None,
 ) -> torch.Tensor:
-    """Pixels in [-1, 1] by Euler steps at a stage's own size (previews of a run)."""
+    """Pixels in [-1, 1] by Euler steps at a stage's own size (previews of a run).
+
+    ``sigmas`` are noise levels, 0 the last, in the place of ``steps`` levels shifted by ``shift``.
+    """
     device = tokens["text"].device
     gen = torch.Generator("cpu").manual_seed(seed)
     latents = torch.randn(shape, generator=gen).to(device)
     text, pooled = tiny_models.encode_text(pipe, tokens)
-    sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+    if sigmas is None:
+        sigmas = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
     for now, after in itertools.pairwise(sigmas):
         sigma = torch.full(shape[:1], now, device=device)
         out = predict(pipe, kind, latents, sigma, text, pooled, tokens["mask"])

@@ -83,6 +83,8 @@ class Run:
         rope = self.pipe.transformer.rope
         self.ropes = {s: flow.StageRope(rope, s, dim=1) for s in (1, 2, 4, 8)}
         self.network = wan_model.Network(self.pipe.transformer, args.compile)
+        blank = tiny_models.tokenize(self.pipe, [""])
+        self.blank = {name: ids.to(self.device) for name, ids in blank.items()}
 
     def _resume(self, state: dict) -> None:
         place = state["place"]
@@ -139,6 +141,8 @@ class Run:
         """One optimiser step; returns this rank's loss, not a number where it was skipped."""
         self.network.rope = self.ropes[rung.stride]
         latents, tokens = pool.batch(rung.batch(self.args.budget))
+        lost = torch.rand(len(latents), 1, device=latents.device) < self.args.blank
+        tokens = {name: torch.where(lost, self.blank[name], ids) for name, ids in tokens.items()}
         level = flow.spread_levels(len(latents), latents.device)
         kind = "cuda" if "cuda" in self.device else "cpu"
         with torch.autocast(kind, torch.bfloat16) if self.args.bf16 else nullcontext():
@@ -282,6 +286,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1 << 40, help="stop at this step")
     parser.add_argument("--rate", type=float, default=RATE, help="largest learning rate")
     parser.add_argument("--budget", type=int, default=BUDGET, help="tokens of a step and rank")
+    parser.add_argument(
+        "--blank", type=float, default=0.08, help="share of clips without caption, for guidance"
+    )
     parser.add_argument("--every", type=float, default=10.0, help="seconds between lines")
     parser.add_argument(
         "--save-every", type=float, default=60.0, help="seconds between checkpoints"

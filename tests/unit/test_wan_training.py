@@ -9,7 +9,7 @@ import flashomni_assets
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from training import flow, ladder, tiny_models, wan, wan_model
+from training import evaluate, flow, ladder, tiny_models, wan, wan_model
 from training.pool import ClipPool
 from training.ranks import Ranks
 
@@ -76,6 +76,25 @@ def test_the_pipeline_begins_at_zero_and_fits_what_is_left_for_it(pipe) -> None:
     config = pipe.vae.config
     assert config.latents_std == [1 / config.scaling_factor] * config.z_dim
     assert (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal) == (4, 4)
+
+
+def test_evaluations_sample_as_the_pipeline_does(monkeypatch) -> None:
+    pipe = wan_model.build(VIDEO)
+    pipe.set_progress_bar_config(disable=True)
+    for weight in pipe.transformer.parameters():
+        weight.data.add_(torch.randn_like(weight), alpha=0.03)
+    monkeypatch.setattr(evaluate.DiffusionPipeline, "from_pretrained", lambda *a, **k: pipe)
+    model = evaluate.Model("", "cpu", guidance=2.0)
+    latents = torch.randn(1, 8, 2, 4, 8, generator=torch.Generator().manual_seed(3))
+    tokens = model.tokens(CAPTIONS[0])
+    ours = flow.sample(
+        pipe, model, latents.shape, tokens, 0.0, 4, 3, model.predict, model.sigmas(4)
+    )
+    call = {"height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 4}
+    call["max_sequence_length"] = tiny_models.TEXT_TOKENS
+    stock = pipe(CAPTIONS[0], latents=latents, guidance_scale=2.0, output_type="pt", **call)
+    ours = (ours / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(ours, stock.frames, rtol=1e-3, atol=1e-3)
 
 
 def test_short_clips_have_the_positions_of_whole_ones() -> None:
