@@ -42,7 +42,7 @@ from training.state import load_state, save_state
 TRAINED = ("transformer", "text_encoder")
 VIDEO = Path(__file__).parents[1] / "packages/flashomni-assets/src/flashomni_assets/tiny-video"
 BUDGET = 66_000  # tokens of a step on each rank: two whole clips of 352 x 352
-RATE, WARM, DECAY, KEEP = 1.2e-3, 200, 0.6, 0.999
+RATE, WARM, DECAY, KEEP = 1.5e-3, 200, 0.6, 0.999
 STOP = -1  # in the place of a rung's number
 
 
