@@ -29,7 +29,7 @@ def loaded():
     return small()
 
 
-@pytest.fixture(scope="module", params=zoo.BUNDLED)
+@pytest.fixture(scope="module", params=zoo.RANDOM)
 def either(request):
     return small(request.param)
 

@@ -17,7 +17,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=zoo.BUNDLED, scope="module")
+@pytest.fixture(params=zoo.RANDOM, scope="module")
 def loaded(request):
     """A small random pipeline and a call of a fraction of a second."""
     loaded = zoo.random_pipeline(request.param, heads=2, head_dim=32, dual=1, single=2)
@@ -213,6 +213,6 @@ def test_a_corrupt_note_is_refused(tmp_path, text, message):
 def test_unknown_models_are_refused(model):
     """The error lists what a model can be."""
     with pytest.raises(
-        ValueError, match="model must be tiny-image, tiny-video, a diffusers folder"
+        ValueError, match="model must be tiny-image, tiny-video, tiny-wan, a diffusers folder"
     ):
         zoo.load(model)

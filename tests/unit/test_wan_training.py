@@ -13,6 +13,9 @@ from training import evaluate, flow, ladder, tiny_models, wan, wan_model
 from training.pool import ClipPool
 from training.ranks import Ranks
 
+import flashomni
+from flashomni.lab import zoo
+
 VIDEO = Path(flashomni_assets.__file__).parent / "tiny-video"
 CAPTIONS = ["a red star resting on a grey floor", "a blue ring left of a red moon on a white floor"]
 
@@ -142,6 +145,9 @@ RANK = """
 import os, sys
 import torch
 from training.ranks import Ranks
+
+import flashomni
+from flashomni.lab import zoo
 rank, store = int(os.environ["RANK"]), sys.argv[1]
 torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
 ranks = Ranks("cpu")
@@ -207,3 +213,20 @@ def test_a_run_learns_and_resumes_where_its_checkpoint_was_written(tmp_path) -> 
     for name in ("live", "mean"):
         for a, b in zip(getattr(first, name), getattr(again, name), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_follows_its_prompt_under_a_preset() -> None:
+    loaded = zoo.load("tiny-wan")
+    loaded.pipe.set_progress_bar_config(disable=True)
+    call = loaded.call | {"num_frames": 9, "num_inference_steps": 12, "output_type": "np"}
+
+    def clip(prompt: str) -> torch.Tensor:
+        made = loaded.pipe(prompt, generator=torch.Generator().manual_seed(0), **call).frames
+        return torch.from_numpy(made).float()
+
+    dense, other = clip(loaded.prompt), clip(loaded.prompts[0])
+    flashomni.accelerate(loaded.pipe, "balanced")
+    gap = (clip(loaded.prompt) - dense).square().mean()
+    assert 0 < gap < 0.1 * (other - dense).square().mean()
+    assert sum(f.stat().st_size for f in zoo.bundled("tiny-wan").rglob("*") if f.is_file()) < 5.5e6

@@ -82,7 +82,7 @@ class Topic(StrEnum):
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+        str, typer.Option(help="tiny-image, tiny-video, tiny-wan, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     method: Annotated[
         list[str] | None,

@@ -53,7 +53,7 @@ def compare(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+        str, typer.Option(help="tiny-image, tiny-video, tiny-wan, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     rival: Annotated[
         list[str] | None,

@@ -37,7 +37,7 @@ def generate(
         str | None, typer.Argument(help="What to generate; the model's own if left out.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+        str, typer.Option(help="tiny-image, tiny-video, tiny-wan, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     recipe: Annotated[
         str, typer.Option(help="A name of `flashomni show recipe`, or a recipe's .json.")

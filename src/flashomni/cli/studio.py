@@ -24,8 +24,8 @@ def studio(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="tiny-image, tiny-video, a diffusers folder, or a Hub id; of several, pages begin "
-            "with the first and can load the others alone.",
+            help="tiny-image, tiny-video, tiny-wan, a diffusers folder, or a Hub id; of several, "
+            "pages begin with the first and can load the others alone.",
             show_default="tiny-image",
         ),
     ] = None,

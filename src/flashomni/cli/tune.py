@@ -27,7 +27,7 @@ from flashomni.util.words import in_bytes
 
 def tune(
     model: Annotated[
-        str, typer.Option(help="tiny-image, tiny-video, a diffusers folder, or a Hub id.")
+        str, typer.Option(help="tiny-image, tiny-video, tiny-wan, a diffusers folder, or a Hub id.")
     ] = "tiny-image",
     prompts: Annotated[
         Path | None, typer.Option(help="File with a prompt a line; the model's own if left out.")

@@ -20,7 +20,8 @@ from flashomni.lab import small
 from flashomni.lab.foreign import check_weights
 from flashomni.util.words import one_line
 
-BUNDLED = ("tiny-image", "tiny-video")
+BUNDLED = ("tiny-image", "tiny-video", "tiny-wan")
+RANDOM = BUNDLED[:2]  # what random_pipeline builds
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Arguments of a call that a generation sets itself.
 OURS = {"self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end"}
@@ -58,7 +59,8 @@ def load(
     """Load a pipeline by name, folder or Hub id.
 
     Args:
-        model: ``tiny-image``, ``tiny-video``, a local diffusers folder, or a Hub id ``org/name``.
+        model: ``tiny-image``, ``tiny-video``, ``tiny-wan``, a local diffusers folder, or a Hub id
+            ``org/name``.
         device: where to put it.
         dtype: of its weights.
 
@@ -174,8 +176,8 @@ def random_pipeline(name: str, seed: int = 0, **size: Any) -> Loaded:
         seed: of the weights.
         size: ``heads``, ``head_dim``, ``dual``, ``single``: layers and width of the transformer.
     """
-    if name not in BUNDLED:
-        raise ValueError(f"name must be one of {', '.join(BUNDLED)}, got {name!r}")
+    if name not in RANDOM:
+        raise ValueError(f"name must be one of {', '.join(RANDOM)}, got {name!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loaded = (_flux if name == "tiny-image" else _hunyuan)(**size)

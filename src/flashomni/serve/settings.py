@@ -18,7 +18,7 @@ class Settings:
     """Arguments of ``serve run flashomni.serve:app``.
 
     Args:
-        model: ``tiny-image``, ``tiny-video``, a folder of diffusers, or a Hub id.
+        model: ``tiny-image``, ``tiny-video``, ``tiny-wan``, a folder of diffusers, or a Hub id.
         recipe: of requests that name none.
         recipes: others that a request may name; as text ``fora;balanced:interval=3``.
         loras: folders that a request may name; as text ``name=folder;name=folder``.

@@ -1,9 +1,9 @@
-"""The two small trained pipelines of FlashOmni's demo and tests, as diffusers folders."""
+"""The three small trained pipelines of FlashOmni's demo and tests, as diffusers folders."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-NAMES = ("tiny-image", "tiny-video")
+NAMES = ("tiny-image", "tiny-video", "tiny-wan")
 
 
 def folder(name: str) -> Path:
