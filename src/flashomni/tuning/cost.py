@@ -31,10 +31,18 @@ class Costs:
         grams: ``[prompts, T, T]``, see :func:`flashomni.tuning.record.gram`.
         effects: ``[T]``, what a unit of the output at a step does to the final latents.
         gains: ``[2, T]``, what the network makes of an error: along it, and across.
+        sigmas: noise level of each step and the end, for forecasts that ask; none if not known.
     """
 
-    def __init__(self, grams: np.ndarray, effects: np.ndarray, gains: np.ndarray) -> None:
+    def __init__(
+        self,
+        grams: np.ndarray,
+        effects: np.ndarray,
+        gains: np.ndarray,
+        sigmas: Sequence[float] = (),
+    ) -> None:
         self.grams, self.gains, self.num_steps = grams, gains, len(effects)
+        self.sigmas = tuple(sigmas)
         self._direct = effects
         self.effects = effects * gains[0]
         # What is added cannot be less than what later steps add, but by noise of the measurement.
@@ -42,7 +50,8 @@ class Costs:
 
     def forecasts(self, computed: Sequence[int], order: int, name: str) -> np.ndarray:
         """Weights of a named forecast: ``[T, T]``, a row each step, 1 at itself where computed."""
-        known = Known(self.num_steps)
+        ahead = (tuple(sorted(computed)), self.sigmas)
+        known = Known(self.num_steps, None, order, *ahead)
         weights = np.eye(self.num_steps)
         for step, anchors in anchors_of(computed, order, self.num_steps).items():
             weights[step] = 0.0
@@ -97,11 +106,12 @@ class Costs:
     def without(self, prompt: int) -> Costs:
         """The costs of all prompts but one."""
         others = np.delete(self.grams, prompt, axis=0)
-        return Costs(others, self._direct, self.gains)
+        return Costs(others, self._direct, self.gains, self.sigmas)
 
     def only(self, prompt: int) -> Costs:
         """The costs of one prompt."""
-        return Costs(self.grams[prompt : prompt + 1], self._direct, self.gains)
+        own = self.grams[prompt : prompt + 1]
+        return Costs(own, self._direct, self.gains, self.sigmas)
 
 
 def decibels(costs: np.ndarray) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flashomni.engine import Clock
+from flashomni.engine.noise import Noise
 from flashomni.engine.state.output import put_together, take_apart
 from flashomni.models._stand_in import InsteadOfForward
 
@@ -58,6 +59,7 @@ class Driver:
 
     Attributes:
         computed: calls of the model that computed so far.
+        sigmas: noise level of each step of the last run and behind it; none if not known.
 
     Raises:
         ValueError: there is no transformer.
@@ -77,6 +79,7 @@ class Driver:
             )
         self.model = model
         self.pipe, self.call, self.computed = pipe, dict(call), 0
+        self.sigmas: tuple[float, ...] = ()
         self._on_compute = on_compute
         self._shapes: dict[int, Any] = {}  # of outputs, by the number of the call in its step
 
@@ -182,6 +185,9 @@ class _Forward(InsteadOfForward):
         if position is None:
             return self.original(*args, **kwargs)
         place.advance(position.index)
+        if place.step == place.call == 0:
+            noise = Noise.of(position.scheduler)
+            driver.sigmas = () if noise is None else noise.levels()
         if self._look is not None:
             values = {str(i): value for i, value in enumerate(args)} | kwargs
             self._look(values, position.num_steps)

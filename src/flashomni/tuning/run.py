@@ -240,9 +240,9 @@ def _write(found: Tuned, out: Path, many: bool) -> None:
         tuned = found.recipe.tuned
         raise NotBetterError(
             f"no recipe written: on held-back prompts {count} tuned steps give "
-            f"{verdict.psnr_db} dB, {tuned.ramp if tuned else 'the ramp'} with forecast hermite of "
-            f"order 2 gives {verdict.ramp_db} dB (difference "
-            f"{verdict.gain}); use the ramp, or tune with more prompts",
+            f"{verdict.psnr_db} dB, {tuned.ramp if tuned else 'the ramp'} with forecast quadrature "
+            f"of order 2 gives {verdict.ramp_db} dB (difference {verdict.gain}); use the ramp, or "
+            "tune with more prompts",
             found,
         )
     found.recipe.save(out)

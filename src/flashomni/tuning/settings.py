@@ -16,8 +16,8 @@ class Settings:
     Args:
         tries: schedules tried on the real output for each number of computed steps, beside those
             that planning proposes.
-        starts: of the schedules that planning proposes, so many are measured: the ramp and the
-            plan first.
+        starts: of what planning proposes, so many are measured: the ramp, with fitted weights and
+            with the presets' forecast, and the plan first.
         probes: steps at which gains are measured.
         probed: prompts that gains are measured on, in turn.
         sparse: of the kinds of sparse attention that steps may be computed with, so many are tried;
@@ -28,7 +28,7 @@ class Settings:
     """
 
     tries: int = 4
-    starts: int = 5
+    starts: int = 6
     probes: int = 8
     probed: int = 2
     sparse: int = len(OPTIONS)

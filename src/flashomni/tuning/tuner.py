@@ -39,7 +39,7 @@ from flashomni.util.words import in_bytes
 # Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of the 15
 # seconds of planning on one core, and fitted weights forecast better on any schedule.
 NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("reuse", 0))
-FORMAT = 2  # of the findings on disk
+FORMAT = 3  # of the findings on disk
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -185,6 +185,7 @@ class Tuner:
         if effects is None:
             start = time.perf_counter()
             found = direct_effects(self.driver, self.recording(0))
+            self.state.put("sigmas", list(self.driver.sigmas))
             runs = found.size + 1
             self.state.put("replay seconds", (time.perf_counter() - start) / runs)
             effects = self.state.put("effects", found.tolist())
@@ -203,7 +204,8 @@ class Tuner:
                 values = gram(self.recording(number), effects, device)
                 kept = self.state.put(f"gram {number}", values.tolist())
             grams.append(kept)
-        self._costs = Costs(np.array(grams), effects.sum(1), curve)
+        sigmas = self.state.get("sigmas")
+        self._costs = Costs(np.array(grams), effects.sum(1), curve, sigmas)
         return self._costs
 
     def _probe_steps(self) -> list[list[int]]:
@@ -273,7 +275,7 @@ class Tuner:
                     for (name, size), found in named.items()
                 ]
         *named_plans, fitted = self._plans[count]
-        hermite = named_plans[NAMED.index((BASE, BASE_ORDER))]
+        planned = named_plans[0]
         descended, _ = descend(
             fitted.steps,
             self.num_steps,
@@ -282,7 +284,7 @@ class Tuner:
         schedules = {
             "ramp": ramp,
             "plan": fitted.steps,
-            f"plan for {BASE}": hermite.steps,
+            planned.label: planned.steps,
             "descent from plan": descended,
         }
         found = [
@@ -292,6 +294,7 @@ class Tuner:
             ),
             max(named_plans, key=lambda each: each.predicted),
         ]
+        found.insert(1, self.candidate(ramp, BASE_ORDER, 0.0, "ramp", BASE))
         unique: dict[tuple[Steps, str], Candidate] = {}
         for each in found:
             unique.setdefault((each.steps, each.forecast), each)

@@ -25,8 +25,8 @@ from flashomni.tuning.polish import Candidate, spread
 from flashomni.util.files import write_bytes
 
 WARM = 2  # generations on a GPU that nobody times: kernels compile, graphs are recorded
-
-BASE, BASE_ORDER = "hermite", 2  # what the presets forecast with, and the ramp that is to be beaten
+# What the presets forecast with, and the ramp that is to be beaten.
+BASE, BASE_ORDER = "quadrature", 2
 KINDS = ("dense", "ramp", "tuned")  # pictures of a point
 NOTHING: Callable[[int, int], None] = lambda step, total: None  # noqa: E731
 

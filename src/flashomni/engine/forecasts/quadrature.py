@@ -42,8 +42,8 @@ from flashomni.engine.forecasts import Known, forecast
 from flashomni.engine.forecasts._joint import anchors_of, joint_weights
 from flashomni.engine.forecasts.hermite import weights as hermite
 
-LENGTH = 4.0  # of the kernel, in units of l
-END = 0.005  # c: no output is further than that from pure noise, or from none
+LENGTH = 6.0  # of the kernel, in units of l
+END = 0.01  # c: no output is further than that from pure noise, or from none
 GAIN = 10.0
 NUGGET = 1e-6  # of what no kernel explains
 RIDGE = 1e-2
