@@ -59,6 +59,18 @@ def test_recording_is_the_stock_run(loaded, driver, recording):
     assert "forward" not in loaded.pipe.transformer.__dict__
 
 
+def test_the_presets_forecast_is_what_planning_predicts(loaded, driver, recording):
+    """With the noise of the pipeline: replayed as planned, it is what the engine generates."""
+    assert driver.sigmas == tuple(loaded.pipe.scheduler.sigmas.tolist())
+    steps = (0, 1, 3, 6)
+    costs = Costs(np.eye(STEPS)[None], np.ones(STEPS), np.ones((2, STEPS)), driver.sigmas)
+    weights = costs.only(0).forecasts(steps, 2, "quadrature")
+    assert not np.allclose(weights, costs.forecasts(steps, 2, "hermite"))
+    planned = simulate(driver, recording, Candidate(steps, weights, 2, "quadrature", "", 0.0))
+    with accelerate(loaded.pipe, recipe_of(steps, STEPS)):
+        torch.testing.assert_close(driver.generate(PROMPTS[0], 0), planned, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("guidance", [{}, {"true_cfg_scale": 4.0, "negative_prompt": "dark"}])
 def test_memory_is_said_before(loaded, guidance):
     """Of the first step: the bytes that all outputs then have, of every call of a step."""
