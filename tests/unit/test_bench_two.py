@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from flashomni.cli import app
 from flashomni.engine import Recipe
-from flashomni.lab.e2e import breakdown, methods, models, session, sparsity, stock
+from flashomni.lab.e2e import breakdown, methods, models, ranks, session, sparsity, stock
 from flashomni.lab.e2e.run import generate, weights_gib
 
 PLAN = methods.Plan(steps=9, stock_steps=4)
@@ -83,3 +83,10 @@ def test_peers_of_an_evaluation_are_refused(model):
         method.attach(model.pipe, 8),
     ):
         pass
+
+
+def test_names_say_what_was_asked_of_ranks():
+    recipes = {"plain": Recipe.of("lossless")}
+    assert list(ranks.methods_on(recipes, 2, 2)) == ["plain", "plain, 4 cards"]
+    graphed = ranks.methods_on(recipes, 2, 1, graphs=True)
+    assert list(graphed) == ["plain, graphs", "plain, 2 cards, graphs"]

@@ -53,7 +53,8 @@ def bench_ranks(
         model = built(name, place.device, dtype, seed, structure)
         attention = next(iter(stocks.values())).attention
         stocks |= stocks_on(place.size, attention, model.transformers)
-        timed(model, stocks, methods_on(recipes, ulysses, cfg), plan, book)
+        graphs = plan.generation > 2  # which is when they replay
+        timed(model, stocks, methods_on(recipes, ulysses, cfg, graphs), plan, book)
         config = model.transformers[0].config
         width = config.num_attention_heads * config.attention_head_dim
         nbytes = 2 * model.tokens * width // place.size

@@ -208,7 +208,8 @@ def bench_e2e(
     recipes that look at the data are not those of a trained model: random weights attend evenly
     (--structure makes them less even). With --profile: kernel times by part, of one step of each
     kind. With --ulysses or --cfg, under torchrun: recipes on one card and on all of them, beside
-    diffusers' own context parallelism in the same processes.
+    diffusers' own context parallelism in the same processes; from --generation 3 on with CUDA
+    graphs, on one card and on all.
     """
     with plain_errors():
         from flashomni.cli._ranks import bench_ranks

@@ -32,7 +32,7 @@ class Plan:
         stock_steps: of a run where all steps are alike; its first does not count.
         whole: run complete generations also where steps are alike (never of stock methods).
         backend: kernel backend of recipes.
-        ranks: what ``accelerate`` is told of them, for recipes: ``ulysses`` and ``cfg``.
+        ranks: what ``accelerate`` is told beside, for recipes: ``ulysses``, ``cfg``, ``graphs``.
         generation: which one of a recipe counts. Steps are timed in one before these, by hooks;
             from the third on CUDA graphs of steps, where recipe and model have some, replay.
     """

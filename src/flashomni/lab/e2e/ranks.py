@@ -89,21 +89,37 @@ def stocks_on(size: int, attention: str, models: list[Any]) -> dict[str, Stock]:
     return {f"diffusers ({plan}), {size} cards": SharedStock(attention, ulysses=size)}
 
 
-def methods_on(recipes: Mapping[str, Recipe], ulysses: int, cfg: int) -> dict[str, Measure]:
-    """Each recipe on one card, and on all of them."""
+def methods_on(
+    recipes: Mapping[str, Recipe], ulysses: int, cfg: int, graphs: bool = False
+) -> dict[str, Measure]:
+    """Each recipe on one card, and on all of them.
+
+    Args:
+        recipes: by name.
+        ulysses: ranks that share a sequence.
+        cfg: branches that run at once.
+        graphs: ask for CUDA graphs, on one card and on all; names say so.
+    """
     found: dict[str, Measure] = {}
+    asked, said = ({"graphs": True}, ", graphs") if graphs else ({}, "")
+    ranks = {"ulysses": ulysses, "cfg": cfg, **asked}
     for name, recipe in recipes.items():
-        found[name] = partial(time_recipe, recipe)
-        found[f"{name}, {ulysses * cfg} cards"] = partial(_time_shared, recipe, ulysses, cfg)
+        found[name + said] = partial(_time_with, asked, recipe)
+        found[f"{name}, {ulysses * cfg} cards{said}"] = partial(_time_shared, ranks, recipe)
     return found
 
 
+def _time_with(
+    asked: Mapping[str, Any], recipe: Recipe, model: Model, plan: Plan, on_step: OnStep
+) -> Timing:
+    return time_recipe(recipe, model, replace(plan, ranks=asked), on_step)
+
+
 def _time_shared(
-    recipe: Recipe, ulysses: int, cfg: int, model: Model, plan: Plan, on_step: OnStep
+    ranks: Mapping[str, Any], recipe: Recipe, model: Model, plan: Plan, on_step: OnStep
 ) -> Timing:
     """A recipe on all ranks; the slowest of them counts, and every rank's time is noted."""
-    spread = replace(plan, ranks={"ulysses": ulysses, "cfg": cfg})
-    timing = time_recipe(recipe, model, spread, on_step)
+    timing = _time_with(ranks, recipe, model, plan, on_step)
     seconds = gathered(timing.generation_s)
     times = ", ".join(f"{each:.2f} s" for each in seconds)
     return replace(
