@@ -24,7 +24,8 @@ for a prior, which is all that is used here:
 
 The expected square of all that is a quadratic form of all weights of a generation (Bayesian
 quadrature: O'Hagan, 1991), and its least one small linear system, solved once for each list of
-steps and noise levels, on the host (``_joint.py``). Whatever scale outputs have drops out.
+steps and noise levels, on the host (``_joint.py``). Whatever scale outputs have drops out. On the
+two small models a LENGTH of 4 to 8 and a GAIN from 3 up are within half a dB of one another.
 
 Where nothing is known of the noise, or steps are decided late, or an anchor is missing, or there
 are more than ``MOST`` steps, the weights are those of ``hermite``.
@@ -42,8 +43,8 @@ from flashomni.engine.forecasts import Known, forecast
 from flashomni.engine.forecasts._joint import anchors_of, joint_weights
 from flashomni.engine.forecasts.hermite import weights as hermite
 
-LENGTH = 6.0  # of the kernel, in units of l
-END = 0.01  # c: no output is further than that from pure noise, or from none
+LENGTH = 4.0  # of the kernel, in units of l
+END = 0.02  # c: no output is further than that from pure noise, or from none
 GAIN = 10.0
 NUGGET = 1e-6  # of what no kernel explains
 RIDGE = 1e-2
