@@ -205,6 +205,18 @@ TIMED = {
 }
 
 
+SECOND = "tiny-wan"
+WAN = {
+    "name": "sparse_wan",
+    "title": "Sparse attention on a second model",
+    "question": (
+        "The methods of [the study of attention spent](sparse.md) on tiny-wan, of Wan's kind: text "
+        "in cross attention, attention over the clip alone, 17,408 tokens at 256 x 256 and "
+        "32,912 at 352 x 352. bf16, prompts 16 to 39."
+    ),
+}
+
+
 FEW = {
     "name": "sparse_few",
     "title": "Sparse attention in few steps",
@@ -255,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = 8 if args.few else args.steps
     if args.long:
         return _write_long(args.work or ROOT / "eval" / "studies" / TIMED["name"], args.out)
-    study = dataclasses.replace(STUDY, **(TIMED if args.timed else FEW if args.few else {}))
+    second = all(model.startswith(SECOND) for model in args.models.split(","))
+    other = TIMED if args.timed else FEW if args.few else WAN if second else {}
+    study = dataclasses.replace(STUDY, **other)
     work = args.work or ROOT / "eval" / "studies" / study.name
     options = Options(
         args.device, tuple(args.models.split(",")), args.prompts, tuple(range(args.seeds)),
