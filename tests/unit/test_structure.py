@@ -80,7 +80,7 @@ CLI = {
     "tune": {
         "--model", "--prompts", "--count", "--held-back", "--steps", "--target-speedup",
         "--target-psnr", "--pareto", "--computed", "--tries", "--sparse", "--layer-runs",
-        "--memory", "--seed", "--out", "--device", "--dtype",
+        "--groups", "--memory", "--seed", "--out", "--device", "--dtype",
     },
     "studio": {"--model", "--recipe", "--host", "--port", "--share", "--device", "--dtype"},
     "tune-kernels": {"--head-dim", "--seconds", "--device", "--dtype"},

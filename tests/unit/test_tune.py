@@ -25,7 +25,7 @@ from flashomni.tuning.state import State
 from flashomni.tuning.validate import Verdict, ramp_steps, recipe_of
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
-FEW = Settings(tries=1, probes=2, probed=1, sparse=0)
+FEW = Settings(tries=1, probes=2, probed=1, sparse=0, groups=0)
 STEPS = 8
 
 
@@ -251,7 +251,7 @@ def test_recording_that_does_not_fit_is_refused(loaded, tmp_path):
     with pytest.raises(ValueError, match="memory must be at least"):
         tune(
             loaded.pipe, PROMPTS, call=loaded.call, target_speedup=2.0,
-            out=tmp_path / "a.json", settings=Settings(memory=1000),
+            out=tmp_path / "a.json", settings=Settings(memory=1000, groups=0),
         )  # fmt: skip
 
 

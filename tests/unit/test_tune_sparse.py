@@ -13,7 +13,7 @@ from flashomni.tuning.sparse import Spent, Tried
 from flashomni.tuning.validate import HeldBack
 
 PROMPTS = ["a red circle", "a blue square", "a green ring"]
-FEW = Settings(tries=1, probes=2, probed=1, sparse=0)
+FEW = Settings(tries=1, probes=2, probed=1, sparse=0, groups=0)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,9 @@ def tune(
     layer_runs: Annotated[
         int, typer.Option(help="Generations that measure them by layer; 0: in all alone.", min=0)
     ] = 32,
+    groups: Annotated[
+        int, typer.Option(help="Groups of layers with steps of their own; 0: none.", min=0)
+    ] = 2,
     memory: Annotated[
         float, typer.Option(help="GiB of host memory that recordings may take.", min=0.001)
     ] = 8.0,
@@ -79,7 +82,7 @@ def tune(
 
         from flashomni.lab import split
         from flashomni.tuning import NotBetterError, Settings
-        from flashomni.tuning.page import in_words, write_page
+        from flashomni.tuning.page import in_words, of_layers, write_page
         from flashomni.tuning.run import state_folder
         from flashomni.tuning.run import tune as run
 
@@ -109,6 +112,7 @@ def tune(
                         tries=tries,
                         sparse=sparse,
                         layer_runs=layer_runs,
+                        groups=groups,
                         memory=int(memory * 2**30),
                     ),
                     on_progress=show,
@@ -127,6 +131,7 @@ def tune(
         )
         for point in found.points:
             say(in_words(point))
+            say(of_layers(point))
         say(f"page: {page}")
         if refusal is not None:
             say((f"refused: {refusal}", "bold red"))

@@ -8,11 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flashomni.engine import Recipe
+from flashomni.tuning.layer_tries import Divided, in_layers
 from flashomni.tuning.polish import Candidate
 from flashomni.tuning.sparse import Spent, sparsely
 from flashomni.tuning.validate import (
     KINDS,
+    Held,
     HeldBack,
     Verdict,
     keep_picture,
@@ -30,6 +34,8 @@ def judge(
     best: Candidate,
     fitted: Candidate,
     spend: Callable[[Recipe], Spent | None],
+    divide: Callable[[Recipe], Divided | None],
+    worth: Callable[[float], float],
 ) -> dict[str, Any]:
     """The verdict on one number of computed steps.
 
@@ -45,10 +51,13 @@ def judge(
         best: what tuning found.
         fitted: the ramp with fitted weights.
         spend: what sparse attention in computed steps of a recipe is worth.
+        divide: what groups of layers with steps of their own are worth in a recipe.
+        worth: dB that plans of the output lose which save so many computed steps.
 
     Returns:
         JSON values: ``verdict``; ``ramp``, whether it is the fitted ramp's; ``groups`` of layers
-        whose sparse attention pays here too, and what was ``spent`` on them.
+        whose sparse attention pays here too, or ``layers`` with steps of their own that give more,
+        and what was ``spent`` on the first and came of the second (``divided``).
     """
     recipe, ramp = recipe_of(best.steps, num_steps, best, name), fitted.steps
     mine, picture = held.run(recipe, count)
@@ -63,23 +72,39 @@ def judge(
         if falls_back:
             recipe, picture = other, same_picture
             verdict, same = Verdict.of(same, against, None), None
-    spent, groups = spend(recipe), list[Any]()
+    plain: list[Held] = []
+
+    def offer(changed: Recipe) -> tuple[float, float, Verdict, Tensor]:
+        """Seconds that it saves on these prompts, dB that it loses, and what it gives."""
+        again, its_picture = held.run(changed, count)
+        plain.extend([] if plain else held.run(recipe, count)[0])
+        pairs = zip(plain, again, strict=True)
+        saved = statistics.median(a.seconds - b.seconds for a, b in pairs)
+        found = Verdict.of(again, against, same)
+        return saved, mean - found.psnr_db, found, its_picture
+
+    spent, groups, best_surplus, mean = spend(recipe), list[Any](), 0.0, verdict.psnr_db
     if spent is not None and spent.chosen is not None:
         sparse = sparsely(recipe, spent.chosen.groups)
-        again, sparse_picture = held.run(sparse, count)
-        plain, _ = held.run(recipe, count)
-        changed = Verdict.of(again, against, same)
-        saved = statistics.median(a.seconds - b.seconds for a, b in zip(plain, again, strict=True))
-        lost = verdict.psnr_db - changed.psnr_db
+        saved, lost, changed, its_picture = offer(sparse)
         if changed.beats and saved > 0 and lost < saved * spent.price:
-            groups = sparse.to_dict()["groups"]
-            verdict, picture = changed, sparse_picture
+            groups, best_surplus = sparse.to_dict()["groups"], saved * spent.price - lost
+            verdict, picture = changed, its_picture
+    divided, layers = divide(recipe), list[Any]()
+    if divided is not None and divided.chosen is not None:
+        finer = in_layers(recipe, divided.chosen.groups)
+        saved, lost, changed, its_picture = offer(finer)
+        if changed.beats and worth(saved / divided.step_seconds) - lost > best_surplus:
+            groups, layers = [], finer.to_dict()["groups"]
+            verdict, picture = changed, its_picture
     pictures = (held.dense()[0][0], ramp_picture, picture)
     for kind, pixels in zip(KINDS, pictures, strict=True):
         keep_picture(pixels, picture_path(folder, count, kind))
     return {
         "ramp": falls_back,
         "groups": groups,
+        "layers": layers,
         "spent": None if spent is None else spent.to_dict(),
+        "divided": None if divided is None else divided.to_dict(),
         "verdict": asdict(verdict),
     }

@@ -59,7 +59,7 @@ def in_words(point: Point) -> str:
     start = f"{point.computed} computed steps: sparse attention"
     if point.spent is None:
         return f"{start} was not tried, or did not pay with fewer steps"
-    if point.recipe.groups:
+    if point.recipe.groups and point.recipe.at_output:
         return f"{start} pays, {point.spent.chosen.words if point.spent.chosen else ''}"
     if point.spent.chosen is not None:
         return (
@@ -69,8 +69,27 @@ def in_words(point: Point) -> str:
     return f"{start} does not pay" + ("" if best is None else f"; at best {best.words}")
 
 
+def of_layers(point: Point) -> str:
+    """What became of groups of layers, a sentence."""
+    start = f"{point.computed} computed steps: groups of layers"
+    found = point.divided
+    if found is None:
+        return f"{start} were not tried"
+    where = " and ".join(
+        f"{part} ({100 * share:.0f} %)"
+        for part, share in zip(found.parts, found.shares, strict=True)
+    )
+    said = "; ".join(each.in_short for each in found.tried)
+    verdict = "do not pay"
+    if found.chosen is not None:
+        pays = bool(point.recipe.groups) and not point.recipe.at_output
+        verdict = f"pay, {found.chosen.words}" if pays else "do not pay on prompts kept back"
+    start = f"{start} {where} of a step {verdict}"
+    return f"{start} (seconds, dB, over plans that take as long): {said}"
+
+
 def _notes(point: Point) -> list[str]:
-    found = [in_words(point)]
+    found = [in_words(point), of_layers(point)]
     if point.spent is not None and point.spent.by_layer:
         found.append(
             "squared error in runs of layers, over that without sparse attention, of "

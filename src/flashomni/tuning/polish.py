@@ -13,6 +13,7 @@ from flashomni.tuning.cost import anchors_of
 from flashomni.tuning.drive import Compute, Driver
 from flashomni.tuning.plan import Steps, neighbours
 from flashomni.tuning.record import Recording
+from flashomni.tuning.state import State, key
 
 BEHIND = 0.5  # dB on the prompts so far
 
@@ -64,6 +65,33 @@ def simulate(driver: Driver, recording: Recording, candidate: Candidate) -> Tens
         return forecast.to(history[-1][1].dtype)
 
     return driver.run(recording.prompt, recording.seed, answer)
+
+
+def measured(
+    driver: Driver,
+    state: State,
+    recording: Callable[[int], Recording],
+    prompts: int,
+    candidate: Candidate,
+    best: Sequence[float] = (),
+) -> list[float]:
+    """dB of the final latents on the real output, by tuning prompt; what was found is kept.
+
+    Ends early where the prompts so far are :func:`behind` those of the ``best`` candidate.
+    """
+    values: list[float] = []
+    for number in range(prompts):
+        weights = np.round(candidate.weights, 10).tolist()
+        name = f"real {key(candidate.steps, weights, candidate.order, number)}"
+        kept = state.get(name)
+        if kept is None:
+            dense = recording(number)
+            latents = simulate(driver, dense, candidate)
+            kept = state.put(name, signal_to_noise(latents, dense.latents))
+        values.append(kept)
+        if behind(values, best):
+            break
+    return values
 
 
 def signal_to_noise(latents: Tensor, reference: Tensor) -> float:

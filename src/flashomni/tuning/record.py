@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flashomni.tuning.drive import Compute, Driver, OnLatents, Outline
+from flashomni.tuning.drive import Answer, Compute, Driver, OnLatents, Outline
 from flashomni.util.files import write_bytes
 
 CHUNK = 1 << 20  # elements of a step that are on the device at a time, in double precision
@@ -91,13 +91,25 @@ class Recording:
 
 
 def record(
-    driver: Driver, prompt: str, seed: int, on_latents: OnLatents | None = None
+    driver: Driver,
+    prompt: str,
+    seed: int,
+    on_latents: OnLatents | None = None,
+    see: Answer = lambda step, call, compute: compute(),
 ) -> Recording:
-    """Run the pipeline once, dense, and keep what its model returns."""
+    """Run the pipeline once, dense, and keep what its model returns.
+
+    Args:
+        driver: of the pipeline.
+        prompt: of the run.
+        seed: of its noise.
+        on_latents: given the latents behind each step.
+        see: computes each call, and may look at it.
+    """
     outputs: list[list[Tensor]] = []
 
     def keep(step: int, call: int, compute: Compute) -> Tensor:
-        value = compute()
+        value = see(step, call, compute)
         if step == len(outputs):
             outputs.append([])
         outputs[step].append(value.detach().cpu())

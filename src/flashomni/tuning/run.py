@@ -59,6 +59,7 @@ class Tuned:
                     "predicted_db": round(point.predicted_db, 2),
                     "measured_db": round(point.measured_db, 2),
                     "sparse": None if point.spent is None else point.spent.to_dict(),
+                    "divided": None if point.divided is None else point.divided.to_dict(),
                     "groups": [group.to_dict() for group in point.recipe.groups],
                     **asdict(point.verdict),
                 }
@@ -144,7 +145,7 @@ def tune(
     on_note(
         f"recording takes {in_bytes(tuner.bytes_each)} a prompt for {len(own)} prompts, on "
         f"the host (at most {in_bytes(tuner.settings.memory)} at a time) and in "
-        f"{tuner.state.folder}"
+        f"{tuner.state.folder}{tuner.groups.in_words}"
     )
     if tuner.state.foreign:
         on_note(f"what lay in {tuner.state.folder} is of other settings, and starts anew")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashomni.engine import Recipe
+from flashomni.tuning.layer_tries import Divided
 from flashomni.tuning.sparse import OPTIONS, Spent
 from flashomni.tuning.validate import Verdict
 
@@ -24,6 +25,9 @@ class Settings:
             see :mod:`flashomni.tuning.sparse`.
         layer_runs: generations that measure what sparse attention loses in runs of layers, for each
             number of computed steps; 0 tries kinds in all layers alone.
+        groups: of layers that may be computed in steps of their own: kinds of layers, and halves of
+            the longest where there are fewer kinds; 0 leaves them together, and tries no tiles in
+            Dispatch steps either. See :mod:`flashomni.tuning.layer_tries`.
         memory: bytes that recordings may take in host memory.
     """
 
@@ -33,6 +37,7 @@ class Settings:
     probed: int = 2
     sparse: int = len(OPTIONS)
     layer_runs: int = 32
+    groups: int = 2
     memory: int = 8 << 30
 
 
@@ -49,6 +54,7 @@ class Point:
         verdict: on held-back prompts, in pixels.
         spent: what sparse attention in computed steps was worth; ``None`` where it was not tried:
             it is not where it does not pay with fewer computed steps.
+        divided: what groups of layers with steps of their own were worth; ``None`` likewise.
     """
 
     computed: int
@@ -58,3 +64,4 @@ class Point:
     measured_db: float
     verdict: Verdict
     spent: Spent | None = None
+    divided: Divided | None = None

@@ -26,6 +26,9 @@ class Spending:
         prompts: texts and the seeds of their noise.
         reference: the latents of the dense run, by place in ``prompts``.
         on_run: told of each generation.
+
+    Attributes:
+        plan: as given.
     """
 
     def __init__(
@@ -37,19 +40,19 @@ class Spending:
         reference: Callable[[int], Tensor],
         on_run: Callable[[], None],
     ) -> None:
-        self._driver, self._state, self._plan = driver, state, plan
+        self._driver, self._state, self.plan = driver, state, plan
         self._prompts, self._reference, self._on_run = prompts, reference, on_run
         self._dense: dict[int, Tensor] = {}  # latents of the dense run, by prompt
         self._own: dict[int, Tensor] = {}  # of the plan
 
     def run(self, recipe: Recipe, useless: Useless) -> Found:
-        name = f"sparse {key(recipe.to_dict(), self._plan.to_dict())}"
+        name = f"sparse {key(recipe.to_dict(), self.plan.to_dict())}"
         kept = self._state.get(name)
         if kept is None:
             places = range(len(self._prompts))
             # Before anything is accelerated: what is not kept is recorded again.
             self._dense = self._dense or {place: self._reference(place) for place in places}
-            if recipe != self._plan:
+            if recipe != self.plan:
                 self._make(places)
 
             def look(place: int, latents: Tensor) -> tuple[float, float]:
@@ -62,7 +65,7 @@ class Spending:
         return Found(**kept)
 
     def apart(self, recipe: Recipe) -> float:
-        name = f"apart {key(recipe.to_dict(), self._plan.to_dict())}"
+        name = f"apart {key(recipe.to_dict(), self.plan.to_dict())}"
         kept = self._state.get(name)
         if kept is None:
             self._make([0])
@@ -76,7 +79,7 @@ class Spending:
         """Latents of the plan, where a run before this one measured it."""
         missing = [place for place in places if place not in self._own]
         if missing:
-            with accelerate(self._driver.pipe, self._plan, graphs=False):
+            with accelerate(self._driver.pipe, self.plan, graphs=False):
                 for place in missing:
                     self._own[place] = self._driver.generate(*self._prompts[place])
                     self._on_run()

@@ -12,19 +12,23 @@ import numpy as np
 import torch
 
 from flashomni.engine import Recipe
-from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
+from flashomni.engine.tuned_on import fingerprint
 from flashomni.models import find_adapter
 from flashomni.tuning.cost import Costs, choose_fit, decibels
 from flashomni.tuning.drive import Driver, OnLatents
+from flashomni.tuning.expected import expected_steps
 from flashomni.tuning.gains import Gain, direct_effects, gain, gain_curve, probe_steps
 from flashomni.tuning.judge import judge
+from flashomni.tuning.layer_groups import LayerGroups
+from flashomni.tuning.layer_tries import Divided, divisions, in_layers, tiles, try_layers, worth
 from flashomni.tuning.plan import Steps, best_schedules, descend, segment_costs
-from flashomni.tuning.polish import Candidate, behind, search, signal_to_noise, simulate
-from flashomni.tuning.record import Recording, gram, needed_bytes, record
+from flashomni.tuning.polish import Candidate, measured, search
+from flashomni.tuning.record import Recording, gram, needed_bytes
+from flashomni.tuning.recordings import Recordings
 from flashomni.tuning.settings import Point, Settings
 from flashomni.tuning.sparse import OPTIONS, Spent, sparsely, spend
 from flashomni.tuning.spending import Spending
-from flashomni.tuning.state import State, key
+from flashomni.tuning.state import State
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
@@ -33,6 +37,7 @@ from flashomni.tuning.validate import (
     Verdict,
     ramp_steps,
     recipe_of,
+    tuned_on,
 )
 from flashomni.util.words import in_bytes
 
@@ -101,7 +106,12 @@ class Tuner:
             "probes": [settings.probes, settings.probed],
         }
         self.state = State(folder, self.about, start)
-        self._recordings: dict[int, Recording] = {}
+        room = settings.memory - self.bytes_each
+        self.groups = LayerGroups(
+            self.driver, self.state, settings.groups, self.num_steps, self.outline.calls, room
+        )
+        room = settings.memory - self.groups.nbytes
+        self.recording = Recordings(self._record, self.state, self.bytes_each, room)
         self._held = HeldBack(
             pipe,
             self.driver.call,
@@ -112,6 +122,8 @@ class Tuner:
         self._costs: Costs | None = None
         self._plans: dict[int, list[Candidate]] = {}
         self._pays: dict[int, bool] = {}  # sparse attention, by number of computed steps
+        self._tiles_pay: dict[int, bool] = {}  # likewise, tiles of Dispatch steps
+        self._spending: Spending | None = None
         self._compiles = torch.device(pipe._execution_device).type == "cuda"
 
     @property
@@ -121,6 +133,7 @@ class Tuner:
 
     def expect(self, counts: Sequence[int]) -> None:
         """Say how many calls of the model there will be, for points of these numbers of steps."""
+<<<<<<< HEAD
         steps, found = self.num_steps, 0
         for number in range(len(self.prompts)):
             found += steps * (self._lacks(number) and self.state.recording(number) is None)
@@ -142,6 +155,13 @@ class Tuner:
                 found += 3 * (len(self.held_back) + WARM * self._compiles) * count
         if any(self.state.get(f"point {count}") is None for count in counts):
             found += len(self.held_back) * steps
+=======
+        everyone = range(len(self.prompts))
+        found = expected_steps(
+            self.state, self.settings, self.groups, counts, self.num_steps, self._probe_steps(),
+            [self._lacks(number) for number in everyone], len(self.held_back), self._compiles,
+        )  # fmt: skip
+>>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
         self._total = self._done + found * self.outline.calls
 
     def _passed(self, steps: int) -> None:
@@ -151,22 +171,11 @@ class Tuner:
         self._done += count
         self._on_progress(self._stage, self._done, max(self._total, self._done))
 
-    def recording(self, number: int) -> Recording:
-        """The dense run of one tuning prompt: from memory, from disk, or run now."""
-        found = self._recordings.get(number)
-        if found is None:
-            found = self.state.recording(number)
-        if found is None:
-            stage, self._stage = self._stage, "recording"
-            start = time.perf_counter()
-            found = record(self.driver, self.prompts[number], self.seed + number, self._on_latents)
-            self.state.keep(number, found, time.perf_counter() - start)
-            self._stage = stage
-        while (len(self._recordings) + 1) * self.bytes_each > self.settings.memory:
-            if not self._recordings:
-                break
-            del self._recordings[next(iter(self._recordings))]
-        self._recordings[number] = found
+    def _record(self, number: int) -> tuple[Recording, float]:
+        stage, self._stage = self._stage, "recording"
+        what = self.prompts[number], self.seed + number, self._on_latents
+        found = self.groups.record(number, *what)
+        self._stage = stage
         return found
 
     def _lacks(self, number: int) -> bool:
@@ -184,18 +193,23 @@ class Tuner:
         effects = self.state.get("effects")
         if effects is None:
             start = time.perf_counter()
+<<<<<<< HEAD
             found = direct_effects(self.driver, self.recording(0))
             self.state.put("sigmas", list(self.driver.sigmas))
             runs = found.size + 1
+=======
+            direct = direct_effects(self.driver, self.recording(0))
+            runs = direct.size + 1
+>>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
             self.state.put("replay seconds", (time.perf_counter() - start) / runs)
-            effects = self.state.put("effects", found.tolist())
+            effects = self.state.put("effects", direct.tolist())
         effects = np.array(effects)
         self._stage = "gains"
-        measured = [
+        found = [
             {step: self._gain(number, step) for step in steps}
             for number, steps in enumerate(self._probe_steps())
         ]
-        curve = gain_curve(measured, self.num_steps)
+        curve = gain_curve(found, self.num_steps)
         device = torch.device(self.driver.pipe._execution_device)
         grams = []
         for number in range(len(self.prompts)):
@@ -301,23 +315,9 @@ class Tuner:
         return list(unique.values())[: max(self.settings.starts, 1)], order, ridge
 
     def measure(self, candidate: Candidate, best: Sequence[float] = ()) -> list[float]:
-        """dB of the final latents on the real output, by tuning prompt.
-
-        Ends early where the prompts so far are :func:`behind` those of the ``best`` candidate.
-        """
-        values: list[float] = []
-        for number in range(len(self.prompts)):
-            weights = np.round(candidate.weights, 10).tolist()
-            name = f"real {key(candidate.steps, weights, candidate.order, number)}"
-            kept = self.state.get(name)
-            if kept is None:
-                recording = self.recording(number)
-                latents = simulate(self.driver, recording, candidate)
-                kept = self.state.put(name, signal_to_noise(latents, recording.latents))
-            values.append(kept)
-            if behind(values, best):
-                break
-        return values
+        """dB of the final latents on the real output; see :func:`measured`."""
+        prompts = len(self.prompts)
+        return measured(self.driver, self.state, self.recording, prompts, candidate, best)
 
     def point(self, count: int) -> Point:
         """The best recipe that computes so many steps, validated on held-back prompts."""
@@ -335,18 +335,28 @@ class Tuner:
             self._stage = "held back"
             kept = judge(
                 self._held, self.state.folder, self.name, count, steps, best, proposals[0],
+<<<<<<< HEAD
                 lambda recipe: self._spend(recipe, count),
+=======
+                lambda recipe: self._spend(recipe, count), self._price(count),
+                lambda recipe: self._divide(recipe, count, order, ridge),
+                lambda seconds: self._worth(count)(seconds / self.step_seconds()[0]),
+>>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
             )  # fmt: skip
             self.state.put(f"point {count}", {"steps": list(best.steps), **kept})
         if kept["ramp"]:
             best, value = proposals[0], float(np.mean(self.measure(proposals[0])))
         verdict = Verdict.load(kept["verdict"])
+        about = tuned_on(self.driver.model, self.outline, self.prompts, count, verdict)
         recipe = recipe_of(best.steps, steps, best, self.name)
-        recipe = sparsely(recipe, kept["groups"]).replace(tuned=self._tuned_on(count, verdict))
+        recipe = sparsely(recipe, kept["groups"])
+        recipe = in_layers(recipe, kept["layers"]) if kept["layers"] else recipe
+        recipe = recipe.replace(tuned=about)
         spent = None if kept["spent"] is None else Spent.load(kept["spent"])
         if spent is not None:
             self._pays[count] = bool(kept["groups"])
-        return Point(count, recipe, best.label, best.predicted, value, verdict, spent)
+        divided = None if kept["divided"] is None else Divided.load(kept["divided"])
+        return Point(count, recipe, best.label, best.predicted, value, verdict, spent, divided)
 
     def _price(self, spending: Spending, count: int, seconds: float) -> float:
         """dB that a second costs where steps are left out: between plans of about as many."""
@@ -357,6 +367,10 @@ class Tuner:
         gap = seconds - spending.run(timed, lambda levels, taken: True).seconds
         each = gap / (count - other)
         return max(slope, 0.0) / (high - low) / (each if each > 0 else self.step_seconds()[0])
+
+    def _worth(self, count: int) -> Callable[[float], float]:
+        """dB that plans of the output lose which save so many computed steps."""
+        return worth([self._plans[each][-1].predicted for each in sorted(self._plans)], count)
 
     def _spend(self, recipe: Recipe, count: int) -> Spent | None:
         """What sparse attention in computed steps is worth; ``None`` where nobody asks."""
@@ -371,6 +385,7 @@ class Tuner:
         if not options:
             return None
         self._stage = "sparse attention"
+<<<<<<< HEAD
         numbers = range(min(self.settings.probed, len(self.prompts)))
         prompts = [(self.prompts[number], self.seed + number) for number in numbers]
 
@@ -382,15 +397,51 @@ class Tuner:
         price = self._price(spending, count, seconds)
         order = "hilbert" if adapter.reorders else "raster"
         return spend(spending, recipe, layers, price, options, self.settings.layer_runs, order)
+=======
+        order = "hilbert" if adapter.reorders else "raster"
+        runs = self.settings.layer_runs
+        measure = self._measure(recipe, count)
+        return spend(measure, recipe, layers, self._price(count), options, runs, order)
+>>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
 
-    def _tuned_on(self, count: int, verdict: Verdict) -> TunedOn:
-        return TunedOn(
-            model=type(self.driver.model).__name__,
-            fingerprint=fingerprint(self.driver.model),
-            num_steps=self.num_steps,
-            latents=self.outline.latents,
-            prompts=prompts_hash(self.prompts),
-            count=len(self.prompts),
-            ramp=f"ramp:computed={count},of={self.num_steps}",
-            gain_db=verdict.gain_db,
-        )
+    def _measure(self, recipe: Recipe, count: int) -> Spending:
+        """Measures what a recipe becomes."""
+        if self._spending is None or self._spending.plan != recipe:
+            numbers = range(min(self.settings.probed, len(self.prompts)))
+            prompts = [(self.prompts[number], self.seed + number) for number in numbers]
+            self._spending = Spending(
+                self.driver, self.state, recipe, prompts, lambda n: self.recording(n).latents,
+                lambda: self._passed(count),
+            )  # fmt: skip
+        return self._spending
+
+    def _rival(self, count: int, saved: float, order: int, ridge: float) -> Recipe | None:
+        """The plan of the output that saves about so many computed steps, and at least one."""
+        other = count - (max(round(saved), 1) if saved > 0 else min(round(saved), -1))
+        if not 1 <= other < self.num_steps:
+            return None
+        plan = self.candidate(self._plans[other][-1].steps, order, ridge, "plan")
+        return recipe_of(plan.steps, self.num_steps, plan, f"plan-{other}")
+
+    def _divide(self, recipe: Recipe, count: int, order: int, ridge: float) -> Divided | None:
+        """What groups of layers with steps of their own are worth; ``None`` where nobody asks."""
+        groups, each = self.groups, self.step_seconds()[0]
+        if not groups.parts:
+            return None
+        self._stage = "groups of layers"
+        effects = np.array(self.state.get("effects"))
+        at = probe_steps(self.num_steps, self.settings.probes)
+        costs = groups.costs(self.costs(), self.recording, len(self.prompts), effects, at)
+        steps = tuple(recipe.schedule.to_dict()["steps"])
+        lost = self._worth(count)
+        options = divisions(costs, groups.parts, groups.shares, steps, order, ridge, lost)
+        hopeful = [pays for fewer, pays in self._tiles_pay.items() if fewer < count]
+        options += tiles() if all(hopeful) else []
+        found = try_layers(
+            self._measure(recipe, count), recipe, options,
+            lambda seconds: lost(seconds / each),
+            lambda seconds: self._rival(count, seconds / each, order, ridge),
+            groups.parts, groups.shares,
+        )  # fmt: skip
+        self._tiles_pay[count] = any(x.tiles and x.surplus > 0 for x in found.tried)
+        return found

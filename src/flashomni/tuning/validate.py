@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashomni.engine import Recipe
 from flashomni.engine.schedules.ramp import Ramp
+from flashomni.engine.tuned_on import TunedOn, fingerprint, prompts_hash
 from flashomni.lab import metrics
 from flashomni.lab.generation import Generation
 from flashomni.lab.zoo import Loaded
 from flashomni.models import accelerate
 from flashomni.policies import make_policy
 from flashomni.tuning.cost import as_fitted
+from flashomni.tuning.drive import Outline
 from flashomni.tuning.plan import Steps
 from flashomni.tuning.polish import Candidate, spread
 from flashomni.util.files import write_bytes
@@ -214,3 +216,19 @@ class Verdict:
 
 def _rounded(error: float | None) -> float | None:
     return None if error is None else round(error, 2)
+
+
+def tuned_on(
+    model: nn.Module, outline: Outline, prompts: Sequence[str], count: int, verdict: Verdict
+) -> TunedOn:
+    """What a recipe remembers of its tuning."""
+    return TunedOn(
+        model=type(model).__name__,
+        fingerprint=fingerprint(model),
+        num_steps=outline.num_steps,
+        latents=outline.latents,
+        prompts=prompts_hash(prompts),
+        count=len(prompts),
+        ramp=f"ramp:computed={count},of={outline.num_steps}",
+        gain_db=verdict.gain_db,
+    )

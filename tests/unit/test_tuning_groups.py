@@ -1,0 +1,346 @@
+"""Groups of layers in tuning: what they add, what errors there do, and how steps are divided."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from flashomni.engine import Recipe
+from flashomni.lab import zoo
+from flashomni.models import find_adapter
+from flashomni.tuning.cost import Costs
+from flashomni.tuning.drive import Driver
+from flashomni.tuning.gains import direct_effects
+from flashomni.tuning.layer_groups import LayerGroups
+from flashomni.tuning.layer_plan import UNITS, allocations, curve
+from flashomni.tuning.layer_tries import (
+    Divided,
+    LayerOption,
+    divisions,
+    groups_of,
+    in_layers,
+    tiles,
+    try_layers,
+    worth,
+)
+from flashomni.tuning.layer_watch import Watch, partition
+from flashomni.tuning.record import record
+from flashomni.tuning.sparse import Found
+from flashomni.tuning.state import State
+from flashomni.tuning.validate import recipe_of
+
+STEPS = 7
+DUAL = [f"transformer_blocks.{i}" for i in range(3)]
+SINGLE = [f"single_transformer_blocks.{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "parts"),
+    [
+        (DUAL + SINGLE, 2, ((0, 3), (3, 9))), (DUAL + SINGLE, 3, ((0, 3), (3, 6), (6, 9))),
+        (SINGLE, 2, ((0, 3), (3, 6))), (DUAL[:1] + SINGLE[:1], 4, ((0, 1), (1, 2))),
+        (["first.0", *DUAL, *SINGLE], 2, ((0, 4), (4, 10))), (["a.0"], 2, ((0, 1),)),
+    ],
+)  # fmt: skip
+def test_layers_are_divided_by_kind_and_then_in_halves(names, count, parts):
+    """Kinds are put together where there are too many of them."""
+    assert partition(names, count) == parts
+
+
+def costs_of(seed, effects=1.0, slow=1.0, prompts=2, steps=STEPS):
+    """Values that change slowly, of a network that adds a little to errors."""
+    noise = np.random.default_rng(seed).standard_normal((prompts, steps, 30))
+    values = 1.0 + slow * np.cumsum(np.cumsum(noise, 1), 1) / 3
+    gains = np.stack([np.ones(steps), np.linspace(1.0, 0.0, steps)])
+    return Costs(np.einsum("pti,psi->pts", values, values), np.full(steps, effects), gains)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.31, 0.17, 0.4), (1.0,), (0.004, 0.9)])
+def test_budgets_are_divided_exactly(shares):
+    """Of every budget nothing is cheaper than what trying all combinations finds."""
+    random = np.random.default_rng(len(shares))
+    costs = [random.random(5) for _ in shares]
+    prices = [max(round(UNITS * share), 1) for share in shares]
+    found = allocations(costs, shares)
+    every = list(itertools.product(range(1, 6), repeat=len(shares)))
+    units = np.array([sum(p * k for p, k in zip(prices, ks, strict=True)) for ks in every])
+    value = np.array([sum(c[k - 1] for c, k in zip(costs, ks, strict=True)) for ks in every])
+    for each in found:
+        place = every.index(each.counts)
+        assert (units[place], value[place]) == (each.units, pytest.approx(each.cost))
+    assert found[0].units == units.min() and found[-1].cost == pytest.approx(value.min())
+    for budget in range(units.min(), units.max() + 1, 7):
+        best = [each for each in found if each.units <= budget][-1]
+        assert best.cost == pytest.approx(value[units <= budget].min())
+
+
+def test_a_curve_has_the_cheapest_part_for_each_number_of_steps():
+    """Everything computed costs nothing; fitted weights are never worse than named forecasts."""
+    costs = costs_of(0)
+    found = curve(costs, 2, 1e-3, np.ones(2))
+    assert [len(part.steps) for part in found] == list(range(1, STEPS + 1))
+    assert found[-1].cost < 1e-12 and found[0].cost > found[3].cost
+    for part in found:
+        assert part.cost == pytest.approx(np.mean(costs.of(part.steps, part.weights)))
+        named = costs.forecasts(part.steps, 2, "hermite")
+        assert part.cost <= np.mean(costs.of(part.steps, named)) + 1e-12
+
+
+def test_slow_layers_are_computed_in_fewer_steps():
+    """What takes as long gives more dB then; layers alike stay with the plan."""
+    steps, parts = (0, 1, 3, 5), ((0, 2), (2, 5))
+    prices = worth([20, 28, 34, 40, 46, 52, 120], 4)
+    uneven = [costs_of(1, slow=0.01), costs_of(2)]
+    found = divisions(uneven, parts, (0.5, 0.5), steps, 2, 1e-3, prices)
+    best = found[0].groups
+    assert len(best[0]["schedule"]["steps"]) <= 4 < len(best[1]["schedule"]["steps"])
+    assert [group["layers"] for group in best] == ["0:2", "2:5"]
+    assert found[0].predicted_db > 10
+    assert found[0].words.startswith("layers 0:2 in ") and " of 7, layers 2:5" in found[0].words
+    assert len(found) == 2 and found[0].groups != found[1].groups
+    recipe = in_layers(recipe_of(steps, STEPS), best)
+    assert not recipe.at_output and Recipe.from_dict(recipe.to_dict()) == recipe
+    for option in divisions([costs_of(3)] * 2, parts, (0.5, 0.5), steps, 2, 1e-3, prices):
+        assert any(tuple(group["schedule"]["steps"]) != steps for group in option.groups)
+    # What every step takes is not there to be divided.
+    less = divisions(uneven, parts, (0.3, 0.3), steps, 2, 1e-3, prices)
+    computed = [sum(len(g["schedule"]["steps"]) for g in x[0].groups) for x in (found, less)]
+    assert computed[1] < computed[0]
+
+
+def test_seconds_are_worth_what_plans_of_the_output_give():
+    """Between whole steps a line; what leaves nothing out has an end."""
+    found = worth([10.0, 20.0, 18.0, 40.0, 3000.0], 4)
+    assert (found(0.0), found(1.0), found(2.0), found(3.0)) == (0.0, 20.0, 20.0, 30.0)
+    assert found(0.25) == 5.0 and found(-1.0) == -80.0 and found(9.0) == 30.0
+    assert found(-1.1) < -300  # to compute everything is faster
+
+
+class Fake:
+    """Measures what a list says, the plan first: dB of two prompts, and seconds."""
+
+    def __init__(self, *values):
+        self.values, self.asked, self.prompts = list(values), [], []
+
+    def run(self, recipe, useless):
+        self.asked.append(recipe)
+        first, second, seconds = self.values.pop(0)
+        levels = [first]
+        if not useless(levels, seconds):
+            levels.append(second)
+        self.prompts.append(len(levels))
+        return Found(levels, levels, seconds, [])
+
+
+PLAN = recipe_of((0, 1, 3, 5), STEPS)
+ONCE = {"name": "steps", "steps": [0], "of": STEPS, "min_steps": 0}
+OPTION = LayerOption("this", ({"layers": "0:1", "schedule": ONCE},), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "rival", "surplus", "pays"),
+    [
+        ((50, 54, 1.1), (41, 43, 1.1), 8.0, True),  # predicted: a second is worth 20 dB
+        ((50, 54, 1.1), (55, 57, 1.2), 3.0, True),  # measured: 70
+        ((50, 54, 1.1), (60, 64, 1.1), -10.0, False),
+        ((50, 54, 1.1), None, 8.0, True),
+        ((41, 43, 1.0), None, 0.0, False),
+        ((39, 42, 0.9), (40, 41, 0.9), 0.0, False),  # faster; rivals lose less than predicted
+        ((41, 44, 0.9), (36, 38, 0.9), 2.5, True),
+    ],
+)
+def test_what_pays_beats_plans_of_the_output_that_take_as_long(mine, rival, surplus, pays):
+    """By their measured dB where there is one; else, or where that is more, by the prediction."""
+    fake = Fake((42, 42, 1.0), mine, *([rival] if rival else []))
+    other = recipe_of((0, 1, 2, 3, 5), STEPS)
+    seconds = []
+
+    def give(saved):
+        seconds.append(saved)
+        return other if rival else None
+
+    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, give, ((0, 1),), (0.7,))
+    (tried,) = found.tried
+    assert fake.asked[:2] == [PLAN, in_layers(PLAN, OPTION.groups)]
+    assert (found.chosen is not None) == pays
+    if seconds:
+        assert seconds == [pytest.approx(tried.saved)] and tried.saved == pytest.approx(1 - mine[2])
+    if rival and pays:
+        assert fake.asked[2] == other
+    expected = surplus if seconds else 20 * tried.saved - tried.loss_db
+    assert tried.surplus == pytest.approx(expected, abs=1e-9)
+    assert Divided.load(found.to_dict()) == found
+    assert found.parts == ("0:1",) and tried.in_short.startswith("this: ")
+
+
+def test_what_is_far_behind_is_not_run_on_more_prompts():
+    """Nor is a rival, where nothing pays."""
+    fake = Fake((42, 42, 1.0), (38, 99, 1.0))
+    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0)
+    assert fake.prompts == [2, 1] and found.chosen is None and found.tried[0].loss_db == 4.0
+
+
+def test_tiles_of_dispatch_steps():
+    """Recipes of all layers that are not cached whole, by the plan's forecast."""
+    for option in tiles():
+        recipe = in_layers(PLAN, option.groups)
+        (group,) = recipe.groups
+        assert group.policy.tau_q > 0 and group.sparse.degrade_below < 1 and not recipe.at_output
+        assert recipe.forecast.name == "hermite" and recipe.forecast.order == 2
+
+
+@pytest.fixture(scope="module")
+def driver():
+    loaded = zoo.random_pipeline("tiny-image", heads=2, head_dim=32, dual=1, single=2)
+    call = {**loaded.call, "height": 64, "width": 64, "num_inference_steps": 4}
+    return Driver(loaded.pipe, call)
+
+
+@pytest.fixture(scope="module")
+def by_hand(driver):
+    """Streams in front of and behind each block, by step; and the dense run."""
+    streams = {site.name: ([], []) for site in find_adapter(driver.model).sites(driver.model)}
+    handles = []
+    steps = []
+    for name, (before, after) in streams.items():
+        block = driver.model.get_submodule(name)
+
+        def enter(block, args, kwargs, before=before):
+            before.append((kwargs["encoder_hidden_states"], kwargs["hidden_states"]))
+
+        handles += [
+            block.register_forward_pre_hook(enter, with_kwargs=True),
+            block.register_forward_hook(lambda block, args, out, after=after: after.append(out)),
+        ]
+    driver.outline("a ring")  # which learns what the model returns
+    for before, after in streams.values():
+        before.clear(), after.clear()
+
+    def see(step, call, compute):
+        steps.append(step)
+        return compute()
+
+    recording = record(driver, "a ring", 0, see=see)
+    for handle in handles:
+        handle.remove()
+    assert steps == [0, 1, 2, 3]
+    return streams, recording
+
+
+def added(streams, first, last):
+    """``[T, numbers]``: what a run of blocks adds."""
+    rows = []
+    for step in range(4):
+        both = zip(streams[first][0][step], streams[last][1][step], strict=True)
+        rows.append(torch.cat([(b - a).flatten() for a, b in both]))
+    return torch.stack(rows).double()
+
+
+RUNS = (("transformer_blocks.0", "transformer_blocks.0"),
+        ("single_transformer_blocks.0", "single_transformer_blocks.1"))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_recordings_are_what_blocks_add(driver, by_hand, tmp_path):
+    """Gram matrices of sums by hand; seen in the dense run or later; nothing is left behind."""
+    streams, recording = by_hand
+    groups = LayerGroups(driver, State(tmp_path, {}), 2, 4, 1, 1 << 30)
+    assert groups.parts == ((0, 1), (1, 3)) and groups.lacks(0)
+    found, spent = groups.record(0, "a ring", 0)
+    assert torch.equal(found.latents, recording.latents) and spent > 0 and not groups.lacks(0)
+    kept = np.array(groups._state.get(groups._name("gram 0")))
+    power = float(recording.latents.double().square().sum())
+    for mine, run in zip(kept, RUNS, strict=True):
+        rows = added(streams, *run)
+        np.testing.assert_allclose(mine, (rows @ rows.T / power).numpy(), rtol=1e-5)
+    assert all(0 < share < 1 for share in groups.shares) and sum(groups.shares) < 1.0
+    later = LayerGroups(driver, State(tmp_path / "later", {}), 2, 4, 1, 1 << 30)
+    before = driver.computed
+    later.see(0, recording)
+    assert driver.computed - before == 4
+    np.testing.assert_allclose(later._state.get(later._name("gram 0")), kept, rtol=1e-6)
+    for name, block in driver.model.named_modules():
+        assert not block._forward_hooks and not block._forward_pre_hooks, name
+    assert not LayerGroups(driver, State(tmp_path, {}), 2, 4, 1, 1 << 30).lacks(0)
+
+
+@pytest.mark.slow
+def test_an_error_of_a_group_is_followed_to_the_output(driver, by_hand, tmp_path):
+    """Of the step before, added in place of its own: the output's change, by that of the group."""
+    streams, recording = by_hand
+    groups = LayerGroups(driver, State(tmp_path, {}), 2, 4, 1, 1 << 30)
+    groups.record(0, "a ring", 0)
+    effects = direct_effects(driver, recording)
+    before = driver.computed
+    found = groups.reach(lambda: recording, effects, [1, 3])
+    assert driver.computed - before == groups.probe_calls([1, 3]) == 2 + 4 and groups.reached
+    for part, (first, last) in enumerate(RUNS):
+        for step in (1, 3):
+            change = added(streams, first, last)
+            error = float((change[step - 1] - change[step]).norm())
+
+            def replace(block, args, out, step=step, first=first, last=last):
+                after, before = streams[last][1][step - 1], streams[first][0][step - 1]
+                now = streams[first][0][step]
+                return tuple(n + (a - b) for n, a, b in zip(now, after, before, strict=True))
+
+            handle = driver.model.get_submodule(last).register_forward_hook(replace)
+            outputs = []
+
+            def answer(at, call, compute, step=step, outputs=outputs):
+                outputs.extend([compute()] if at == step else [])
+                return recording.outputs[at][call]
+
+            driver.run("a ring", 0, answer)
+            handle.remove()
+            off = float((outputs[0] - recording.outputs[step][0]).double().norm())
+            assert found[part][step] == pytest.approx(off / error, rel=1e-3)
+    calm = Costs(np.ones((1, 4, 4)), effects.sum(1), np.stack([np.ones(4), np.zeros(4)]))
+    asked = groups.costs(calm, lambda number: recording, 1, effects, [1, 3])
+    assert asked[1].effects[1] == pytest.approx(effects[1, 0] * found[1][1])
+    again = groups.reach(lambda: 1 / 0, effects, [1, 3])  # was measured
+    assert again == found
+
+
+def test_memory_is_bounded_and_said(tmp_path):
+    """Numbers are drawn where there are too many, the same each time; few groups are refused."""
+    watch = Watch([], (), torch.device("cpu"), 100)
+    values = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    drawn = watch._drawn_of(values, 1000)
+    assert drawn.shape == (1000,) and torch.equal(drawn, watch._drawn_of(values, 1000))
+    assert float(drawn.square().sum()) == pytest.approx(float(values.square().sum()), rel=0.2)
+    assert torch.equal(watch._drawn_of(values, 6000), values.flatten())
+    model = SimpleNamespace()
+    nobody = SimpleNamespace(model=model, pipe=None)
+    unknown = LayerGroups(nobody, State(tmp_path, {}), 2, 4, 1, 0)
+    assert unknown.parts == () and unknown.in_words == "" and not unknown.lacks(0)
+    for count in (1, -2):
+        with pytest.raises(ValueError, match=f"0 for none, or at least 2, got {count}"):
+            LayerGroups(nobody, State(tmp_path, {}), count, 4, 1, 0)
+
+
+@pytest.mark.slow
+def test_memory_of_groups(driver, tmp_path):
+    """As many numbers as there is room for; the message says how much is needed."""
+    groups = LayerGroups(driver, State(tmp_path, {}), 2, 4, 2, 4 * 4 * 2 * 2000)
+    assert groups.nbytes == 4 * 4 * 2 * 2000 and "at most 62.5 KiB more" in groups.in_words
+    with groups.watch() as watch:
+        record(driver, "a ring", 0, see=watch.see)
+    kept = sum(x.nbytes for part in watch.added for step in part.values() for x in step)
+    assert 0 < kept <= groups.nbytes
+    with pytest.raises(ValueError, match="memory must leave 32768 bytes beside one recording"):
+        LayerGroups(driver, State(tmp_path, {}), 2, 4, 1, 30000)
+
+
+def test_groups_as_a_recipe_keeps_them():
+    """Fitted weights of its own for each group; a named forecast has none."""
+    costs = costs_of(0)
+    parts = curve(costs, 1, 1e-2, np.ones(2))
+    named = [part for part in parts if part.forecast != "fitted"]
+    found = groups_of(((0, 1), (1, 4)), (parts[3], (named or parts)[0]), STEPS)
+    assert found[0]["layers"] == "0:1" and found[0]["schedule"]["of"] == STEPS
+    for group, part in zip(found, (parts[3], (named or parts)[0]), strict=True):
+        assert ("fitted" in group["forecast"]) == (part.forecast == "fitted")
+        assert group["forecast"]["layer_order"] == part.order
