@@ -25,7 +25,7 @@ def group(layers, schedule=EVERY, forecast=LINE):
 
 def cached(groups=(), **more):
     recipe = Recipe.of(make_policy("cached"), degrade_below=1.0)
-    return recipe.replace(schedule=EVERY, forecast=LINE, groups=list(groups), **more)
+    return recipe.replace(**{"schedule": EVERY, **more}, forecast=LINE, groups=list(groups))
 
 
 @pytest.mark.parametrize(
@@ -196,3 +196,14 @@ def test_a_dense_recipe_skips_where_a_group_does():
     groups = [{"layers": "0:1", "policy": {"name": "cached"}}]
     assert not Recipe.of("lossless").skips
     assert Recipe.of("lossless").replace(groups=groups).skips
+
+
+def test_a_group_that_skips_alone_is_something_gained(tiny, caplog):
+    """Steps that compute a part of the layers are no Dispatch steps, and skip all the same."""
+    model, inputs = tiny
+    always = {"name": "steps", "steps": list(range(STEPS)), "of": STEPS, "min_steps": 0}
+    recipe = cached([group("0:1", EVERY), group("1:", always)], schedule=always)
+    with flashomni.accelerate(model, recipe) as engine:
+        generation(engine, model, inputs)
+        assert engine.report().flops_skipped > 0
+    assert "nothing to gain" not in caplog.text

@@ -46,7 +46,7 @@ class Gains:
 def nothing(steps: Sequence[StepRecord], recipe: Recipe) -> str | None:
     """Why nothing was skipped, if nothing was although the recipe would skip."""
     numbers = {record.step for record in steps}
-    if not numbers or any(record.kind == StepKind.DISPATCH.value for record in steps):
+    if not numbers or any(_dispatches(record) for record in steps):
         return None
     num_steps = max(record.num_steps for record in steps)
     if len(numbers) < num_steps or not recipe.skips:
@@ -63,6 +63,12 @@ def nothing(steps: Sequence[StepRecord], recipe: Recipe) -> str | None:
     least = getattr(recipe.schedule, "min_steps", 0)
     hint = f" (this recipe skips from {least} steps on)" if num_steps < least else ""
     return f"0 Dispatch steps: nothing to gain at {num_steps} steps{hint}"
+
+
+def _dispatches(record: StepRecord) -> bool:
+    """Whether a step skips, in all layers or in a group of them."""
+    kinds = {record.kind, *(layer.kind for layer in record.layers)}
+    return not kinds.isdisjoint({StepKind.DISPATCH.value, StepKind.BYPASS.value})
 
 
 def dense_layers(steps: Iterable[StepRecord]) -> str | None:
