@@ -161,12 +161,14 @@ def test_what_pays_beats_plans_of_the_output_that_take_as_long(mine, rival, surp
         seconds.append(saved)
         return other if rival else None
 
-    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, give, ((0, 1),), (0.7,))
+    found = try_layers(fake, PLAN, [OPTION], lambda saved: 10 * saved, give, 0.5, ((0, 1),), (0.7,))
     (tried,) = found.tried
     assert fake.asked[:2] == [PLAN, in_layers(PLAN, OPTION.groups)]
     assert (found.chosen is not None) == pays
     if seconds:
-        assert seconds == [pytest.approx(tried.saved)] and tried.saved == pytest.approx(1 - mine[2])
+        assert seconds == [pytest.approx(2 * tried.saved)] and tried.saved == pytest.approx(
+            1 - mine[2]
+        )
     if rival and pays:
         assert fake.asked[2] == other
     expected = surplus if seconds else 20 * tried.saved - tried.loss_db
@@ -178,7 +180,7 @@ def test_what_pays_beats_plans_of_the_output_that_take_as_long(mine, rival, surp
 def test_what_is_far_behind_is_not_run_on_more_prompts():
     """Nor is a rival, where nothing pays."""
     fake = Fake((42, 42, 1.0), (38, 99, 1.0))
-    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0)
+    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0, 1.0)
     assert fake.prompts == [2, 1] and found.chosen is None and found.tried[0].loss_db == 4.0
 
 
@@ -188,7 +190,7 @@ def test_tiles_of_dispatch_steps():
         recipe = in_layers(PLAN, option.groups)
         (group,) = recipe.groups
         assert group.policy.tau_q > 0 and group.sparse.degrade_below < 1 and not recipe.at_output
-        assert recipe.forecast.name == "hermite" and recipe.forecast.order == 2
+        assert recipe.forecast.name == PLAN.forecast.name and recipe.forecast.order == 2
 
 
 @pytest.fixture(scope="module")

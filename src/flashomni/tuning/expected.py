@@ -8,7 +8,7 @@ from flashomni.tuning.layer_groups import LayerGroups
 from flashomni.tuning.layer_tries import TILES, TRIES
 from flashomni.tuning.settings import Settings
 from flashomni.tuning.state import State
-from flashomni.tuning.validate import ramp_steps
+from flashomni.tuning.validate import WARM, ramp_steps
 
 
 def expected_steps(
@@ -33,7 +33,7 @@ def expected_steps(
         probes: steps whose gains are measured, of each prompt.
         lacks: of each tuning prompt, whether planning needs its recording.
         held_back: prompts.
-        compiles: whether the first run of a recipe is made twice.
+        compiles: whether generations are run that nobody times.
     """
     prompts, found = len(lacks), 0
     missing = [count for count in counts if state.get(f"point {count}") is None]
@@ -45,7 +45,8 @@ def expected_steps(
         found += sum(num_steps - 1 - s for s in at if state.get(f"gain {number} {s}") is None)
     if missing and not groups.reached:
         found += groups.probe_calls(sorted(step for at in probes for step in at))
-    runs = compiles + min(settings.probed, prompts)
+    asked = min(settings.probed, prompts)
+    runs = WARM + 2 * asked if compiles else asked
     for count in missing:
         if count == min(counts):
             layer_runs = settings.layer_runs * bool(settings.sparse)
@@ -55,5 +56,5 @@ def expected_steps(
         both = enumerate((*ramp_steps(count, num_steps), -1))
         replayed = next(place for place, at in both if at != place)
         found += (settings.starts + settings.tries) * prompts * (count - replayed)
-        found += 3 * held_back * count
+        found += 3 * (held_back + WARM * compiles) * count
     return found + bool(missing) * held_back * num_steps

@@ -218,7 +218,7 @@ class LayerGroups:
             logs = [np.log(max(measured[step], 1e-12)) for step in steps]
             curve = np.exp(np.interp(np.arange(self._num_steps), steps, logs))
             each = np.array([gram[part] for gram in grams])
-            costs.append(Costs(each, effects.sum(1) * curve, whole.gains))
+            costs.append(Costs(each, effects.sum(1) * curve, whole.gains, whole.sigmas))
         return costs
 
 

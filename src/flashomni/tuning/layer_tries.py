@@ -92,12 +92,14 @@ class Divided:
         shares: of each, of the seconds of a computed step.
         tried: all that was measured.
         chosen: what pays, if anything does; not yet validated.
+        step_seconds: of a computed step of plans of the output.
     """
 
     parts: tuple[str, ...]
     shares: tuple[float, ...]
     tried: tuple[LayerTried, ...]
     chosen: LayerTried | None
+    step_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :meth:`load` gives it back."""
@@ -111,7 +113,7 @@ class Divided:
         chosen = value["chosen"]
         return cls(
             tuple(value["parts"]), tuple(value["shares"]), tuple(map(tried, value["tried"])),
-            None if chosen is None else tried(chosen),
+            None if chosen is None else tried(chosen), value["step_seconds"],
         )  # fmt: skip
 
 
@@ -224,6 +226,7 @@ def try_layers(
     options: Sequence[LayerOption],
     worth: Callable[[float], float],
     rival: Callable[[float], Recipe | None],
+    step_seconds: float,
     parts: Sequence[Range] = (),
     shares: Sequence[float] = (),
 ) -> Divided:
@@ -233,10 +236,11 @@ def try_layers(
         measure: runs recipes.
         recipe: the plan of the output.
         options: to try.
-        worth: dB that plans of the output lose that save so many seconds of a generation, as
-            planning predicts them.
-        rival: gives the plan of the output that saves about so many seconds, and at least a step;
+        worth: dB that plans of the output lose that save so many computed steps, as planning
+            predicts them.
+        rival: gives the plan of the output that saves about so many steps, and at least one;
             ``None`` where there is none.
+        step_seconds: of a computed step of plans of the output.
         parts: the groups of layers, for the record.
         shares: likewise.
     """
@@ -247,18 +251,18 @@ def try_layers(
         return statistics.fmean(a - b for a, b in zip(plain.levels, found, strict=False))
 
     def useless(found: list[float], taken: float) -> bool:
-        return worth(plain.seconds - taken) - loss(found) < -HOPELESS
+        return worth((plain.seconds - taken) / step_seconds) - loss(found) < -HOPELESS
 
     for option in options:
         found = measure.run(in_layers(recipe, option.groups), useless)
         saved = plain.seconds - found.seconds
-        lost, wins = loss(found.levels), worth(saved)
+        lost, wins = loss(found.levels), worth(saved / step_seconds)
         tried.append(
             LayerTried(option.words, option.groups, option.predicted_db, saved, lost, wins)
         )
     margin = NOISE * plain.seconds  # what seconds may be off by
-    best = _best(tried, worth(margin))
-    other = None if best is None else rival(best.saved)
+    best = _best(tried, worth(margin / step_seconds))
+    other = None if best is None else rival(best.saved / step_seconds)
     if best is not None and other is not None:
         found = measure.run(other, lambda levels, seconds: False)
         its_saved, its_loss = plain.seconds - found.seconds, loss(found.levels)
@@ -267,7 +271,7 @@ def try_layers(
         tried = [replace(each, worth_db=_dearer(slope, each)) for each in tried]
         best = _best(tried, max(slope, 0.0) * margin)
     ranges = tuple(f"{start}:{stop}" for start, stop in parts)
-    return Divided(ranges, tuple(shares), tuple(tried), best)
+    return Divided(ranges, tuple(shares), tuple(tried), best, step_seconds)
 
 
 def _dearer(slope: float, tried: LayerTried) -> float:

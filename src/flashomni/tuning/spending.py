@@ -14,6 +14,7 @@ from flashomni.tuning.polish import signal_to_noise
 from flashomni.tuning.sparse import Found, Useless
 from flashomni.tuning.state import State, key
 from flashomni.tuning.timed import timed
+from flashomni.tuning.validate import ramp_steps, recipe_of
 
 
 class Spending:
@@ -63,6 +64,17 @@ class Spending:
             found = timed(self._driver, recipe, self._prompts, look, useless, self._on_run)
             kept = self._state.put(name, asdict(found))
         return Found(**kept)
+
+    def step_seconds(self, count: int, num_steps: int) -> float | None:
+        """Of a computed step: between the plan, which computes ``count``, and another ramp.
+
+        ``None`` where the clock is too coarse to tell.
+        """
+        other = count // 2 if count > 3 else min(2 * count, num_steps)
+        ramp = recipe_of(ramp_steps(other, num_steps), num_steps)
+        whole = self.run(self.plan, lambda levels, taken: False).seconds
+        gap = whole - self.run(ramp, lambda levels, taken: True).seconds
+        return gap / (count - other) if gap * (count - other) > 0 else None
 
     def apart(self, recipe: Recipe) -> float:
         name = f"apart {key(recipe.to_dict(), self.plan.to_dict())}"

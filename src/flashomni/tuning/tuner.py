@@ -32,7 +32,6 @@ from flashomni.tuning.state import State
 from flashomni.tuning.validate import (
     BASE,
     BASE_ORDER,
-    WARM,
     HeldBack,
     Verdict,
     ramp_steps,
@@ -44,7 +43,7 @@ from flashomni.util.words import in_bytes
 # Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of the 15
 # seconds of planning on one core, and fitted weights forecast better on any schedule.
 NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("reuse", 0))
-FORMAT = 3  # of the findings on disk
+FORMAT = 4  # of the findings on disk
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -133,35 +132,11 @@ class Tuner:
 
     def expect(self, counts: Sequence[int]) -> None:
         """Say how many calls of the model there will be, for points of these numbers of steps."""
-<<<<<<< HEAD
-        steps, found = self.num_steps, 0
-        for number in range(len(self.prompts)):
-            found += steps * (self._lacks(number) and self.state.recording(number) is None)
-        for number, at in enumerate(self._probe_steps()):
-            missing = [s for s in at if self.state.get(f"gain {number} {s}") is None]
-            found += sum(steps - 1 - step for step in missing)
-        for count in counts:
-            if self.state.get(f"point {count}") is None:
-                if count == min(counts):
-                    asked = min(self.settings.probed, len(self.prompts))
-                    runs = WARM + 2 * asked if self._compiles else asked
-                    layer_runs = self.settings.layer_runs * bool(self.settings.sparse)
-                    found += ((self.settings.sparse + 1) * runs + layer_runs) * count
-                replayed = next(
-                    n for n, at in enumerate((*ramp_steps(count, steps), -1)) if at != n
-                )
-                tries = self.settings.starts + self.settings.tries
-                found += tries * len(self.prompts) * (count - replayed)
-                found += 3 * (len(self.held_back) + WARM * self._compiles) * count
-        if any(self.state.get(f"point {count}") is None for count in counts):
-            found += len(self.held_back) * steps
-=======
         everyone = range(len(self.prompts))
         found = expected_steps(
             self.state, self.settings, self.groups, counts, self.num_steps, self._probe_steps(),
             [self._lacks(number) for number in everyone], len(self.held_back), self._compiles,
         )  # fmt: skip
->>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
         self._total = self._done + found * self.outline.calls
 
     def _passed(self, steps: int) -> None:
@@ -193,14 +168,9 @@ class Tuner:
         effects = self.state.get("effects")
         if effects is None:
             start = time.perf_counter()
-<<<<<<< HEAD
-            found = direct_effects(self.driver, self.recording(0))
-            self.state.put("sigmas", list(self.driver.sigmas))
-            runs = found.size + 1
-=======
             direct = direct_effects(self.driver, self.recording(0))
+            self.state.put("sigmas", list(self.driver.sigmas))
             runs = direct.size + 1
->>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
             self.state.put("replay seconds", (time.perf_counter() - start) / runs)
             effects = self.state.put("effects", direct.tolist())
         effects = np.array(effects)
@@ -335,13 +305,8 @@ class Tuner:
             self._stage = "held back"
             kept = judge(
                 self._held, self.state.folder, self.name, count, steps, best, proposals[0],
-<<<<<<< HEAD
                 lambda recipe: self._spend(recipe, count),
-=======
-                lambda recipe: self._spend(recipe, count), self._price(count),
-                lambda recipe: self._divide(recipe, count, order, ridge),
-                lambda seconds: self._worth(count)(seconds / self.step_seconds()[0]),
->>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
+                lambda recipe: self._divide(recipe, count, order, ridge), self._worth(count),
             )  # fmt: skip
             self.state.put(f"point {count}", {"steps": list(best.steps), **kept})
         if kept["ramp"]:
@@ -358,15 +323,15 @@ class Tuner:
         divided = None if kept["divided"] is None else Divided.load(kept["divided"])
         return Point(count, recipe, best.label, best.predicted, value, verdict, spent, divided)
 
-    def _price(self, spending: Spending, count: int, seconds: float) -> float:
+    def _price(self, count: int, each: float) -> float:
         """dB that a second costs where steps are left out: between plans of about as many."""
         low, high = max(count - 2, 1), min(count + 2, self.num_steps - 1)
         slope = self._plans[high][-1].predicted - self._plans[low][-1].predicted
-        other = count // 2 if count > 3 else min(2 * count, self.num_steps)
-        timed = recipe_of(ramp_steps(other, self.num_steps), self.num_steps)
-        gap = seconds - spending.run(timed, lambda levels, taken: True).seconds
-        each = gap / (count - other)
-        return max(slope, 0.0) / (high - low) / (each if each > 0 else self.step_seconds()[0])
+        return max(slope, 0.0) / (high - low) / each
+
+    def _each(self, measure: Spending, count: int) -> float:
+        """Seconds of a computed step of the accelerated pipeline."""
+        return measure.step_seconds(count, self.num_steps) or self.step_seconds()[0]
 
     def _worth(self, count: int) -> Callable[[float], float]:
         """dB that plans of the output lose which save so many computed steps."""
@@ -385,24 +350,10 @@ class Tuner:
         if not options:
             return None
         self._stage = "sparse attention"
-<<<<<<< HEAD
-        numbers = range(min(self.settings.probed, len(self.prompts)))
-        prompts = [(self.prompts[number], self.seed + number) for number in numbers]
-
-        spending = Spending(
-            self.driver, self.state, recipe, prompts, lambda n: self.recording(n).latents,
-            lambda: self._passed(count),
-        )  # fmt: skip
-        seconds = spending.run(recipe, lambda levels, taken: False).seconds
-        price = self._price(spending, count, seconds)
         order = "hilbert" if adapter.reorders else "raster"
-        return spend(spending, recipe, layers, price, options, self.settings.layer_runs, order)
-=======
-        order = "hilbert" if adapter.reorders else "raster"
-        runs = self.settings.layer_runs
         measure = self._measure(recipe, count)
-        return spend(measure, recipe, layers, self._price(count), options, runs, order)
->>>>>>> 6bdc15c (Tune: groups of layers with steps of their own, and tiles in Dispatch steps, where they beat plans of the output that take as long)
+        price = self._price(count, self._each(measure, count))
+        return spend(measure, recipe, layers, price, options, self.settings.layer_runs, order)
 
     def _measure(self, recipe: Recipe, count: int) -> Spending:
         """Measures what a recipe becomes."""
@@ -425,7 +376,7 @@ class Tuner:
 
     def _divide(self, recipe: Recipe, count: int, order: int, ridge: float) -> Divided | None:
         """What groups of layers with steps of their own are worth; ``None`` where nobody asks."""
-        groups, each = self.groups, self.step_seconds()[0]
+        groups, measure = self.groups, self._measure(recipe, count)
         if not groups.parts:
             return None
         self._stage = "groups of layers"
@@ -438,10 +389,9 @@ class Tuner:
         hopeful = [pays for fewer, pays in self._tiles_pay.items() if fewer < count]
         options += tiles() if all(hopeful) else []
         found = try_layers(
-            self._measure(recipe, count), recipe, options,
-            lambda seconds: lost(seconds / each),
-            lambda seconds: self._rival(count, seconds / each, order, ridge),
-            groups.parts, groups.shares,
+            measure, recipe, options, lost,
+            lambda saved: self._rival(count, saved, order, ridge),
+            self._each(measure, count), groups.parts, groups.shares,
         )  # fmt: skip
         self._tiles_pay[count] = any(x.tiles and x.surplus > 0 for x in found.tried)
         return found
