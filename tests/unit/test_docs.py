@@ -132,6 +132,8 @@ def test_the_commands_of_a_page_exist(page):
 def test_commands_in_a_sentence_exist(page):
     """Words of code like `flashomni bench e2e --model hunyuan-33k`, with the options they name."""
     text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= set(targets)
     for words in re.findall(r"`flashomni ([^`]+)`", text):
         if words.startswith("symbols "):  # what a file of them begins with
             continue
