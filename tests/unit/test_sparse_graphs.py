@@ -1,9 +1,11 @@
-"""Sparse steps and refreshes as graphs: kinds of steps of their own, and the bits are the same."""
+"""Sparse steps, refreshes and weights of a scheduler as graphs: the bits are the same."""
 
 import pytest
 import torch
+from loops import Loop
 from test_graphs import accelerate, plain_run, replays
 
+import flashomni
 from conftest import STEPS, call, first_item, generation, residue
 from flashomni.engine.schedules import StepKind
 from flashomni.models import adapters
@@ -57,3 +59,25 @@ def test_the_key_tells_what_a_full_step_does(flux):
     assert [(x.chooses, x.refreshes, x.skips) for *_, x in did] == [
         (True, True, False), (False, False, True), (False, True, False),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_the_noise_at_hand(flux):
+    """Between two generations a scheduler may get another shift: as many steps, other weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    model, inputs = flux
+    loop = Loop(model, None, inputs)
+    recipe = "taylorseer:interval=3,warmup=.2,level=layers,layer_order=1,forecast=quadrature"
+    graphed, expected, shifts = [], [], (1.0, 1.0, 6.0, 1.0)
+    for outputs, made in ((graphed, accelerate), (expected, flashomni.accelerate)):
+        loop.scheduler = FlowMatchEulerDiscreteScheduler()
+        with made(loop, recipe) as engine:
+            for shift in shifts:
+                loop.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+                outputs.append(loop(9))
+            assert replays(engine) == (27 if made is accelerate else 0)
+    assert not torch.equal(expected[1], expected[2])
+    for one, other in zip(graphed, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert torch.equal(graphed[1], graphed[3])

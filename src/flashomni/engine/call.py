@@ -148,6 +148,17 @@ class Call:
             for key in wanted:
                 plan.weights(key)
 
+    def levels(self) -> tuple[float, ...]:
+        """The noise that coefficients may depend on; none where they do not."""
+        noise = self.generation.noise
+        return () if noise is None else noise.levels()
+
+    def renew(self, numbers: list[dict]) -> None:
+        """Write into the coefficients of a recording what they are in this generation."""
+        for plan, recorded in zip(self.plans, numbers, strict=True):
+            for key, number in recorded.items():
+                number.copy_(plan.weights(key), non_blocking=True)
+
     def given(self) -> list[Any]:
         """What its kernels read that neither its arguments nor the branch hold.
 

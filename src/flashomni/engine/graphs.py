@@ -241,6 +241,7 @@ class Graphs:
                 entry.sent = tuple(b - a for a, b in zip(counts, after, strict=True))
         self._recorded += 1
         entry.number, entry.numbers, entry.held = self._recorded, call.numbers(), call.given()
+        entry.levels = call.levels() if any(entry.numbers) else ()
         entry.layers = list(call.record.layers)
         entry.state = mirror(state_of(branch)) if call.changes else None
         call.rewind()
@@ -251,6 +252,9 @@ class Graphs:
         assert entry.graph is not None
         for static, leaf in zip(entry.inputs, leaves, strict=True):
             static.copy_(leaf, non_blocking=True)
+        if any(entry.numbers) and call.levels() != entry.levels:
+            call.renew(entry.numbers)
+            entry.levels = call.levels()
         entry.graph.replay()
         self.replays += 1
         call.branch.newest = max(call.branch.newest, entry.number)

@@ -33,6 +33,7 @@ class Entry:
         state: of the branch behind it; ``None`` where it changes nothing.
         layers: the records of the layers.
         numbers: the coefficients that it used, of each group of layers.
+        levels: of the noise that they are for, where they depend on it.
         held: what else it reads (see :meth:`Call.given`).
         refused: why it cannot be recorded.
         keeps: bytes that the branch keeps behind it, where it changes that.
@@ -49,6 +50,7 @@ class Entry:
     state: dict[str, Any] | None = None
     layers: list[Any] = field(default_factory=list)
     numbers: list[dict] = field(default_factory=list)
+    levels: tuple[float, ...] = ()
     held: list[Any] = field(default_factory=list)
     refused: str = ""
     keeps: int = 0
