@@ -154,7 +154,8 @@ def page(rows: Sequence[dict], ms: dict[str, float], command: str) -> str:
     """Question, times, table, how it was made."""
     lines = [
         "# Sparse attention on top of caching, at 33,000 tokens", "",
-        "Whole-layer caching computes some of 28 steps; key blocks may be left out in these. "
+        "Whole-layer caching computes some of 28 steps and forecasts the others (`quadrature`, as "
+        "the presets do); key blocks may be left out in those that are computed. "
         "Fidelity is that of long clips of tiny-video (352 x 352, 65 frames, 32,912 tokens); time "
         "is what steps of each kind take at HunyuanVideo's size (`flashomni bench e2e --model "
         "hunyuan-33k`, [rows](../results/sparse_e2e.csv)), because a small model's own is the "
