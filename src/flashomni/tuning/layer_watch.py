@@ -155,7 +155,14 @@ class Watch:
             for old, new in zip(self._before, after, strict=True):
                 found.append(self._drawn_of(new.float() - old.float(), each))
 
-        return self._computed(compute, keep)
+        value = self._computed(compute, keep)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # to wait for the model is no part of watching
+        started = self._clock()
+        for added in self.added:
+            added[step] = [each.cpu() for each in added[step]]
+        self.spent += self._clock() - started
+        return value
 
     def hold(self, call: int, compute: Compute) -> Tensor:
         """Compute a call, and remember all that the parts add in it, on the device."""
@@ -202,7 +209,7 @@ class Watch:
         return value
 
     def _drawn_of(self, value: Tensor, count: int) -> Tensor:
-        """At most so many of the elements, on the host."""
+        """At most so many of the elements."""
         value = value.flatten()
         size = value.numel()
         if size > count:
@@ -211,7 +218,7 @@ class Watch:
                 at = torch.randint(size, (count,), generator=draws)
                 self._drawn[size, count] = at.sort().values.to(value.device)
             value = value[self._drawn[size, count]] * math.sqrt(size / count)
-        return value.cpu()
+        return value
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
