@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from flashomni.engine.forecasts.fitted import fit
 from flashomni.tuning.cost import Costs
-from flashomni.tuning.plan import Steps, best_schedules, segment_costs
+from flashomni.tuning.plan import Steps, best_schedules, even_gram, segment_costs
 
 UNITS = 100  # of a computed step
 FORECASTS = (("fitted", 2), ("hermite", 2), ("reuse", 0))
@@ -42,12 +44,23 @@ class Part:
 def make_part(
     costs: Costs, steps: Steps, order: int, ridge: float, base: np.ndarray, name: str = "fitted"
 ) -> Part:
-    """A group under a schedule; its weights are fitted, or those of a named forecast."""
-    if name == "fitted":
+    """A group under a schedule, with weights of a forecast.
+
+    ``fitted`` ones forecast each step best. Those that also make good earlier errors (``joint``)
+    count on what the other groups do: they are the better ones only now and then.
+    """
+    if name == "joint":
         weights = costs.fit(steps, order, ridge)
+    elif name == "fitted":
+        found = fit(torch.from_numpy(even_gram(costs)), steps, order, ridge)
+        weights = np.eye(costs.num_steps)
+        for anchors, step, values in found.weights:
+            weights[step] = 0.0
+            weights[step, list(anchors)] = values
     else:
         weights = costs.forecasts(steps, order, name)
-    return Part(steps, weights, order, name, float(np.mean(costs.of(steps, weights) / base)))
+    forecast = "fitted" if name == "joint" else name
+    return Part(steps, weights, order, forecast, float(np.mean(costs.of(steps, weights) / base)))
 
 
 def curve(costs: Costs, order: int, ridge: float, base: np.ndarray, plan: Steps = ()) -> list[Part]:

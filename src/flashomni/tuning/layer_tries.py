@@ -24,9 +24,9 @@ from flashomni.tuning.plan import Steps
 from flashomni.tuning.sparse import NOISE, Measure
 
 TRIES = 2  # divisions of the steps that are run
-FAR = 2.0  # computed steps: how much longer or shorter than the plan they may take
+LONGER, SHORTER = 0.25, 1.0  # computed steps that they may take more or less than the plan
 EXACT = 120.0  # dB of a plan that leaves nothing out
-WORTHLESS = 1000.0  # dB that take longer than to compute everything
+WORTHLESS = 1000.0  # dB of what takes about as long as to compute everything
 HOPELESS = 3.0  # dB that a prompt is behind plans of the output
 # Policies and sparse settings of layers in Dispatch steps: half of the coupling to the text is
 # cached, and layers with less left than half of their tiles whole; nearly all of it, in all layers.
@@ -46,11 +46,13 @@ class LayerOption:
         words: what it is.
         groups: of the recipe, JSON values.
         predicted_db: surplus that is expected; ``None`` where nothing tells.
+        joint: the groups with weights that also make good earlier errors, if there are such.
     """
 
     words: str
     groups: tuple[Mapping[str, Any], ...]
     predicted_db: float | None = None
+    joint: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,9 @@ def divisions(
         return worth(saved(each)) - 10 * float(np.log10(each.cost))
 
     every = allocations([[part.cost for part in mine] for mine in curves], shares)
-    near = [each for each in every if abs(saved(each)) <= FAR and each.cost > 0]
-    ranked = sorted(near, key=surplus, reverse=True)
-    # The best, and the best of those that take no longer than the plan.
-    ranked.sort(key=lambda each: each is not next((x for x in ranked if saved(x) >= 0), None))
-    ranked.sort(key=lambda each: each is not max(near, key=surplus, default=None))
+    near = [each for each in every if -LONGER <= saved(each) <= SHORTER and each.cost > 0]
     found = list[LayerOption]()
-    for each in ranked:
+    for each in sorted(near, key=surplus, reverse=True):
         plans = [mine[count - 1] for mine, count in zip(curves, each.counts, strict=True)]
         if all(plan.steps == steps for plan in plans):
             continue  # the plan itself
@@ -185,7 +183,12 @@ def divisions(
             f"layers {start}:{stop} in {len(plan.steps)} of {num_steps}"
             for (start, stop), plan in zip(parts, plans, strict=True)
         )
-        found.append(LayerOption(words, groups_of(parts, plans, num_steps), surplus(each)))
+        joint = [
+            make_part(cost, plan.steps, order, ridge, base, "joint")
+            for cost, plan in zip(costs, plans, strict=True)
+        ]
+        groups, others = (groups_of(parts, which, num_steps) for which in (plans, joint))
+        found.append(LayerOption(words, groups, surplus(each), others))
         if len(found) == TRIES:
             break
     return found
@@ -202,7 +205,7 @@ def worth(levels: Sequence[float], count: int) -> Callable[[float], float]:
     counts = np.arange(1, len(rising) + 1)
 
     def lost(saved: float) -> float:
-        if count - saved > len(rising):
+        if count - saved > max(len(rising) - 1, count):
             return -WORTHLESS
         return float(rising[count - 1] - np.interp(count - saved, counts, rising))
 
@@ -253,13 +256,24 @@ def try_layers(
     def useless(found: list[float], taken: float) -> bool:
         return worth((plain.seconds - taken) / step_seconds) - loss(found) < -HOPELESS
 
-    for option in options:
+    def attempt(option: LayerOption) -> None:
         found = measure.run(in_layers(recipe, option.groups), useless)
         saved = plain.seconds - found.seconds
         lost, wins = loss(found.levels), worth(saved / step_seconds)
         tried.append(
-            LayerTried(option.words, option.groups, option.predicted_db, saved, lost, wins)
-        )
+            LayerTried(
+                option.words, option.groups, option.predicted_db, saved=saved, loss_db=lost,
+                worth_db=wins,
+            )
+        )  # fmt: skip
+
+    for option in options:
+        attempt(option)
+    both = [pair for pair in zip(tried, options, strict=True) if pair[1].joint]
+    if both:
+        first, option = max(both, key=lambda pair: pair[0].surplus)
+        if first.surplus > -HOPELESS:
+            attempt(LayerOption(f"{option.words}, joint weights", option.joint))
     margin = NOISE * plain.seconds  # what seconds may be off by
     best = _best(tried, worth(margin / step_seconds))
     other = None if best is None else rival(best.saved / step_seconds)

@@ -36,7 +36,7 @@ def segment_costs(costs: Costs, name: str, order: int) -> np.ndarray:
     num_steps = costs.num_steps
     none = num_steps
     found = np.full((none + 1, none + 1, num_steps, none + 1), np.inf)
-    gram = _even(costs)
+    gram = even_gram(costs)
     scale = np.sqrt(1.0 + costs.across / costs.gains[0] ** 2) * costs.effects
     for a, b, c in _states(num_steps):
         anchors = tuple(x for x in (a, b, c) if x != none)[-(order + 1) :]
@@ -62,7 +62,7 @@ def _states(num_steps: int) -> Iterator[tuple[int, int, int]]:
                 yield a, b, c
 
 
-def _even(costs: Costs) -> np.ndarray:
+def even_gram(costs: Costs) -> np.ndarray:
     """One Gram matrix of all prompts, each over what reuse of the step before would cost."""
     weights = np.eye(costs.num_steps, k=-1)
     errors = weights[1:] - np.eye(costs.num_steps)[1:]
