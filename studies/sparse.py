@@ -216,8 +216,8 @@ WAN = {
     "title": "Sparse attention on a second model",
     "question": (
         "The methods of [the study of attention spent](sparse.md) on tiny-wan, of Wan's kind: text "
-        "in cross attention, attention over the clip alone, 17,408 tokens at 256 x 256 and "
-        "32,912 at 352 x 352. bf16, prompts 16 to 39."
+        "in cross attention, attention over the clip alone, which has 17,408 tokens at 256 x 256. "
+        "bf16, prompts 16 to 39."
     ),
 }
 
