@@ -93,7 +93,8 @@ def test_slow_layers_are_computed_in_fewer_steps():
     steps, parts = (0, 1, 3, 5), ((0, 2), (2, 5))
     prices = worth([20, 28, 34, 40, 46, 52, 120], 4)
     uneven = [costs_of(1, slow=0.1), costs_of(2)]
-    found = divisions(uneven, parts, (0.5, 0.5), steps, 2, 1e-3, prices)
+    base = sum(each.of(steps, each.forecasts(steps, 2, "hermite")) for each in uneven)
+    found = divisions(uneven, parts, (0.5, 0.5), steps, base, 2, 1e-3, prices)
     best = found[0].groups
     counts = [len(group["schedule"]["steps"]) for group in best]
     assert counts[0] < 4 <= counts[1] and sum(counts) <= 8
@@ -105,10 +106,12 @@ def test_slow_layers_are_computed_in_fewer_steps():
     assert len(found) == 2 and found[0].groups != found[1].groups
     recipe = in_layers(recipe_of(steps, STEPS), best)
     assert not recipe.at_output and Recipe.from_dict(recipe.to_dict()) == recipe
-    for option in divisions([costs_of(3)] * 2, parts, (0.5, 0.5), steps, 2, 1e-3, prices):
+    again = divisions(uneven, parts, (0.5, 0.5), steps, base / 10, 2, 1e-3, prices)
+    assert again[0].predicted_db == pytest.approx(found[0].predicted_db - 10)
+    for option in divisions([costs_of(3)] * 2, parts, (0.5, 0.5), steps, base, 2, 1e-3, prices):
         assert any(tuple(group["schedule"]["steps"]) != steps for group in option.groups)
     # What every step takes is not there to be divided.
-    less = divisions(uneven, parts, (0.3, 0.3), steps, 2, 1e-3, prices)
+    less = divisions(uneven, parts, (0.3, 0.3), steps, base, 2, 1e-3, prices)
     computed = [sum(len(g["schedule"]["steps"]) for g in x[0].groups) for x in (found, less)]
     assert computed[1] < computed[0]
 

@@ -31,7 +31,7 @@ class Part:
         weights: ``[T, T]``, see :class:`Costs`.
         order: of the forecast.
         forecast: its name.
-        cost: of its errors, mean over prompts, each over that of all groups in the whole plan.
+        cost: of its errors, mean over prompts, each over that of the plan of the output.
     """
 
     steps: Steps
@@ -70,7 +70,7 @@ def curve(costs: Costs, order: int, ridge: float, base: np.ndarray, plan: Steps 
         costs: of the group.
         order: of fitted weights.
         ridge: likewise.
-        base: ``[prompts]``, what the whole plan costs.
+        base: ``[prompts]``, what the plan of the output costs.
         plan: a schedule that takes part, whatever the dynamic programme says.
     """
     found: dict[int, list[Part]] = {}

@@ -144,6 +144,7 @@ def divisions(
     parts: Sequence[Range],
     shares: Sequence[float],
     steps: Steps,
+    base: np.ndarray,
     order: int,
     ridge: float,
     worth: Callable[[float], float],
@@ -155,14 +156,13 @@ def divisions(
         parts: the groups.
         shares: of each, of the seconds of a computed step; what they lack of 1 every step takes.
         steps: of the plan of the output.
+        base: ``[prompts]``, what that plan costs. It is what all groups in the same steps cost:
+            they then are off together, by less or more than the sum of what each alone would be.
         order: of fitted weights.
         ridge: likewise.
         worth: dB that plans of the output lose that save so many computed steps.
     """
     num_steps = costs[0].num_steps
-    ones = np.ones(len(costs[0].grams))
-    same = [make_part(each, steps, order, ridge, ones) for each in costs]
-    base = np.sum([c.of(p.steps, p.weights) for c, p in zip(costs, same, strict=True)], axis=0)
     curves = [curve(each, order, ridge, base, steps) for each in costs]
     always = num_steps * max(1.0 - sum(shares), 0.0)
 
@@ -189,8 +189,8 @@ def divisions(
         ]
         groups, others = (groups_of(parts, which, num_steps) for which in (plans, joint))
         found.append(LayerOption(words, groups, surplus(each), others))
-        if len(found) == TRIES:
-            break
+        if len(found) == TRIES or surplus(each) < -HOPELESS:
+            break  # the best is run whatever is predicted
     return found
 
 

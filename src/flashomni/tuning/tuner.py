@@ -383,9 +383,10 @@ class Tuner:
         effects = np.array(self.state.get("effects"))
         at = probe_steps(self.num_steps, self.settings.probes)
         costs = groups.costs(self.costs(), self.recording, len(self.prompts), effects, at)
-        steps = tuple(recipe.schedule.to_dict()["steps"])
-        lost = self._worth(count)
-        options = divisions(costs, groups.parts, groups.shares, steps, order, ridge, lost)
+        steps, forecast = tuple(recipe.schedule.to_dict()["steps"]), recipe.forecast
+        plan = self.candidate(steps, forecast.layer_order, ridge, "plan", forecast.name)
+        base, lost = self.costs().of(steps, plan.weights), self._worth(count)
+        options = divisions(costs, groups.parts, groups.shares, steps, base, order, ridge, lost)
         hopeful = [pays for fewer, pays in self._tiles_pay.items() if fewer < count]
         options += tiles() if all(hopeful) else []
         found = try_layers(
