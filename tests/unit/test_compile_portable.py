@@ -309,18 +309,19 @@ CHOICE = {
                      "COLUMNS": 1024, "VISIT": "mass", "GIVEN": "text", "GROWS": True,
                      "TEXT_ROWS": True, "TEXT_COLUMNS": True, "CENTER": False, "DIAGONAL": True,
                      "masses": None},
-    "means_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "TILE_M": 128, "TILE_N": 128, "SIZE": 8,
+    "means_kernel": {"BLOCK_M": 128, "BLOCK_N": 128, "PARTS": 2, "SIZE": 8,
                      "HEAD_DIM": 128, "PADDED_DIM": 128, "PADDED_Q": True, "GATED": True},
     "map_kernel": {"Q_PARTS": 16, "Q_PADDED": 16, "K_PARTS": 16, "K_PADDED": 16, "SIZE": 8,
                    "HEAD_DIM": 128, "PADDED_DIM": 128, "ROWS": 64, "COLUMNS": 128,
-                   "PADDED_Q": True},
+                   "PADDED_Q": True, "WIDTH": 64},
     "cache_kernel": {"ROWS": 1024, "PARTS": 8, "COMPUTE": "and", "MAP": "area", "WINDOW": 3,
                      "GROWS": True, "SHARED": False},
     "measure_kernel": {"HEADS": 1, "ROWS": 256, "WORDS": 32},
 }  # fmt: skip
-CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32, "means_kernel": 8,
+CHOICE_WARPS = {"visit_kernel": 8, "cache_kernel": 8, "measure_kernel": 32, "means_kernel": 1,
                 "map_kernel": 8}  # fmt: skip
-FINE = {"q_means": "*fp16", "k_means": "*fp16", "masses": "*fp32", "scale": "fp32"}
+FINE = {"q_means": "*fp16", "k_means": "*fp16", "masses": "*fp32", "scale": "fp32",
+        "sums": "*fp32", "maxima": "*fp32"}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -21,6 +21,9 @@ GRIDS = {
     "one block": Grid(100, 100, (0, 20)),
     "one token": Grid(1, 1),
     "sequences differ": Grid(301, 523, block_m=64, block_n=32),
+    "tiles without a mask": Grid(
+        40, 1100, block_m=32, block_n=32, kv_len=torch.tensor([1100, 1025], dtype=torch.int32)
+    ),
 }  # fmt: skip
 
 
@@ -166,6 +169,39 @@ def test_kernels_make_the_map(name, size, monkeypatch):
     found = _fine_launch.FineMap(q, k, grid, size, 0.3, False, scratch).chunks(4)
     got = torch.cat([masses.clone() for _, _, masses in found], 2)
     torch.testing.assert_close(got, fine_map(q, k, grid, size, 0.3), atol=1e-5, rtol=1e-3)
+
+
+# (grid, heads, key heads, head_dim, dtype, the resolution of the interpreter)
+SIZES = {
+    "bf16": (Grid(200, 1111), 2, 1, 128, torch.bfloat16, 8),
+    "fp16, padded": (
+        Grid(261, 261, (200, 261), kv_len=torch.tensor([261, 0], dtype=torch.int32)),
+        2, 2, 80, torch.float16, 16,
+    ),
+    "few keys a block": (Grid(130, 1100, block_n=64), 2, 1, 64, torch.bfloat16, 32),
+}  # fmt: skip
+
+
+@marked
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.slow
+def test_kernels_make_the_map_of_models(name):
+    """16-bit types, grouped heads and keys whose rows lie apart; all resolutions on a GPU."""
+    from flashomni.symbols.choice import _fine_launch
+
+    device = device_for("portable")
+    grid, heads, kv_heads, head_dim, dtype, one = SIZES[name]
+    grid = on(device, grid)
+    q, k = (x.to(dtype) for x in tokens(grid, heads, kv_heads, head_dim, device))
+    q, k = (torch.stack([x, x + 1], 3)[:, :, :, 0] for x in (q, k))
+    assert not k.is_contiguous()
+    for size in (8, 16, 32) if device.type == "cuda" else (one,):
+        scratch = {"q_similarity": None, "k_similarity": None}
+        found = _fine_launch.FineMap(q, k, grid, size, head_dim**-0.5, False, scratch).chunks(4)
+        got = torch.cat([masses.clone() for _, _, masses in found], 2)
+        # Means are rounded to fp16: where sums differ in their order, they may be one step apart.
+        torch.testing.assert_close(got, fine_map(q, k, grid, size), atol=1e-4, rtol=1e-2)
+        assert ((got.sum(-1) - 1).abs().lt(1e-4) | got.sum(-1).eq(0)).all()
 
 
 @marked

@@ -14,9 +14,11 @@ from flashomni.symbols.choice._fine_kernels import map_kernel, means_kernel
 from flashomni.symbols.choice._pool import is_text_last
 from flashomni.symbols.grid import Grid
 
-MAX_BYTES = 2**26  # of masses that are held at a time
-MAX_TILE = 128  # tokens that a program of `means_kernel` loads at once
+MAX_BYTES = 2**27  # of masses that are held at a time, those of parts among them
+MAX_TILE = 16  # tokens that the one warp of `means_kernel` loads at once, if a part has no more
 TILE = 128  # query and key parts of a product
+WIDTH = 64  # key blocks whose masses it reads at once
+REGISTERS = 128  # of a thread: two programs of `map_kernel` share a multiprocessor
 
 
 class FineMap:
@@ -59,8 +61,7 @@ class FineMap:
             q, k, grid.kv_len, self._q_means, self._k_means, scratch["q_similarity"],
             scratch["k_similarity"], *q.stride()[:3], *k.stride()[:3], scale, seqlen_q,
             grid.seqlen_kv, rows, columns, *counts, kv_heads, BLOCK_M=grid.block_m,
-            BLOCK_N=grid.block_n, TILE_M=min(triton.next_power_of_2(grid.block_m), MAX_TILE),
-            TILE_N=min(triton.next_power_of_2(grid.block_n), MAX_TILE), GATED=gated, num_warps=8,
+            BLOCK_N=grid.block_n, PARTS=max(1, MAX_TILE // resolution), GATED=gated, num_warps=1,
             **self._shared,
         )  # fmt: skip
 
@@ -74,22 +75,28 @@ class FineMap:
         """
         grid, size = self._grid, self._size
         rows, columns = grid.num_q_blocks, grid.num_kv_blocks
-        fit = MAX_BYTES // (4 * self._batch * self._num_heads * columns)
-        step = min(rows, max(tile, fit // tile * tile))
-        heads = self._batch, self._num_heads
-        memory = self._q_means.new_empty(math.prod(heads) * step * columns, dtype=torch.float32)
         parts = grid.block_m // size, grid.block_n // size
         padded = [triton.next_power_of_2(count) for count in parts]
-        tiles = max(_row_tile(memory.device), padded[0]), max(TILE, padded[1])
+        tiles = max(_row_tile(self._q_means.device), padded[0]), max(TILE, padded[1])
+        blocks = tiles[0] // padded[0]  # of a program
+        fit = MAX_BYTES // (4 * self._batch * self._num_heads * columns * (padded[0] + 1))
+        step = min(rows, max(tile, fit // tile * tile))
+        heads = self._batch, self._num_heads
+        new = self._q_means.new_empty
+        memory = new(math.prod(heads) * step * columns, dtype=torch.float32)
+        held = math.prod(heads) * triton.cdiv(step, blocks) * tiles[0]  # rows
+        sums = new(held * columns, dtype=torch.float32)
+        maxima = new(held * triton.cdiv(columns * padded[1], tiles[1]), dtype=torch.float32)
+        limit = {"maxnreg": REGISTERS} if memory.is_cuda and tiles[0] == TILE else {}
         for start in range(0, rows, step):
             count = min(step, rows - start)
             masses = memory[: math.prod(heads) * count * columns].view(*heads, count, columns)
-            programs = triton.cdiv(count, tiles[0] // padded[0])
-            map_kernel[(programs, self._num_heads, self._batch)](
-                self._q_means, self._k_means, grid.kv_len, masses, grid.seqlen_q, grid.seqlen_kv,
-                rows, columns, self._q_means.shape[2], self._k_means.shape[2], self._group, start,
-                count, Q_PARTS=parts[0], Q_PADDED=padded[0], K_PARTS=parts[1], K_PADDED=padded[1],
-                ROWS=tiles[0], COLUMNS=tiles[1], num_warps=8, num_stages=3, **self._shared,
+            map_kernel[(triton.cdiv(count, blocks), self._num_heads, self._batch)](
+                self._q_means, self._k_means, grid.kv_len, sums, maxima, masses, grid.seqlen_q,
+                grid.seqlen_kv, rows, columns, self._q_means.shape[2], self._k_means.shape[2],
+                self._group, start, count, Q_PARTS=parts[0], Q_PADDED=padded[0], K_PARTS=parts[1],
+                K_PADDED=padded[1], ROWS=tiles[0], COLUMNS=tiles[1], WIDTH=WIDTH, num_warps=8,
+                num_stages=2, **limit, **self._shared,
             )  # fmt: skip
             yield start, count, masses
 
