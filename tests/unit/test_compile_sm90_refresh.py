@@ -12,7 +12,7 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
 from compile_sm90 import SHARED_MEMORY, build, tensor_descriptor, writes_in_flight  # noqa: E402
 
 from flashomni.kernels.attention._hopper.consumer import ROWS  # noqa: E402
-from flashomni.kernels.attention.sm90 import TILE_M, choose_config  # noqa: E402
+from flashomni.kernels.attention.sm90 import TILE_M  # noqa: E402
 from flashomni.kernels.refresh._hopper.messages import (  # noqa: E402
     IS_TILE,
     MAX_VISITS,
@@ -20,7 +20,7 @@ from flashomni.kernels.refresh._hopper.messages import (  # noqa: E402
     OF_REST,
     OF_SUMMARIES,
 )
-from flashomni.kernels.refresh.sm90 import refresh_kernel  # noqa: E402
+from flashomni.kernels.refresh.sm90 import refresh_config, refresh_kernel  # noqa: E402
 
 POINTERS = {
     "kv_bits": "*i32", "kv_len_ptr": "*i32", "redo": "*i32", "log_n": "*fp32", "scratch": "*fp32",
@@ -35,7 +35,7 @@ MAY_SPILL = {0: 0, 4: 128}
 )
 def test_refresh(dtype, per_block, has_kv_len):
     """Both passes of bf16 with summaries; fp16, which has one, without."""
-    config = choose_config(128, 128)
+    config = refresh_config(128, 128, per_block)
     kv_block = (1, 1, config.tile_n, config.head_dim)
     constants = {
         "PER_BLOCK": 128 // config.tile_n,

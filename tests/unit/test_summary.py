@@ -76,7 +76,7 @@ def check(backend, q, k, v, symbols, summary):
         sparse_attention(q, k, v, symbols, out=out, lse=lse, summary=summary, backend=backend)
     want, want_lse, rows = exact(q, k, v, symbols, summary)
     live = rows.mT[..., None].expand_as(out)
-    limit = 1.5 * torch.finfo(q.dtype).eps * want.abs().amax() + 1e-6
+    limit = 1.5 * torch.finfo(q.dtype).eps * want.abs().amax() + 2e-6
     assert torch.where(live, (out - want).abs(), 0.0).amax() <= limit
     assert (out[~live] == POISON).all() and (lse[~rows] == POISON).all()
     torch.testing.assert_close(lse[rows].double(), want_lse[rows], atol=2e-3, rtol=1e-4)

@@ -9,6 +9,8 @@ again as in attention. The grid is that of dense attention: every tile costs the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +30,7 @@ from flashomni.kernels.attention.sm90 import (
     attention_refusals,
     choose_config,
 )
-from flashomni.kernels.common.configs import places
+from flashomni.kernels.common.configs import DEFAULT, places
 from flashomni.kernels.common.hopper import (
     descriptor,
     hopper_refusals,
@@ -127,8 +129,20 @@ def run(call: RefreshCall) -> None:
         by_parts(call, "sm90")
         return
     with on_device(call.q.device):
-        block_n = call.symbols.grid.block_n
-        launch(call, choose_config(call.q.shape[3], block_n, places(call.q.device)))
+        where = places(call.q.device)
+        head_dim, block_n = call.q.shape[3], call.symbols.grid.block_n
+        launch(call, refresh_config(head_dim, block_n, call.summaries_per_block, where))
+
+
+def refresh_config(
+    head_dim: int, block_n: int, summaries: int, where: tuple[str, ...] = ("sm_90", DEFAULT)
+) -> Config:
+    """That of attention, see there; with ``summaries`` consumers have fewer registers.
+
+    Measured on an H200: 1.13 to 1.14 of a dense call, and 1.19 with (240, 24).
+    """
+    config = choose_config(head_dim, block_n, where)
+    return replace(config, registers=(232, 40)) if summaries else config
 
 
 def launch(call: RefreshCall, config: Config) -> None:

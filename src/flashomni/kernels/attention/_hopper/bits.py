@@ -74,6 +74,35 @@ def pick(words, i):
 
 
 @gluon.jit
+def is_summarised(left_out, t, SUMMARIES: gl.constexpr, TILE_N: gl.constexpr):
+    """Whether summary tile t is visited, if any is: where it is of one word of blocks at most,
+    nobody needs it if all of them are live."""
+    BLOCKS: gl.constexpr = TILE_N // SUMMARIES  # whose summaries a tile holds
+    if BLOCKS > 32:
+        return t >= 0
+    else:
+        word = pick(left_out, t * BLOCKS // 32)
+        if BLOCKS < 32:
+            word = (word >> (t * BLOCKS % 32)) & ((1 << BLOCKS) - 1)
+        return word != 0
+
+
+@gluon.jit
+def count_summary_tiles(left_out, num_blocks, SUMMARIES: gl.constexpr, TILE_N: gl.constexpr):
+    """How many tiles of summaries ``is_summarised`` has; none where nothing is left out."""
+    BLOCKS: gl.constexpr = TILE_N // SUMMARIES
+    some = (left_out != 0).to(gl.int32)
+    if BLOCKS > 32:
+        return gl.where(gl.max(some, axis=0) != 0, (num_blocks + BLOCKS - 1) // BLOCKS, 0)
+    else:
+        if BLOCKS < 32:
+            some = gl.full_like(left_out, 0)
+            for i in gl.static_range(32 // BLOCKS):
+                some += (((left_out >> (i * BLOCKS)) & ((1 << BLOCKS) - 1)) != 0).to(gl.int32)
+        return gl.sum(some, axis=0)
+
+
+@gluon.jit
 def summary_weights(left_out, t, log_n, SUMMARIES: gl.constexpr, TILE_N: gl.constexpr):
     """What is added to the scores of summary tile t: log2 of n, -inf where it takes no part.
 

@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashomni.kernels.attention._hopper.bits import (
     count_blocks,
+    count_summary_tiles,
+    is_summarised,
     keep_valid,
     pick,
     read_symbols,
@@ -157,9 +159,7 @@ def _stream(
             num_blocks = (num_visits + PER_BLOCK - 1) // PER_BLOCK
             if HAS_SUMMARY:
                 left_out = keep_valid(~words, num_blocks)
-                summary_visits = (num_blocks * SUMMARIES + TILE_N - 1) // TILE_N
-                skipped = gl.sum(libdevice.popc(left_out), axis=0)
-                summary_visits = gl.where(skipped > 0, summary_visits, 0)
+                summary_visits = count_summary_tiles(left_out, num_blocks, SUMMARIES, TILE_N)
             words = keep_valid(words, num_blocks)
             if IS_RAGGED or PER_BLOCK > 1:
                 blocks, has_last = count_blocks(words, num_blocks)
@@ -220,24 +220,28 @@ def _stream(
                     i -= 1
                 if HAS_SUMMARY:
                     log_n_row = log_n + batch * log_n_stride
-                    for t in range(summary_visits):
-                        weights = summary_weights(left_out, t, log_n_row, SUMMARIES, TILE_N)
-                        load_summaries(
-                            mean_k_desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full,
-                            k_empty, count, TILE_N, K_STAGES,
-                        )  # fmt: skip
-                        if t == 0:
-                            load_tile(
-                                v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
-                                v_empty, count - 1, V_STAGES,
+                    of_block = gl.to_tensor(True)  # the tile that is held
+                    summary_tiles = (num_blocks * SUMMARIES + TILE_N - 1) // TILE_N
+                    for t in range(gl.where(summary_visits > 0, summary_tiles, 0)):
+                        if is_summarised(left_out, t, SUMMARIES, TILE_N):
+                            weights = summary_weights(left_out, t, log_n_row, SUMMARIES, TILE_N)
+                            load_summaries(
+                                mean_k_desc, weights, batch, kv_head, t, k_ring, bias_ring, k_full,
+                                k_empty, count, TILE_N, K_STAGES,
                             )  # fmt: skip
-                        else:
-                            load_tile(
-                                mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
-                                v_empty, count - 1, V_STAGES,
-                            )  # fmt: skip
-                        count += 1
-                        held = t
+                            if of_block:
+                                load_tile(
+                                    v_desc, [batch, kv_head, held * TILE_N, 0], v_ring, v_full,
+                                    v_empty, count - 1, V_STAGES,
+                                )  # fmt: skip
+                            else:
+                                load_tile(
+                                    mean_v_desc, [batch, kv_head, held * TILE_N, 0], v_ring,
+                                    v_full, v_empty, count - 1, V_STAGES,
+                                )  # fmt: skip
+                            of_block = gl.to_tensor(False)
+                            count += 1
+                            held = t
             else:
                 for j in range(visits):
                     n = visits - 1 - j
