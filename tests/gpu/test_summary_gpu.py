@@ -8,8 +8,8 @@ import torch
 from attention_cases import PLAIN, attend, draw, make, token_masks
 from attention_faults import graph_faults, verdict
 from conftest import refusal_skips, with_gpu_marks
-from flashomni.kernels import Summary, backends, sparse_attention, summarise
-from flashomni.symbols import Symbols
+from flashomni.kernels import Summary, backends, refresh, sparse_attention, summarise
+from flashomni.symbols import Grid, Symbols
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -75,8 +75,11 @@ def test_every_size(backend, dtype, head_dim, per_block):
     ("block_n", "per_block"), [(64, 1), (64, 4), (64, 32), (128, 2), (128, 64), (256, 8)]
 )
 def test_other_blocks(backend, block_n, per_block):
-    """Several tiles a block, and a tile of many words or of part of one; repeats are equal."""
-    for density in (0.0, 0.4, 1.0):
+    """Several tiles a block, and a tile of many words or of part of one; repeats are equal.
+
+    Where most blocks are live some tiles of summaries are of live blocks alone.
+    """
+    for density in (0.0, 0.4, 0.95, 1.0):
         check(case(7, block_n=block_n, per_block=per_block, kv_density=density), backend, 3)
 
 
@@ -168,6 +171,46 @@ def test_graphs_replay_on_data_that_overflows(backend):
     """Captured on plain data; nothing of what was found then is kept."""
     with refusal_skips():
         assert not graph_faults(case(9), backend, CUDA)
+
+
+@pytest.mark.parametrize("backend", with_gpu_marks(["sm90"]))
+@pytest.mark.parametrize(
+    ("dtype", "block_n", "per_block"),
+    [(BF16, 128, 0), (BF16, 128, 1), (BF16, 128, 2), (BF16, 128, 16), (BF16, 64, 4),
+     (FP16, 128, 16)],
+)  # fmt: skip
+def test_many_tiles_a_program(backend, dtype, block_n, per_block):
+    """Rings and messages go round more than once, and a tile that miscounts harms the next.
+
+    Rows that visit all blocks, none, and those of whole tiles of summaries; attention and refresh.
+    """
+    seqlen_q, seqlen_kv, heads = 64 * 128 - 5, 2100, 8
+    generator = torch.Generator(CUDA).manual_seed(per_block)
+    q, k, v = (
+        torch.randn(2, n, heads, 128, device=CUDA, generator=generator).to(dtype)
+        for n in (seqlen_q, seqlen_kv, seqlen_kv)
+    )
+    kv_len = torch.tensor([seqlen_kv, 1999], dtype=torch.int32, device=CUDA)
+    grid = Grid(seqlen_q, seqlen_kv, block_n=block_n, kv_len=kv_len)
+    shape = (2, heads, grid.num_q_blocks, grid.num_kv_blocks)
+    draws = torch.rand(shape, device=CUDA, generator=generator)
+    row = torch.arange(grid.num_q_blocks, device=CUDA)[:, None]
+    whole = torch.arange(grid.num_kv_blocks, device=CUDA) // 8 % 2 == row % 2
+    density = torch.tensor([0.0, 0.3, 0.5, 0.95, 1.1], device=CUDA)[row % 5]
+    symbols = Symbols.pack(draws[..., 0] < 2, (draws < density) | (whole & (row % 5 == 2)), grid)
+    summary = summarise(k, v, grid, per_block) if per_block else None
+    got, want = {}, {}
+    for name, found in (("sm90", got), ("reference", want)):
+        out, lse = torch.full_like(q, 7.0), torch.full((2, heads, seqlen_q), 7.0, device=CUDA)
+        options = {"summary": summary, "backend": name}
+        with refusal_skips():
+            sparse_attention(q, k, v, symbols, out=out, lse=lse, **options)
+            sparse, missed = refresh(q, k, v, symbols, **options)
+        found |= {"out": out, "lse": lse, "sparse": sparse, "dense": sparse.float() + missed}
+    for name in ("out", "sparse", "dense"):
+        torch.testing.assert_close(got[name], want[name], atol=8e-3, rtol=2e-2)
+    torch.testing.assert_close(got["lse"], want["lse"], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(got["sparse"], got["out"], atol=4e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("backend", backends("summarise"))
