@@ -137,3 +137,13 @@ def test_the_first_interval_can_cache_whole_layers(tiny):
     assert set(report.steps[first]["layer_kinds"]) == {"bypass"}
     _, strict = run(model, inputs, light.replace(degrade_below=0.0))
     assert set(strict.steps[first]["layer_kinds"]) == {"dispatch"}
+
+
+def test_nothing_is_chosen_in_layers_that_are_cached_whole(flux, monkeypatch):
+    """Where that is known before: the tiles would be dropped."""
+    model, inputs = flux
+    recipe = "taylorseer:interval=3,warmup=0,level=layers"
+    expected, _ = run(model, inputs, recipe, 5)
+    monkeypatch.setattr(type(Recipe.of(recipe).policy), "__call__", None)
+    found, summary = run(model, inputs, recipe, 5)
+    assert torch.equal(found, expected) and summary.flops_skipped > 0

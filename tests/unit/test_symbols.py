@@ -158,6 +158,21 @@ def test_dense_and_cached_share_their_bits():
     assert cached.kv_bits.stride()[:2] == (0, 0)
 
 
+@common
+@given(grids() | mixed_grids())
+def test_dense_and_cached_are_constants_of_their_grid(grid):
+    """What masks give, made once: every layer asks for them in every Update."""
+    rows, columns = grid.num_q_blocks, grid.num_kv_blocks
+    for make, value in ((Symbols.dense, True), (Symbols.cached, False)):
+        q_mask, kv_mask = torch.full((2, 3, rows), value), torch.ones(2, 3, rows, columns).bool()
+        packed, made = Symbols.pack(q_mask, kv_mask, grid), make(grid, 2, 3)
+        assert torch.equal(made.q_bits, packed.q_bits)
+        assert torch.equal(made.kv_bits, packed.kv_bits)
+        again = make(grid, 1, 1, "cpu")
+        assert again.q_bits.data_ptr() == made.q_bits.data_ptr()
+        assert again.kv_bits.data_ptr() == made.kv_bits.data_ptr()
+
+
 def test_fill_rows_leaves_only_rows_that_pay():
     """A row that skips less than the share visits everything; the others are untouched."""
     grid = Grid(128, 1280, block_n=128, block_m=64)

@@ -180,6 +180,10 @@ class LayerStep(LayerRanks):
     def _choose(self, site: AttentionSite) -> None:
         """Choose what this computed step chooses: columns, and at an Update tiles."""
         cache, settings, sparse, found = self._cache, self.recipe.sparse, self._sparse, None
+        is_update = self.kind is StepKind.UPDATE
+        if is_update and cache.degraded and not (self._is_asked or settings.keeps_columns):
+            self._forget_tiles()
+            return
         needs = cache.columns is None and (sparse.skips or sparse.refreshes)
         if sparse.chooses or needs:
             found = measure(self._chosen(site), settings.min_skip, backend=self.backend)
@@ -189,7 +193,7 @@ class LayerStep(LayerRanks):
                 cache.keep(columns)
                 if sparse.carries:  # it was of another sparse O
                     cache.history = None
-        if self.kind is not StepKind.UPDATE:
+        if not is_update:
             return
         if settings.keeps_columns:
             found = measure(self._joined(site, found), backend=self.backend)
@@ -199,11 +203,16 @@ class LayerStep(LayerRanks):
         cache.everywhere = self._everywhere(symbols) if is_asked else None
         if self._is_asked:
             self._send(q_density, cache.everywhere)
-        cache.live_shares.clear()
-        if cache.degraded:  # no tile of it will be asked for
-            cache.symbols = cache.everywhere = None
+        if cache.degraded:
+            self._forget_tiles()
             return
+        cache.live_shares.clear()
         cache.symbols, cache.q_density, cache.kv_density = symbols, q_density, kv_density
+
+    def _forget_tiles(self) -> None:
+        """The layer is cached whole: no tile of it will be asked for."""
+        self._cache.symbols = self._cache.everywhere = None
+        self._cache.live_shares.clear()
 
     def _chosen(self, site: AttentionSite) -> Symbols:
         """Symbols of the policy, or of a file."""

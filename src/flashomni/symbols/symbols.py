@@ -104,12 +104,8 @@ class Symbols:
         device: torch.device | str | None = None,
     ) -> Symbols:
         """All bits 1. One row is stored; batch, heads and query blocks share it with stride 0."""
-        rows, columns = grid.num_q_blocks, grid.num_kv_blocks
-        q_row = pack_bits(torch.ones(rows, dtype=torch.bool, device=device), q_bytes(rows))
-        kv_row = pack_bits(torch.ones(columns, dtype=torch.bool, device=device), row_bytes(columns))
-        return cls(
-            q_row.expand(batch, num_heads, -1), kv_row.expand(batch, num_heads, rows, -1), grid
-        )
+        where = torch.get_default_device() if device is None else torch.device(device)
+        return cls._of_rows(grid.all_q_bits(where), batch, num_heads, grid)
 
     @classmethod
     def cached(
@@ -120,10 +116,14 @@ class Symbols:
         device: torch.device | str | None = None,
     ) -> Symbols:
         """Every vision query block cached, text computed; all key blocks visited. Shared bits."""
-        rows, columns = grid.num_q_blocks, grid.num_kv_blocks
-        q_mask = torch.zeros(1, 1, rows, dtype=torch.bool, device=device)
-        kv_mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=device)
-        return cls.pack(q_mask, kv_mask, grid).expand(batch, num_heads)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        return cls._of_rows(grid.text_q_bits(where), batch, num_heads, grid)
+
+    @classmethod
+    def _of_rows(cls, q_row: Tensor, batch: int, num_heads: int, grid: Grid) -> Symbols:
+        """S_c of all heads, every key block visited: constants of the grid, which nobody writes."""
+        kv_row = grid.all_kv_bits(q_row.device).expand(batch, num_heads, grid.num_q_blocks, -1)
+        return cls(q_row.expand(batch, num_heads, -1), kv_row, grid)
 
     def expand(self, batch: int, num_heads: int) -> Symbols:
         """Symbols of one batch item and one head, shared by all with stride 0."""
