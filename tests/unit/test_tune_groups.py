@@ -42,7 +42,7 @@ def clock(monkeypatch):
         steps = [len(group.schedule.steps) for group in recipe.groups if group.schedule]
         if steps:
             return clock.slower * sum(steps) / 2
-        return float(STEPS if recipe.groups else len(recipe.schedule.steps))
+        return clock.tiles if recipe.groups else float(len(recipe.schedule.steps))
 
     def timed(driver, recipe, *rest):
         return replace(measure(driver, recipe, *rest), seconds=seconds(recipe))
@@ -51,7 +51,7 @@ def clock(monkeypatch):
         found, picture = generate(held, recipe, computed)
         return [replace(each, seconds=seconds(recipe)) for each in found], picture
 
-    clock.slower = 1.0
+    clock.slower, clock.tiles = 1.0, float(STEPS)
     measure, generate = spending.timed, HeldBack.run
     monkeypatch.setattr(spending, "timed", timed)
     monkeypatch.setattr(HeldBack, "run", run)
@@ -59,15 +59,40 @@ def clock(monkeypatch):
     return clock
 
 
+@pytest.fixture(scope="module")
+def known():
+    """What does not depend on the clock, by name: found once for all tests."""
+    return {}
+
+
+@pytest.fixture
+def tuned(still, clock, known, tmp_path):
+    """Tunes for four steps, and goes on with what is known; takes further arguments of ``tune``."""
+    state = tmp_path / "mine.tune" / "state.json"
+    if known:
+        state.parent.mkdir()
+        state.write_text(json.dumps(known))
+
+    def run(**more):
+        options = {"call": still.call, "pareto": [4], "settings": FEW, **more}
+        found = tune(still.pipe, PROMPTS, out=tmp_path / "mine.json", **options).chosen
+        kept = json.loads(state.read_text())
+        by_clock = ("point", "sparse", "apart", "recorded")
+        kept["found"] = {k: v for k, v in kept["found"].items() if not k.startswith(by_clock)}
+        kept["found"]["recorded 0"] = kept["found"]["recorded 1"] = 1.0
+        known.update(kept)
+        return found
+
+    return run
+
+
 @pytest.mark.slow
-def test_layers_that_stand_still_are_computed_once(still, clock, tmp_path):
+def test_layers_that_stand_still_are_computed_once(still, tuned, known, tmp_path):
     """The others have their seconds; the recipe says so, runs so, and is as good as it was said."""
-    out = tmp_path / "mine.json"
-    options = {"call": still.call, "pareto": [4], "settings": FEW, "out": out}
     said = []
-    found = tune(still.pipe, PROMPTS, on_note=said.append, **options).chosen
+    found = tuned(on_note=said.append)
     assert "what layers 0:2, 2:3 add at most" in said[0]
-    recipe = Recipe.load(out)
+    recipe = Recipe.load(tmp_path / "mine.json")
     assert recipe == found.recipe and not recipe.at_output
     slow, fast = recipe.groups
     assert (slow.layers, fast.layers) == ("0:2", "2:3")
@@ -87,23 +112,34 @@ def test_layers_that_stand_still_are_computed_once(still, clock, tmp_path):
         computed = sum(step["kind"] != "dispatch" for step in engine.report().steps)
     assert computed == len(fast.schedule.steps)
     calls = []
-    again = tune(still.pipe, PROMPTS, on_progress=lambda *told: calls.append(told), **options)
+    again = tuned(on_progress=lambda *told: calls.append(told))
     assert again.recipe == recipe and not calls
 
 
 @pytest.mark.slow
-def test_groups_that_take_too_long_are_refused(still, clock, tmp_path):
+def test_groups_that_take_too_long_are_refused(clock, tuned):
     """However good they are: plans of the output that take as long are better."""
     clock.slower = 2.2
-    options = {"call": still.call, "pareto": [4], "settings": FEW}
-    found = tune(still.pipe, PROMPTS, out=tmp_path / "mine.json", **options).chosen
+    found = tuned()
     assert found.recipe.at_output and not found.recipe.groups
     assert found.divided.chosen is None and max(x.surplus for x in found.divided.tried) < 0
     assert "do not pay" in of_layers(found)
 
 
 @pytest.mark.slow
-def test_what_does_not_pay_on_prompts_kept_back_is_left_out(still, clock, tmp_path, monkeypatch):
+def test_tiles_in_dispatch_steps_are_taken_where_they_pay(clock, tuned):
+    """Nearly everything is computed here, which would be worth it if it took next to no time."""
+    clock.slower, clock.tiles = 9.0, 4.1
+    found = tuned()
+    (group,) = found.recipe.groups
+    assert group.layers == ":" and group.policy.tau_q > 0 and group.sparse.degrade_below < 1
+    assert found.divided.chosen.tiles and found.divided.chosen.loss_db < -3
+    assert not found.recipe.at_output and found.recipe.forecast.order == 2
+    assert "pay, tau_q " in of_layers(found) and "as long as all steps" in of_layers(found)
+
+
+@pytest.mark.slow
+def test_what_does_not_pay_on_prompts_kept_back_is_left_out(tuned, monkeypatch):
     """There it is slower than it was."""
 
     def later(held, recipe, computed):
@@ -112,14 +148,13 @@ def test_what_does_not_pay_on_prompts_kept_back_is_left_out(still, clock, tmp_pa
 
     run = HeldBack.run
     monkeypatch.setattr(HeldBack, "run", later)
-    options = {"call": still.call, "pareto": [4], "settings": FEW}
-    found = tune(still.pipe, PROMPTS, out=tmp_path / "mine.json", **options).chosen
+    found = tuned()
     assert found.divided.chosen is not None and not found.recipe.groups
     assert "do not pay on prompts kept back" in of_layers(found)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_goes_on(still, clock, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_goes_on(tuned, monkeypatch):
     """With what was seen of the groups, and what was tried."""
 
     class Stop(Exception):
@@ -132,29 +167,27 @@ def test_a_run_that_is_interrupted_goes_on(still, clock, tmp_path, monkeypatch):
         return run(measure, recipe, useless)
 
     asked, run = [], spending.Spending.run
-    options = {"call": still.call, "pareto": [4], "settings": FEW, "out": tmp_path / "mine.json"}
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(spending.Spending, "run", stop)
-        tune(still.pipe, PROMPTS, **options)
+        tuned()
     late, timed = [], spending.timed
     with monkeypatch.context() as patch:
         patch.setattr(layer_groups.LayerGroups, "watch", lambda self: pytest.fail("was seen"))
         patch.setattr(spending, "timed", lambda *args: late.append(args[1]) or timed(*args))
-        found = tune(still.pipe, PROMPTS, **options).chosen
+        found = tuned()
     assert asked[3] == late[0] and not any(each in late for each in asked[:3])
     assert len(found.recipe.groups) == 2
 
 
 @pytest.mark.slow
-def test_a_model_that_nobody_knows_has_no_groups(still, tmp_path, monkeypatch):
+def test_a_model_that_nobody_knows_has_no_groups(tuned, monkeypatch):
     """It is tuned at the level of the output alone."""
 
     def unknown(model):
         raise ValueError("transformer must be one of ...")
 
     monkeypatch.setattr(layer_groups, "find_adapter", unknown)
-    options = {"call": still.call, "pareto": [4], "settings": FEW}
-    found = tune(still.pipe, PROMPTS, out=tmp_path / "mine.json", **options).chosen
+    found = tuned()
     assert found.divided is None and "were not tried" in of_layers(found)
 
 

@@ -313,6 +313,33 @@ def test_an_error_of_a_group_is_followed_to_the_output(driver, by_hand, tmp_path
     assert again == found
 
 
+@pytest.mark.slow
+def test_guidance_by_two_calls(driver, tmp_path):
+    """Both are seen, each is held by itself, and their outputs count as guidance combines them."""
+    guided = Driver(driver.pipe, {**driver.call, "true_cfg_scale": 4.0, "negative_prompt": "dark"})
+    sums = []
+
+    def see(block, args, kwargs, out):
+        both = zip(out, (kwargs["encoder_hidden_states"], kwargs["hidden_states"]), strict=True)
+        sums.append(sum(float((a - b).double().square().sum()) for a, b in both))
+
+    groups = LayerGroups(guided, State(tmp_path, {}), 2, 4, guided.outline("a ring").calls, 1 << 30)
+    handle = driver.model.transformer_blocks[0].register_forward_hook(see, with_kwargs=True)
+    recording, _ = groups.record(0, "a ring", 0)
+    handle.remove()
+    assert recording.rows == 2 and len(sums) == 8
+    gram = np.array(groups._state.get(groups._name("gram 0"))[0])
+    power = float(recording.latents.double().square().sum())
+    wanted = [(sums[2 * step] + sums[2 * step + 1]) / power for step in range(4)]
+    np.testing.assert_allclose(gram.diagonal(), wanted, rtol=1e-4)
+    effects = direct_effects(guided, recording)
+    found = groups.reach(lambda: recording, effects, [2])
+    one = [{**each} for each in found]
+    assert all(each[2] > 0 for each in one)
+    double = groups._measure(recording, effects * 2, [2])  # whose size is no part of it
+    assert double[1][2] == pytest.approx(one[1][2])
+
+
 def test_memory_is_bounded_and_said(tmp_path):
     """Numbers are drawn where there are too many, the same each time; few groups are refused."""
     watch = Watch([], (), torch.device("cpu"), 100)

@@ -82,7 +82,10 @@ class LayerTried(LayerOption):
     @property
     def in_short(self) -> str:
         """For tables."""
-        return f"{self.words}: {-self.saved:+.3f} s, {-self.loss_db:+.2f} dB, {self.surplus:+.2f}"
+        over = f"{self.surplus:+.2f}"
+        if self.worth_db <= -WORTHLESS:
+            over = "as long as all steps"
+        return f"{self.words}: {-self.saved:+.3f} s, {-self.loss_db:+.2f} dB, {over}"
 
 
 @dataclass(frozen=True)
