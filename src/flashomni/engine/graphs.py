@@ -16,6 +16,7 @@ chain that is older than what it has replayed: such calls run without their reco
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from flashomni.engine.arguments import cloned, filled, refuse_inputs, shape_of
 from flashomni.engine.capture import CudaRecorder, Recorder, Uncapturable
 from flashomni.engine.recordable import look_at, modes
-from flashomni.engine.recordings import Entry, Slot, put_back, state_of
+from flashomni.engine.recordings import Entry, Slot, drop, put_back, state_of
 from flashomni.engine.schedules import StepKind
 from flashomni.engine.state.branch import START
 from flashomni.engine.state.mirror import mirror
@@ -62,6 +63,7 @@ class Graphs:
         self.replays = self._recorded = 0
         self._device: torch.device | None = None
         self._ranks: Ranks | None = None
+        self._at_exit: weakref.finalize | None = None  # NCCL does not end before its recordings
         self._slots: list[Slot] = []
         self._state: Hashable = None
         self._why: dict[str, None] = {}
@@ -70,7 +72,8 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all recordings."""
-        self._slots, self._state = [], None
+        drop(self._slots)
+        self._state = None
         self._why.clear()
         self._too_large.clear()
 
@@ -95,6 +98,8 @@ class Graphs:
         """
         if (ranks and ranks.group) is not (self._ranks and self._ranks.group):
             self.clear()
+        if ranks is not None and self._at_exit is None:
+            self._at_exit = weakref.finalize(self, drop, self._slots)
         self._ranks = ranks
         if not self.mode:
             return
@@ -103,7 +108,8 @@ class Graphs:
             self._device, self.recorder = device, self._recorder_for(device)
         reason, state = look_at(self._model, self._ours)
         if state != self._state:
-            self._slots, self._state = [], state
+            drop(self._slots)
+            self._state = state
         self._off = refused or reason
         if self.recorder is None:
             self._off = f"the model computes on {device.type}"

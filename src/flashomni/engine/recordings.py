@@ -101,6 +101,15 @@ class Slot:
         return sum(entry.graph is not None for entry in self.entries.values())
 
 
+def drop(slots: list[Slot]) -> None:
+    """Forget recordings, whoever still knows their calls."""
+    for slot in slots:
+        for entry in slot.entries.values():
+            entry.graph = None
+        slot.entries.clear()
+    slots.clear()
+
+
 def state_of(branch: Any) -> dict[str, Any]:
     """The bookkeeping of a branch that a call changes."""
     return {key: value for key, value in vars(branch).items() if key not in LIVE}
