@@ -56,6 +56,28 @@ def test_schedulers_without_step_index_are_counted(flux, name):
     assert "step" not in scheduler.__dict__
 
 
+def test_a_call_by_itself_is_none_of_a_pipeline_that_was_given_up(flux):
+    """Its scheduler stands in the midst of its steps, and its caches are of another picture."""
+    model, inputs = flux
+
+    class Stops(Loop):
+        def __call__(self, steps=9, calls=3):
+            self.scheduler.set_timesteps(steps)
+            for timestep in self.scheduler.timesteps[:calls]:
+                output = call(self.transformer, self.inputs)[..., :1]
+                self.scheduler.step(output, timestep, output)
+
+    other = {**inputs, "hidden_states": torch.randn_like(inputs["hidden_states"])}
+    stock, loop = call(model, other), Stops(model, euler(), inputs)
+    with flashomni.accelerate(loop, CACHING) as engine:
+        loop()
+        assert not engine.finished and "d" in kinds(engine)
+        for _ in range(2):
+            assert torch.equal(call(model, other), stock)
+        loop()
+        assert "d" in kinds(engine)
+
+
 def test_a_scheduler_that_never_advances_is_named(flux):
     """Pipelines that step copies of their scheduler: an error instead of endless branches."""
     model, inputs = flux

@@ -27,7 +27,9 @@ class Position:
     """Where a call of the model stands.
 
     Args:
-        key: of the generation's owner: an announced name, or the pipeline that is calling.
+        key: of the generation's owner: an announced name, the pipeline that is calling, or the one
+            whose scheduler is asked. What calls by itself goes on with no generation of a
+            pipeline, which may have been given up in the midst of its steps.
         index: the owner's own count of steps; it grows within a generation.
         step: of the generation, from 0, where the owner says it; ``None`` where it is counted.
         num_steps: of the generation; where transformers share a pipeline's steps, of this one's.
@@ -153,7 +155,8 @@ class Clock:
         steps = range(begin, begin + max(num_steps, 1))
         own = self._own(pipe, timesteps, steps, index)
         at = (index, None, len(own), name, timesteps)
-        return Position(_key(pipe), *at, first=own.start - begin, scheduler=scheduler)
+        key = _key(pipe, is_calling)
+        return Position(key, *at, first=own.start - begin, scheduler=scheduler)
 
     def _own(self, pipe: Any, timesteps: Tensor | None, steps: range, index: int) -> range:
         """Which of a pipeline's steps call this model: all, where no other one shares them.
@@ -185,10 +188,15 @@ class Clock:
 
 
 class _PipelineKey:
-    """A pipeline as a key: equal while it lives, and it does not keep it alive."""
+    """A pipeline as a key: equal while it lives, and it does not keep it alive.
 
-    def __init__(self, pipe: Any) -> None:
-        self._id, self._ref = id(pipe), weakly(pipe)
+    Args:
+        pipe: the pipeline.
+        is_calling: whether it calls itself, or only its scheduler is asked.
+    """
+
+    def __init__(self, pipe: Any, is_calling: bool) -> None:
+        self._id, self._ref, self._is_calling = id(pipe), weakly(pipe), is_calling
 
     def __hash__(self) -> int:
         return hash(self._id)
@@ -196,8 +204,8 @@ class _PipelineKey:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _PipelineKey):
             return False
-        pipe = self._ref()
-        return pipe is not None and pipe is other._ref()
+        pipe, same = self._ref(), self._is_calling is other._is_calling
+        return same and pipe is not None and pipe is other._ref()
 
     def belongs_to(self, pipe: Any) -> bool:
         return self._ref() is pipe
@@ -207,5 +215,5 @@ class _PipelineKey:
         return self._ref() is not None
 
 
-def _key(pipe: Any) -> Hashable:
-    return "context" if pipe is None else _PipelineKey(pipe)
+def _key(pipe: Any, is_calling: bool = True) -> Hashable:
+    return "context" if pipe is None else _PipelineKey(pipe, is_calling)
