@@ -1,6 +1,7 @@
 """Groups of layers in tuning: what they add, what errors there do, and how steps are divided."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,7 +144,7 @@ class Fake:
 
 PLAN = recipe_of((0, 1, 3, 5), STEPS)
 ONCE = {"name": "steps", "steps": [0], "of": STEPS, "min_steps": 0}
-OPTION = LayerOption("this", ({"layers": "0:1", "schedule": ONCE},), 1.0)
+OPTION = LayerOption("this", ({"layers": "0:1", "schedule": ONCE},), 1.0, fewer=1.0)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,25 @@ def test_what_is_far_behind_is_not_run_on_more_prompts():
     fake = Fake((42, 42, 1.0), (38, 99, 1.0))
     found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0, 1.0)
     assert fake.prompts == [2, 1] and found.chosen is None and found.tried[0].loss_db == 4.0
+
+
+def test_what_is_unlikely_is_not_run():
+    """Nor are weights that make good earlier errors, where the others are far behind."""
+    unlikely = replace(OPTION, predicted_db=-6.1, joint=OPTION.groups)
+    fake = Fake((42, 42, 1.0))
+    found = try_layers(fake, PLAN, [unlikely], lambda saved: saved, lambda saved: 1 / 0, 1.0)
+    assert found.tried == () and found.chosen is None and found.predicted_db == -6.1
+    fake = Fake((42, 42, 1.0), (38, 38, 1.0), (40, 40, 1.0), (41, 41, 1.0))
+    two = [replace(unlikely, words=word, predicted_db=0.0) for word in ("far", "near")]
+    found = try_layers(fake, PLAN, two, lambda saved: saved, lambda saved: 1 / 0, 1.0)
+    assert [each.words for each in found.tried] == ["far", "near", "near, joint weights"]
+
+
+def test_what_computes_more_is_not_faster():
+    """Whatever a clock says."""
+    fake = Fake((42, 42, 1.0), (41, 41, 0.5))
+    found = try_layers(fake, PLAN, tiles()[:1], lambda saved: 20 * saved, lambda saved: None, 1.0)
+    assert found.tried[0].saved == 0.0 and found.chosen is None
 
 
 def test_tiles_of_dispatch_steps():
@@ -290,12 +310,12 @@ def test_an_error_of_a_group_is_followed_to_the_output(driver, by_hand, tmp_path
             change = added(streams, first, last)
             error = float((change[step - 1] - change[step]).norm())
 
-            def replace(block, args, out, step=step, first=first, last=last):
+            def reuse(block, args, out, step=step, first=first, last=last):
                 after, before = streams[last][1][step - 1], streams[first][0][step - 1]
                 now = streams[first][0][step]
                 return tuple(n + (a - b) for n, a, b in zip(now, after, before, strict=True))
 
-            handle = driver.model.get_submodule(last).register_forward_hook(replace)
+            handle = driver.model.get_submodule(last).register_forward_hook(reuse)
             outputs = []
 
             def answer(at, call, compute, step=step, outputs=outputs):

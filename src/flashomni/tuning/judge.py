@@ -94,7 +94,8 @@ def judge(
     if divided is not None and divided.chosen is not None:
         finer = in_layers(recipe, divided.chosen.groups)
         saved, lost, changed, its_picture = offer(finer)
-        if changed.beats and worth(saved / divided.step_seconds) - lost > best_surplus:
+        fewer = min(saved / divided.step_seconds, divided.chosen.fewer)
+        if changed.beats and worth(fewer) - lost > best_surplus:
             groups, layers = [], finer.to_dict()["groups"]
             verdict, picture = changed, its_picture
     pictures = (held.dense()[0][0], ramp_picture, picture)

@@ -28,6 +28,7 @@ LONGER, SHORTER = 0.25, 1.0  # computed steps that they may take more or less th
 EXACT = 120.0  # dB of a plan that leaves nothing out
 WORTHLESS = 1000.0  # dB of what takes about as long as to compute everything
 HOPELESS = 3.0  # dB that a prompt is behind plans of the output
+UNLIKELY = 6.0  # dB that something is behind by prediction: it is not run
 # Policies and sparse settings of layers in Dispatch steps: half of the coupling to the text is
 # cached, and layers with less left than half of their tiles whole; nearly all of it, in all layers.
 TILES: tuple[dict[str, Any], ...] = (
@@ -47,12 +48,14 @@ class LayerOption:
         groups: of the recipe, JSON values.
         predicted_db: surplus that is expected; ``None`` where nothing tells.
         joint: the groups with weights that also make good earlier errors, if there are such.
+        fewer: computed steps that it takes less than the plan: no clock makes it more.
     """
 
     words: str
     groups: tuple[Mapping[str, Any], ...]
     predicted_db: float | None = None
     joint: tuple[Mapping[str, Any], ...] = ()
+    fewer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Divided:
         tried: all that was measured.
         chosen: what pays, if anything does; not yet validated.
         step_seconds: of a computed step of plans of the output.
+        predicted_db: surplus that was expected of the best division; ``None`` where there is none.
     """
 
     parts: tuple[str, ...]
@@ -105,6 +109,7 @@ class Divided:
     tried: tuple[LayerTried, ...]
     chosen: LayerTried | None
     step_seconds: float
+    predicted_db: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :meth:`load` gives it back."""
@@ -119,6 +124,7 @@ class Divided:
         return cls(
             tuple(value["parts"]), tuple(value["shares"]), tuple(map(tried, value["tried"])),
             None if chosen is None else tried(chosen), value["step_seconds"],
+            value["predicted_db"],
         )  # fmt: skip
 
 
@@ -191,9 +197,10 @@ def divisions(
             for cost, plan in zip(costs, plans, strict=True)
         ]
         groups, others = (groups_of(parts, which, num_steps) for which in (plans, joint))
-        found.append(LayerOption(words, groups, surplus(each), others))
-        if len(found) == TRIES or surplus(each) < -HOPELESS:
-            break  # the best is run whatever is predicted
+        fewer = len(steps) - each.units / UNITS
+        found.append(LayerOption(words, groups, surplus(each), others, fewer))
+        if len(found) == TRIES:
+            break
     return found
 
 
@@ -261,22 +268,23 @@ def try_layers(
 
     def attempt(option: LayerOption) -> None:
         found = measure.run(in_layers(recipe, option.groups), useless)
-        saved = plain.seconds - found.seconds
+        saved = min(plain.seconds - found.seconds, option.fewer * step_seconds)
         lost, wins = loss(found.levels), worth(saved / step_seconds)
         tried.append(
             LayerTried(
                 option.words, option.groups, option.predicted_db, saved=saved, loss_db=lost,
-                worth_db=wins,
+                worth_db=wins, fewer=option.fewer,
             )
         )  # fmt: skip
 
     for option in options:
-        attempt(option)
-    both = [pair for pair in zip(tried, options, strict=True) if pair[1].joint]
-    if both:
-        first, option = max(both, key=lambda pair: pair[0].surplus)
-        if first.surplus > -HOPELESS:
-            attempt(LayerOption(f"{option.words}, joint weights", option.joint))
+        if option.predicted_db is None or option.predicted_db > -UNLIKELY:
+            attempt(option)
+    joint = {option.words: option.joint for option in options if option.joint}
+    best = max((x for x in tried if x.words in joint), key=lambda x: x.surplus, default=None)
+    if best is not None and best.surplus > -HOPELESS:
+        words = f"{best.words}, joint weights"
+        attempt(LayerOption(words, joint[best.words], fewer=best.fewer))
     margin = NOISE * plain.seconds  # what seconds may be off by
     best = _best(tried, worth(margin / step_seconds))
     other = None if best is None else rival(best.saved / step_seconds)
@@ -288,7 +296,8 @@ def try_layers(
         tried = [replace(each, worth_db=_dearer(slope, each)) for each in tried]
         best = _best(tried, max(slope, 0.0) * margin)
     ranges = tuple(f"{start}:{stop}" for start, stop in parts)
-    return Divided(ranges, tuple(shares), tuple(tried), best, step_seconds)
+    predicted = max((x.predicted_db for x in options if x.predicted_db is not None), default=None)
+    return Divided(ranges, tuple(shares), tuple(tried), best, step_seconds, predicted)
 
 
 def _dearer(slope: float, tried: LayerTried) -> float:

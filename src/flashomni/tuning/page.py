@@ -79,13 +79,15 @@ def of_layers(point: Point) -> str:
         f"{part} ({100 * share:.0f} %)"
         for part, share in zip(found.parts, found.shares, strict=True)
     )
-    said = "; ".join(each.in_short for each in found.tried)
+    said = [each.in_short for each in found.tried]
+    if all(each.tiles for each in found.tried) and found.predicted_db is not None:
+        said.insert(0, f"the best division is expected at {found.predicted_db:+.2f} dB")
     verdict = "do not pay"
     if found.chosen is not None:
         pays = bool(point.recipe.groups) and not point.recipe.at_output
         verdict = f"pay, {found.chosen.words}" if pays else "do not pay on prompts kept back"
     start = f"{start} {where} of a step {verdict}"
-    return f"{start} (seconds, dB, over plans that take as long): {said}"
+    return f"{start} (seconds, dB, over plans that take as long): {'; '.join(said)}"
 
 
 def _notes(point: Point) -> list[str]:

@@ -65,16 +65,12 @@ class Spending:
             kept = self._state.put(name, asdict(found))
         return Found(**kept)
 
-    def step_seconds(self, count: int, num_steps: int) -> float | None:
-        """Of a computed step: between the plan, which computes ``count``, and another ramp.
-
-        ``None`` where the clock is too coarse to tell.
-        """
+    def step_seconds(self, count: int, num_steps: int) -> float:
+        """Of a computed step: between the plan, which computes ``count``, and another ramp."""
         other = count // 2 if count > 3 else min(2 * count, num_steps)
         ramp = recipe_of(ramp_steps(other, num_steps), num_steps)
         whole = self.run(self.plan, lambda levels, taken: False).seconds
-        gap = whole - self.run(ramp, lambda levels, taken: True).seconds
-        return gap / (count - other) if gap * (count - other) > 0 else None
+        return (whole - self.run(ramp, lambda levels, taken: True).seconds) / (count - other)
 
     def apart(self, recipe: Recipe) -> float:
         name = f"apart {key(recipe.to_dict(), self.plan.to_dict())}"

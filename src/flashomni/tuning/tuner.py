@@ -43,6 +43,7 @@ from flashomni.util.words import in_bytes
 # Schedules are planned for these. Not for foca and chebyshev: their weights take 13 of the 15
 # seconds of planning on one core, and fitted weights forecast better on any schedule.
 NAMED = (("hermite", 2), ("hermite", 1), ("taylor", 1), ("reuse", 0))
+FASTER = 0.05  # of a stock step's seconds, those of an accelerated one at least
 FORMAT = 4  # of the findings on disk
 OnProgress = Callable[[str, int, int], None]
 
@@ -331,7 +332,8 @@ class Tuner:
 
     def _each(self, measure: Spending, count: int) -> float:
         """Seconds of a computed step of the accelerated pipeline."""
-        return measure.step_seconds(count, self.num_steps) or self.step_seconds()[0]
+        dense, found = self.step_seconds()[0], measure.step_seconds(count, self.num_steps)
+        return found if found > FASTER * dense else dense  # else the clock is too coarse for them
 
     def _worth(self, count: int) -> Callable[[float], float]:
         """dB that plans of the output lose which save so many computed steps."""
