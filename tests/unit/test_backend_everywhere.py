@@ -29,7 +29,7 @@ NEEDED = {
     "topk": {*SPARSE_OPS, "live_share", "differences"},
     "flashomni": {*SPARSE_OPS, "live_share", "differences"},
     "spargeattn": {"attention", "norm_rope", "choose", "measure"},
-    "whole layers": {"attention", "norm_rope", "measure", *PASSES},
+    "whole layers": {"attention", "norm_rope", *PASSES},
     "output": {"attention", "norm_rope", *PASSES},
 }
 

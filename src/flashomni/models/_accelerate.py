@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashomni.dispatch import OPS, registered
+from flashomni.dispatch import registered
 from flashomni.engine import Clock, Engine, Experts, Recipe
 from flashomni.engine.geometry import Asked
 from flashomni.engine.graphs import Graphs
@@ -94,7 +94,7 @@ def accelerate(
             f"{', '.join(adapters())}; got {type(pipe).__name__}"
         )
     recipes = _recipes(recipe, list(models), settings)
-    names = sorted({each.name for op in OPS for each in registered(op)})
+    names = sorted(each.name for each in registered("attention"))  # which every recipe needs
     if backend is not None and backend not in names:
         raise ValueError(f"backend must be one of {', '.join(names)}, got {backend!r}")
     if blocks is not None and not isinstance(blocks, Blocks):
