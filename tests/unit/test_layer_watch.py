@@ -126,6 +126,15 @@ def test_an_error_of_a_group_is_followed_to_the_output(driver, by_hand, tmp_path
     calm = Costs(np.ones((1, 4, 4)), effects.sum(1), np.stack([np.ones(4), np.zeros(4)]))
     asked = groups.costs(calm, lambda number: recording, 1, effects, [1, 3])
     assert asked[1].effects[1] == pytest.approx(effects[1, 0] * found[1][1])
+    grams = np.eye(4)[None] * 2.0  # of an output that changes by 2 from step to step
+    calm = Costs(grams, effects.sum(1), np.stack([np.ones(4), np.zeros(4)]))
+    power = float(recording.latents.double().square().sum())
+    off = [
+        found[1][step] * float((added(streams, *RUNS[1])[[step - 1, step]].diff(dim=0)).norm())
+        for step in (1, 3)
+    ]
+    wanted = np.sqrt(off[0] * off[1] / power) / 2
+    assert groups.alone(calm)[1] == pytest.approx(wanted, rel=1e-4)
     again = groups.reach(lambda: 1 / 0, effects, [1, 3])  # was measured
     assert again == found
 

@@ -52,7 +52,7 @@ def expected_steps(
             layer_runs = settings.layer_runs * bool(settings.sparse)
             found += ((settings.sparse + 1) * runs + layer_runs) * count
             found += len(TILES) * num_steps * bool(groups.parts)
-        found += TRIES * runs * count * bool(groups.parts)
+        found += (TRIES + 1) * runs * count * bool(groups.parts)
         both = enumerate((*ramp_steps(count, num_steps), -1))
         replayed = next(place for place, at in both if at != place)
         found += (settings.starts + settings.tries) * prompts * (count - replayed)

@@ -151,10 +151,12 @@ class LayerGroups:
             By group, by step: the norm of what changes in the output, each row with its effect over
             their sum, over that of the error that was put in.
         """
-        name = self._name("reach")
-        kept = self._state.get(name)
-        if kept is None:
-            kept = self._state.put(name, self._measure(recording(), effects, at))
+        if not self.reached:
+            self._state.put(self._name("reach"), self._measure(recording(), effects, at))
+        return self._reach()
+
+    def _reach(self) -> list[dict[int, float]]:
+        kept = self._state.get(self._name("reach"))
         return [{int(step): value for step, value in each.items()} for each in kept]
 
     def _measure(
@@ -183,10 +185,29 @@ class LayerGroups:
                 share = torch.from_numpy(effects[step] / effects[step].sum())
                 off = torch.cat(rows).cpu().double()
                 out = float((share[:, None] * off).sum(0).norm()) / power**0.5
-                error = gram[step, step] - 2 * gram[step, step - 1] + gram[step - 1, step - 1]
-                values[step] = out / max(error, 1e-300) ** 0.5 if error > 0 else 0.0
+                error = _change(gram, step)
+                values[step] = out / error**0.5 if error > 1e-300 else 0.0
             measured.append(values)
         return measured
+
+    def alone(self, whole: Costs) -> tuple[float, ...]:
+        """What a group alone that is a step old does to the output, over what all layers do.
+
+        Geometric means over the steps where it was measured, on the first prompt. Where each is
+        near 1, to compute a group more often than another wins nothing.
+
+        Args:
+            whole: costs of the output.
+        """
+        found = []
+        for gram, mine in zip(self._state.get(self._name("gram 0")), self._reach(), strict=True):
+            logs = [
+                np.log(max(value, 1e-12) ** 2 * _change(np.array(gram), step))
+                - np.log(_change(whole.grams[0], step))
+                for step, value in mine.items()
+            ]
+            found.append(float(np.exp(np.mean(logs) / 2)))
+        return tuple(found)
 
     def costs(
         self,
@@ -220,6 +241,13 @@ class LayerGroups:
             each = np.array([gram[part] for gram in grams])
             costs.append(Costs(each, effects.sum(1) * curve, whole.gains, whole.sigmas))
         return costs
+
+
+def _change(gram: np.ndarray, step: int) -> float:
+    """Squared norm of what changes from the step before."""
+    before = step - 1
+    change = gram[step, step] - 2 * gram[step, before] + gram[before, before]
+    return max(float(change), 1e-300)
 
 
 def _sites(driver: Driver) -> list:

@@ -102,6 +102,7 @@ class Divided:
         chosen: what pays, if anything does; not yet validated.
         step_seconds: of a computed step of plans of the output.
         predicted_db: surplus that was expected of the best division; ``None`` where there is none.
+        alone: what each group alone that is a step old does to the output, over what all layers do.
     """
 
     parts: tuple[str, ...]
@@ -110,6 +111,7 @@ class Divided:
     chosen: LayerTried | None
     step_seconds: float
     predicted_db: float | None = None
+    alone: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :meth:`load` gives it back."""
@@ -124,7 +126,7 @@ class Divided:
         return cls(
             tuple(value["parts"]), tuple(value["shares"]), tuple(map(tried, value["tried"])),
             None if chosen is None else tried(chosen), value["step_seconds"],
-            value["predicted_db"],
+            value["predicted_db"], tuple(value["alone"]),
         )  # fmt: skip
 
 

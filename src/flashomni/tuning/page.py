@@ -87,6 +87,8 @@ def of_layers(point: Point) -> str:
         pays = bool(point.recipe.groups) and not point.recipe.at_output
         verdict = f"pay, {found.chosen.words}" if pays else "do not pay on prompts kept back"
     start = f"{start} {where} of a step {verdict}"
+    alone = ", ".join(f"{each:.2f}" for each in found.alone)
+    said.append(f"alone a step old they change the output {alone} times as much as all layers")
     return f"{start} (seconds, dB, over plans that take as long): {'; '.join(said)}"
 
 

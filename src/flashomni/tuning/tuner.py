@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -397,4 +397,4 @@ class Tuner:
             self._each(measure, count), groups.parts, groups.shares,
         )  # fmt: skip
         self._tiles_pay[count] = any(x.tiles and x.surplus > 0 for x in found.tried)
-        return found
+        return replace(found, alone=groups.alone(self.costs()))
