@@ -160,7 +160,9 @@ def test_what_pays_beats_plans_of_the_output_that_take_as_long(mine, rival, surp
         seconds.append(saved)
         return other if rival else None
 
-    found = try_layers(fake, PLAN, [OPTION], lambda saved: 10 * saved, give, 0.5, ((0, 1),), (0.7,))
+    found = try_layers(
+        fake, PLAN, [OPTION], lambda saved: 10 * saved, give, lambda: 0.5, ((0, 1),), (0.7,)
+    )
     (tried,) = found.tried
     assert fake.asked[:2] == [PLAN, in_layers(PLAN, OPTION.groups)]
     assert (found.chosen is not None) == pays
@@ -179,26 +181,35 @@ def test_what_pays_beats_plans_of_the_output_that_take_as_long(mine, rival, surp
 def test_what_is_far_behind_is_not_run_on_more_prompts():
     """Nor is a rival, where nothing pays."""
     fake = Fake((42, 42, 1.0), (38, 99, 1.0))
-    found = try_layers(fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0, 1.0)
+    found = try_layers(
+        fake, PLAN, [OPTION], lambda saved: 20 * saved, lambda saved: 1 / 0, lambda: 1.0
+    )
     assert fake.prompts == [2, 1] and found.chosen is None and found.tried[0].loss_db == 4.0
 
 
 def test_what_is_unlikely_is_not_run():
     """Nor are weights that make good earlier errors, where the others are far behind."""
     unlikely = replace(OPTION, predicted_db=-6.1, joint=OPTION.groups)
-    fake = Fake((42, 42, 1.0))
-    found = try_layers(fake, PLAN, [unlikely], lambda saved: saved, lambda saved: 1 / 0, 1.0)
-    assert found.tried == () and found.chosen is None and found.predicted_db == -6.1
+    never = lambda *_: 1 / 0  # noqa: E731
+    found = try_layers(Fake(), PLAN, [unlikely], lambda saved: saved, never, never)
+    assert (
+        found.tried == ()
+        and found.step_seconds == 0.0
+        and found.chosen is None
+        and found.predicted_db == -6.1
+    )
     fake = Fake((42, 42, 1.0), (38, 38, 1.0), (40, 40, 1.0), (41, 41, 1.0))
     two = [replace(unlikely, words=word, predicted_db=0.0) for word in ("far", "near")]
-    found = try_layers(fake, PLAN, two, lambda saved: saved, lambda saved: 1 / 0, 1.0)
+    found = try_layers(fake, PLAN, two, lambda saved: saved, lambda saved: 1 / 0, lambda: 1.0)
     assert [each.words for each in found.tried] == ["far", "near", "near, joint weights"]
 
 
 def test_what_computes_more_is_not_faster():
     """Whatever a clock says."""
     fake = Fake((42, 42, 1.0), (41, 41, 0.5))
-    found = try_layers(fake, PLAN, tiles()[:1], lambda saved: 20 * saved, lambda saved: None, 1.0)
+    found = try_layers(
+        fake, PLAN, tiles()[:1], lambda saved: 20 * saved, lambda saved: None, lambda: 1.0
+    )
     assert found.tried[0].saved == 0.0 and found.chosen is None
 
 

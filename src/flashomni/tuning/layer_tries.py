@@ -100,7 +100,7 @@ class Divided:
         shares: of each, of the seconds of a computed step.
         tried: all that was measured.
         chosen: what pays, if anything does; not yet validated.
-        step_seconds: of a computed step of plans of the output.
+        step_seconds: of a computed step of plans of the output; 0 where nothing was run.
         predicted_db: surplus that was expected of the best division; ``None`` where there is none.
         alone: what each group alone that is a step old does to the output, over what all layers do.
     """
@@ -241,7 +241,7 @@ def try_layers(
     options: Sequence[LayerOption],
     worth: Callable[[float], float],
     rival: Callable[[float], Recipe | None],
-    step_seconds: float,
+    each: Callable[[], float],
     parts: Sequence[Range] = (),
     shares: Sequence[float] = (),
 ) -> Divided:
@@ -255,12 +255,17 @@ def try_layers(
             predicts them.
         rival: gives the plan of the output that saves about so many steps, and at least one;
             ``None`` where there is none.
-        step_seconds: of a computed step of plans of the output.
+        each: measures the seconds of a computed step of plans of the output.
         parts: the groups of layers, for the record.
         shares: likewise.
     """
+    ranges = tuple(f"{start}:{stop}" for start, stop in parts)
+    predicted = max((x.predicted_db for x in options if x.predicted_db is not None), default=None)
+    likely = [x for x in options if x.predicted_db is None or x.predicted_db > -UNLIKELY]
+    if not likely:
+        return Divided(ranges, tuple(shares), (), None, 0.0, predicted)
+    step_seconds, tried = each(), list[LayerTried]()
     plain = measure.run(recipe, lambda levels, seconds: False)
-    tried = list[LayerTried]()
 
     def loss(found: Sequence[float]) -> float:
         return statistics.fmean(a - b for a, b in zip(plain.levels, found, strict=False))
@@ -279,9 +284,8 @@ def try_layers(
             )
         )  # fmt: skip
 
-    for option in options:
-        if option.predicted_db is None or option.predicted_db > -UNLIKELY:
-            attempt(option)
+    for option in likely:
+        attempt(option)
     joint = {option.words: option.joint for option in options if option.joint}
     best = max((x for x in tried if x.words in joint), key=lambda x: x.surplus, default=None)
     if best is not None and best.surplus > -HOPELESS:
@@ -297,8 +301,6 @@ def try_layers(
         slope = its_loss / its_saved if its_saved * its_loss > 0 else 0.0
         tried = [replace(each, worth_db=_dearer(slope, each)) for each in tried]
         best = _best(tried, max(slope, 0.0) * margin)
-    ranges = tuple(f"{start}:{stop}" for start, stop in parts)
-    predicted = max((x.predicted_db for x in options if x.predicted_db is not None), default=None)
     return Divided(ranges, tuple(shares), tuple(tried), best, step_seconds, predicted)
 
 

@@ -394,7 +394,7 @@ class Tuner:
         found = try_layers(
             measure, recipe, options, lost,
             lambda saved: self._rival(count, saved, order, ridge),
-            self._each(measure, count), groups.parts, groups.shares,
+            lambda: self._each(measure, count), groups.parts, groups.shares,
         )  # fmt: skip
         self._tiles_pay[count] = any(x.tiles and x.surplus > 0 for x in found.tried)
         return replace(found, alone=groups.alone(self.costs()))
