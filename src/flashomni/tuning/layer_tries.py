@@ -29,13 +29,13 @@ EXACT = 120.0  # dB of a plan that leaves nothing out
 WORTHLESS = 1000.0  # dB of what takes about as long as to compute everything
 HOPELESS = 3.0  # dB that a prompt is behind plans of the output
 UNLIKELY = 6.0  # dB that something is behind by prediction: it is not run
-# Policies and sparse settings of layers in Dispatch steps: half of the coupling to the text is
-# cached, and layers with less left than half of their tiles whole; nearly all of it, in all layers.
+# Policies and sparse settings of layers in Dispatch steps: nearly all of the coupling to the text
+# is cached, in all layers; or half of it, and layers with at most half of their tiles left whole.
 TILES: tuple[dict[str, Any], ...] = (
-    {"policy": {"name": "flashomni", "tau_q": 0.5, "tau_kv": 0.0, "power": 0.0},
-     "sparse": {"degrade_below": 0.5}},
     {"policy": {"name": "flashomni", "tau_q": 0.9, "tau_kv": 0.0, "power": 0.0},
      "sparse": {"degrade_below": 0.0}},
+    {"policy": {"name": "flashomni", "tau_q": 0.5, "tau_kv": 0.0, "power": 0.0},
+     "sparse": {"degrade_below": 0.5}},
 )  # fmt: skip
 
 
@@ -57,6 +57,11 @@ class LayerOption:
     joint: tuple[Mapping[str, Any], ...] = ()
     fewer: float = 0.0
 
+    @property
+    def tiles(self) -> bool:
+        """Whether Dispatch steps compute a part of the layers."""
+        return any("policy" in group for group in self.groups)
+
 
 @dataclass(frozen=True)
 class LayerTried(LayerOption):
@@ -76,11 +81,6 @@ class LayerTried(LayerOption):
     def surplus(self) -> float:
         """dB that are won over plans of the output that take as long."""
         return self.worth_db - self.loss_db
-
-    @property
-    def tiles(self) -> bool:
-        """Whether Dispatch steps compute a part of the layers."""
-        return any("policy" in group for group in self.groups)
 
     @property
     def in_short(self) -> str:
@@ -285,7 +285,9 @@ def try_layers(
         )  # fmt: skip
 
     for option in likely:
-        attempt(option)
+        # Where few tiles take as long as all steps, other kinds are not tried.
+        if not (option.tiles and any(x.tiles and x.worth_db <= -WORTHLESS for x in tried)):
+            attempt(option)
     joint = {option.words: option.joint for option in options if option.joint}
     best = max((x for x in tried if x.words in joint), key=lambda x: x.surplus, default=None)
     if best is not None and best.surplus > -HOPELESS:
