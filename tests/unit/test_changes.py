@@ -359,21 +359,26 @@ def test_the_output_level_keeps_the_structure(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["balanced", "balanced:level=layers"])
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"])
-def test_compiling_after_accelerate(name):
-    """The order our refusal recommends: the values of the engine, at most six compilations."""
+def test_compiling_after_accelerate(name, recipe):
+    """The order our refusal recommends: the values of the engine, at most six compilations.
+
+    Where the output is cached the engine decides in front of the model, and runs it as it is.
+    """
     from torch._dynamo.utils import counters
 
     from flashomni.models import adapters
 
     torch.manual_seed(0)
     model, inputs = adapters()[name].tiny()
-    expected, _ = run(model.eval(), dict(inputs), "balanced", steps=28)
+    expected, _ = run(model.eval(), dict(inputs), recipe, steps=28)
     torch._dynamo.reset()
     counters.clear()
-    with flashomni.accelerate(model, "balanced") as engine:
+    with flashomni.accelerate(model, recipe) as engine:
         compiled = torch.compile(model, backend="aot_eager")
         got = generation(engine, compiled, dict(inputs), steps=28)
         kinds = {step["kind"] for step in engine.report().steps}
     assert torch.equal(got, expected) and kinds == {"full", "update", "dispatch"}
-    assert 0 < counters["stats"]["unique_graphs"] <= 6
+    assert counters["stats"]["unique_graphs"] <= 6
+    assert bool(counters["stats"]["unique_graphs"]) is recipe.endswith("layers")

@@ -164,7 +164,7 @@ def test_what_would_not_help_is_not_lowered(monkeypatch):
         "flashomni.models._accelerate.call_shapes",
         lambda *args, **options: asked.append(1) or real(*args, **options),
     )
-    recipe = Recipe.of("balanced", min_steps=0)
+    recipe = Recipe.of("balanced", min_steps=0, level="layers")
     full = kept(model, inputs, recipe)[0].cache_bytes
     with flashomni.accelerate(model, recipe, memory=full // 8) as engine:
         for _ in range(2):

@@ -17,9 +17,10 @@ MODELS = ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel"]
     [
         (Recipe.of("taylorseer"), True), (Recipe.of("fora"), True),
         (Recipe.of("taylorseer", level="layers"), False),
-        (Recipe.of("taylorseer", degrade_below=0.5), False), (Recipe.of("balanced"), False),
+        (Recipe.of("taylorseer", degrade_below=0.5), False), (Recipe.of("flashomni"), False),
         (Recipe.of("dbcache"), False), (Recipe.of("fbcache"), False), (Recipe.of("pab"), False),
-        (Recipe.of("easycache"), True), (Recipe.of("cached", degrade_below=1.0), True),
+        (Recipe.of("balanced"), True), (Recipe.of("easycache"), True),
+        (Recipe.of("cached", degrade_below=1.0), True),
         (Recipe.of("cached"), False),
         (Recipe.of("fora").replace(forecast={"name": "fitted", "fitted": {"num_steps": 8}}), True),
     ],

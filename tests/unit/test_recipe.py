@@ -63,9 +63,9 @@ def test_methods_bring_their_own_settings():
         assert recipe.policy.name == "cached" and recipe.sparse.degrade_below == 1.0
 
 
-def test_presets_name_what_runs_without_text():
+def test_a_recipe_names_what_runs_without_text():
     """A policy that needs text gives way to another where there is none, if one is named."""
-    recipe = Recipe.of("balanced")
+    recipe = Recipe.of("flashomni", policy_without_text="cached")
     assert recipe.policy_for(Grid(256, 256, (0, 32))) is recipe.policy
     assert recipe.policy_for(Grid(256, 256)).name == "cached"
     alone = recipe.replace(policy_without_text=None)
@@ -149,7 +149,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
 def test_settings_may_follow_a_name():
     """Of any part; the whole word becomes the name."""
-    text = "balanced:interval=3,tau_q=.5,combine=mean,similarity_gate=null,forecast=taylor"
+    text = "flashomni:interval=3,tau_q=.5,combine=mean,similarity_gate=null,forecast=hermite"
     recipe = Recipe.of(text)
     assert recipe.name == text
     assert (recipe.schedule.interval, recipe.policy.tau_q, recipe.policy.combine) == (
@@ -157,9 +157,9 @@ def test_settings_may_follow_a_name():
         0.5,
         "mean",
     )
-    base = Recipe.of("balanced")
+    base = Recipe.of("flashomni")
     assert recipe.schedule.min_steps == base.schedule.min_steps  # both schedules have it
-    assert recipe.schedule.name == "interval" and recipe.forecast.name == "taylor"
+    assert recipe.schedule.name == "interval" and recipe.forecast.name == "hermite"
     assert recipe.policy.tau_kv == base.policy.tau_kv
     assert Recipe.of("fora:interval=2").sparse == Recipe.of("fora").sparse
     assert Recipe.of("fora:steps=[0,1,4,7],of=8,min_steps=4").schedule.steps == (0, 1, 4, 7)
@@ -174,8 +174,8 @@ def test_settings_may_follow_a_name():
 def test_settings_as_keywords():
     """The same recipe under the same name, which gives it back."""
     said, typed = (
-        Recipe.of("balanced", interval=3, tau_q=0.5),
-        Recipe.of("balanced:interval=3,tau_q=.5"),
+        Recipe.of("flashomni", interval=3, tau_q=0.5),
+        Recipe.of("flashomni:interval=3,tau_q=.5"),
     )
     assert said == typed.replace(name=said.name) and Recipe.of(said.name) == said
     more = Recipe.of("fora:interval=3", steps=[0, 1, 5], of=8)
@@ -291,7 +291,7 @@ def test_output_level():
     recipe = Recipe.of("fora:level=output,layer_order=2")
     assert recipe.forecast.level == "output" and Recipe.from_dict(recipe.to_dict()) == recipe
     with pytest.raises(ValueError, match="policy must be 'cached', got 'flashomni'"):
-        Recipe.of("balanced", level="output")
+        Recipe.of("flashomni", level="output")
 
 
 def test_a_plan_for_both_orders():
