@@ -46,8 +46,10 @@ def main() -> None:
 
 
 def look_of(method: str) -> str | None:
-    """Key of what a method looks like; ``None`` is not drawn."""
+    """Key of what a method looks like; ``None`` is not drawn: presets with other settings, too."""
     line = line_of(method)
+    if line == "balanced" != method:
+        return None
     planned = f"{line}, planned"
     if planned in LOOKS and PLANNED in method:
         return planned
