@@ -127,7 +127,7 @@ def test_show_models_says_what_is_known_of_each():
 def test_show_recipe_prints_json():
     """What it prints can be saved and used as a recipe."""
     done = run("show", "recipe", "balanced")
-    assert json.loads(done.output)["policy"]["name"] == "flashomni"
+    assert json.loads(done.output)["policy"]["name"] == "cached"
 
 
 def test_doctor_names_versions_and_backends():

@@ -55,7 +55,7 @@ def test_a_method_is_what_it_says():
         ("steps=0", "steps must be a positive integer, got 'steps=0'"),
         ("steps=many", "steps must be a positive integer"),
         ("ludicrous", "recipe must be a preset"),
-        ("balanced:speed=9", "settings of balanced.* are .*tau_q.*; got 'speed'"),
+        ("flashomni:speed=9", "settings of flashomni.* are .*tau_q.*; got 'speed'"),
         ("balanced:interval", "settings must be key=value"),
         ("balanced:interval=2,interval=3", "interval is given twice"),
         ("balanced:interval=0", "interval must be an integer from 1"),

@@ -69,12 +69,14 @@ EXERCISES = {
         model.requires_grad_(False)
         stock = model(latents, text)
         said = {"lists": ["layers"], "text": "first", "text_from": "text"}
+        tiles = flashomni.Recipe.of("balanced", policy="flashomni", tau_q=0.9, tau_kv=0.0,
+                                    degrade_below=0.5, policy_without_text="cached")
         for tier, line, given in (
             ("generic", None, None), ("declared", said, None), ("declared", None, blocks),
         ):
             if line is not None:
                 DECLARED["Mine"] = line  # what a line of the table does
-            engine = flashomni.accelerate(model, "balanced", blocks=given)
+            engine = flashomni.accelerate(model, tiles, blocks=given)
             with torch.no_grad():
                 for step in range(28):
                     engine.step(step, 28)
@@ -83,8 +85,8 @@ EXERCISES = {
             report = engine.report()
             assert report.tier == tier and report.flops_skipped > 0, str(report)
             assert "layers: attention of 4 of 4 blocks on FlashOmni's op" in report.notes
-            tiles = any("dispatch" in step["layer_kinds"] for step in report.steps)
-            assert tiles == (tier == "declared"), tier  # which needs to know where the text is
+            cached = any("dispatch" in step["layer_kinds"] for step in report.steps)
+            assert cached == (tier == "declared"), tier  # which needs to know where the text is
             engine.remove()
             DECLARED.pop("Mine", None)
             assert torch.equal(model(latents, text), stock)

@@ -28,7 +28,7 @@ def test_interval_grows_as_in_spectrum():
     ("preset", "settings"),
     [
         ("balanced", {"computed": 10, "start": 0.1, "end": 0.6}),
-        ("fast", {"computed": 8, "start": 0.0, "end": 1.0}),
+        ("fast", {"computed": 8, "start": 0.1, "end": 0.6}),
         ("quality", {"computed": 17, "start": 0.2, "end": 0.5}),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_batch_that_fails_is_its_own():
 @pytest.mark.parametrize(
     ("recipe", "together"),
     [("fora", False), ("taylorseer", False), ("lossless", False), ("topk", False),
-     ("balanced", True), ("easycache", True), ("fora:delta_every=2", True)],
+     ("balanced", False), ("flashomni", True), ("easycache", True), ("fora:delta_every=2", True)],
 )  # fmt: skip
 def test_recipes_that_decide_for_a_whole_batch(recipe, together):
     """By a mean over it: then a picture would depend on what somebody else asked for."""

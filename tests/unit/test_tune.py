@@ -154,7 +154,7 @@ def test_tune_writes_a_recipe_that_remembers(loaded, tmp_path, caplog):
     said = []
     seen = []
     found = flashomni.tune(
-        loaded.pipe, PROMPTS, call=loaded.call, target_speedup=1.8, out=out, settings=FEW,
+        loaded.pipe, PROMPTS, call=loaded.call, target_speedup=1.4, out=out, settings=FEW,
         on_progress=lambda stage, done, total: seen.append((stage, done, total)),
         on_note=said.append,
     )  # fmt: skip
