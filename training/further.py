@@ -22,7 +22,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -36,7 +35,7 @@ from diffusers import DiffusionPipeline
 from training import attention, flow, ladder, tiny_models
 from training.data import Renderer
 from training.pool import Captions, ClipPool
-from training.state import load_state, save_state
+from training.state import load_state, replace_folder, save_state
 
 KIND = tiny_models.VIDEO
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
@@ -118,14 +117,10 @@ class Run:
         for name, part in tiny_models.modules(fresh).items():
             part.load_state_dict((self.average.get(name) or self.pipe.vae).state_dict())
         fresh.vae.register_to_config(scaling_factor=self.pipe.vae.config.scaling_factor)
-        new, old = self.out / "pipeline.new", self.out / "pipeline.old"
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        tiny_models.save(fresh, new, KIND, tiny_models.heldout_prompts(KIND, 8))
-        if (self.out / "pipeline").exists():
-            (self.out / "pipeline").rename(old)
-        new.rename(self.out / "pipeline")
-        shutil.rmtree(old, ignore_errors=True)
+        prompts = tiny_models.heldout_prompts(KIND, 8)
+        replace_folder(
+            self.out / "pipeline", lambda new: tiny_models.save(fresh, new, KIND, prompts)
+        )
         (self.out / "progress.json").write_text(json.dumps(place))
         save_state(state, self.out / "state.safetensors")
 

@@ -7,7 +7,7 @@ same everywhere (which clips come next, when to stop) is rank 0's decision, sent
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
@@ -58,26 +58,26 @@ class Ranks:
     @torch.no_grad()
     def mean_(self, tensors: list[Tensor]) -> None:
         """Average ``tensors`` over the ranks, in place."""
-        if self.size == 1:
-            return
-        flat = torch.cat([t.flatten() for t in tensors])
-        carried = flat if self.nccl else flat.cpu()
-        dist.all_reduce(carried)
-        self._spread(carried.to(flat.device).div_(self.size), tensors)
+
+        def average(flat: Tensor) -> None:
+            dist.all_reduce(flat)
+            flat.div_(self.size)
+
+        self._together(tensors, average)
 
     @torch.no_grad()
     def copy_(self, tensors: list[Tensor]) -> None:
         """Give all ranks rank 0's ``tensors``, in place."""
+        self._together(tensors, lambda flat: dist.broadcast(flat, 0))
+
+    def _together(self, tensors: list[Tensor], exchange: Callable[[Tensor], object]) -> None:
+        """One exchange of all of them, where there are several ranks."""
         if self.size == 1:
             return
         flat = torch.cat([t.flatten() for t in tensors])
         carried = flat if self.nccl else flat.cpu()
-        dist.broadcast(carried, 0)
-        self._spread(carried.to(flat.device), tensors)
-
-    @staticmethod
-    def _spread(flat: Tensor, tensors: list[Tensor]) -> None:
-        parts = flat.split([t.numel() for t in tensors])
+        exchange(carried)
+        parts = carried.to(flat.device).split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,23 @@ def save_state(state: Any, path: str | os.PathLike) -> None:
     temporary = Path(f"{path}.tmp")
     save_file(tensors, temporary, metadata={"skeleton": skeleton})
     os.replace(temporary, path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder anew; it appears whole or not at all.
+
+    Args:
+        folder: what it is to be; beside it are ``.new`` and ``.old`` meanwhile.
+        write: fills the folder that it is given, and makes it.
+    """
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    for each in (new, old):
+        shutil.rmtree(each, ignore_errors=True)
+    write(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(path: str | os.PathLike, device: str) -> Any:

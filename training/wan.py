@@ -22,7 +22,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
@@ -37,7 +36,7 @@ from training import attention, flow, ladder, tiny_models, wan_model
 from training.data import Renderer
 from training.pool import Captions, ClipPool
 from training.ranks import Ranks
-from training.state import load_state, save_state
+from training.state import load_state, replace_folder, save_state
 
 TRAINED = ("transformer", "text_encoder")
 VIDEO = Path(__file__).parents[1] / "packages/flashomni-assets/src/flashomni_assets/tiny-video"
@@ -120,15 +119,11 @@ class Run:
             fresh = wan_model.build(self.args.autoencoder)
         for name in TRAINED:
             getattr(fresh, name).load_state_dict(self.average[name].state_dict())
-        new, old = self.out / "pipeline.new", self.out / "pipeline.old"
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
         prompts = tiny_models.heldout_prompts(wan_model.KIND, 8)
-        tiny_models.save(fresh, new, wan_model.KIND, prompts)
-        if (self.out / "pipeline").exists():
-            (self.out / "pipeline").rename(old)
-        new.rename(self.out / "pipeline")
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(
+            self.out / "pipeline",
+            lambda new: tiny_models.save(fresh, new, wan_model.KIND, prompts),
+        )
         (self.out / "progress.json").write_text(json.dumps(place))
         save_state(state, self.out / "state.safetensors")
 

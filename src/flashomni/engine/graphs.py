@@ -178,8 +178,10 @@ class Graphs:
         if slot is None:
             assert self.recorder is not None
             idle = [each for each in self._slots if each.free]
-            for each in idle[: max(len(self._slots) + 1 - MAX_SLOTS, 0)]:
+            old = idle[: max(len(self._slots) + 1 - MAX_SLOTS, 0)]
+            for each in old:
                 self._slots.remove(each)
+            drop(old)
             slot = Slot(sort, self.recorder.make_pool)
             self._slots.append(slot)
         else:
@@ -210,7 +212,7 @@ class Graphs:
         self._why[why] = None
         self._too_large.add(slot.key)
         self._slots.remove(slot)
-        slot.entries.clear()
+        drop([slot])
         return False
 
     def _record(
